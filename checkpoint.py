@@ -1,0 +1,50 @@
+"""
+Checkpoints: one file that is enough by itself (weights, optimizer, step, scores, configuration, tokenizer).
+Tensors and plain types only, so loading never executes anything: torch.load(weights_only=True).
+"""
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import tokenizer
+from configurator import UserError
+from files import FORMAT, write_whole
+from model import GPT, GPTConfig
+
+def save(path, state):
+    """Write a checkpoint; a format version is added. Raises UserError where it can't be written, the old file intact."""
+    write_whole(path, lambda f: torch.save({'format': FORMAT, **state}, f))
+
+
+def load(path):
+    """The checkpoint as a dict, its tensors on the CPU. Raises UserError where it is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'there is no checkpoint {path}')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # a file from a stranger: it can be anything
+        why = 'it holds code, which is never loaded' if 'weights_only' in str(e) else 'it is cut short or something else'
+        raise UserError(f'{path} is not a checkpoint of pocketGPT: {why}') from None
+    if not isinstance(state, dict) or not isinstance(state.get('format'), int) or not {'model', 'model_args', 'config', 'tokenizer'} <= state.keys():
+        raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing')
+    if state['format'] > FORMAT:
+        raise UserError(f'{path} has format {state["format"]}, this version reads up to {FORMAT}: use a newer pocketGPT')
+    return state
+
+
+def build(state, path, **overrides):
+    """(GPT in eval mode, tokenizer) from a loaded checkpoint; overrides: fields of GPTConfig that do not change its shape."""
+    try:
+        model = GPT(GPTConfig(**{**state['model_args'], **overrides}))
+        model.load_state_dict(state['model'])
+        return model.eval(), tokenizer.from_dict(state['tokenizer'])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise UserError(f'{path} does not fit together: {str(e).splitlines()[0]}') from None
+
+
+def model_state(model, tok, config):
+    """The part of a checkpoint that sample.py needs."""
+    return {'kind': 'gpt', 'model_args': asdict(model.config), 'model': model.state_dict(),
+            'tokenizer': tok.to_dict(), 'config': config}

@@ -1,0 +1,218 @@
+"""
+Configuration: a script's knobs are the assignments at its top; config files and --key=value override them.
+
+    # train.py                                            $ python train.py config/mine.py --batch_size=32 --compile
+    batch_size = 12   # sequences a step
+    ...
+    config = configure(__file__, globals())
+
+Config files are plain Python and are executed, in the order given; then --key=value in order. The type of a knob is that
+of its default, or its annotation where it has one (int | None, Literal['a', 'b']). Every problem is reported, not only
+the first. --help prints each knob with its comment.
+"""
+import ast
+import difflib
+import io
+import sys
+import tokenize
+import types
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """Something that the person at the keyboard can mend: its text is one clear sentence, shown without a traceback."""
+
+
+def show_user_errors(script):
+    """From here on an uncaught UserError, Ctrl-C or lack of memory ends in one sentence on stderr, not in a traceback."""
+    def hook(kind, error, traceback):
+        text = str(error)
+        if issubclass(kind, UserError):
+            status = 2
+        elif issubclass(kind, KeyboardInterrupt):
+            text, status = 'interrupted', 130
+        elif issubclass(kind, MemoryError) or 'out of memory' in text.lower() or "can't allocate memory" in text:
+            text, status = ('out of memory: lower --batch_size (and raise --gradient_accumulation_steps to match), --block_size '
+                            'or the model, or try --gradient_checkpointing'), 2
+        elif issubclass(kind, BrokenPipeError):
+            sys.stderr.close()  # whoever read our output has left: nothing to say, nobody to say it to
+            raise SystemExit(1)
+        else:
+            return sys.__excepthook__(kind, error, traceback)
+        print(f'{script}: {text}', file=sys.stderr)
+        raise SystemExit(status)  # the interpreter takes its exit status from here
+    sys.excepthook = hook
+
+
+def find(path):
+    """A path as typed from the working directory or, where that does not exist, from the folder that holds the scripts."""
+    path = Path(path).expanduser()
+    return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
+
+
+def read_knobs(source):
+    """[(name, type, comment)] for the assignments above the call of configure() in a script's source; None: a heading."""
+    comments, alone = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            own_line = not token.line[:token.start[1]].strip()
+            (alone if own_line else comments)[token.start[0]] = token.string.lstrip('# ').strip()
+    knobs, last = [], 0
+    for node in ast.parse(source).body:
+        call = getattr(node, 'value', None)
+        if isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure':
+            break
+        if isinstance(node, ast.Assign):
+            target, kind = node.targets[0], None
+        elif isinstance(node, ast.AnnAssign):
+            target, kind = node.target, eval(ast.unparse(node.annotation), {'Literal': Literal})
+        else:
+            last = node.end_lineno
+            continue
+        kind = kind if kind is not None else type(ast.literal_eval(node.value))
+        headings = [alone[n] for n in range(last + 1, node.lineno) if n in alone]
+        knobs += [(None, None, heading) for heading in headings[-1:] if knobs or last]
+        knobs.append((target.id, kind, comments.get(node.end_lineno, '')))
+        last = node.end_lineno
+    return knobs
+
+
+def describe(kind):
+    """A knob's type in words: 'a whole number', 'one of adamw, muon', …"""
+    if get_origin(kind) is Literal:
+        return 'one of ' + ', '.join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, types.UnionType):
+        return ' or '.join(describe(k) for k in get_args(kind))
+    if get_origin(kind) is tuple:
+        return 'text (may be given several times)'
+    return {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}[kind]
+
+
+def convert(value, kind):
+    """value as the knob's type, or ValueError. A str is what was typed after --key=; anything else comes from a file."""
+    if get_origin(kind) in (Union, types.UnionType):
+        for k in sorted(get_args(kind), key=lambda k: k is str):  # None before text: --top_k=None
+            try:
+                return convert(value, k)
+            except ValueError:
+                pass
+        raise ValueError
+    if get_origin(kind) is Literal:
+        for choice in get_args(kind):
+            if value == choice and type(value) is type(choice) or value == str(choice):
+                return choice
+        raise ValueError
+    if get_origin(kind) is tuple:
+        if isinstance(value, str) and value[:1] in '([':
+            try:  # --start="('one', 'two')"
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pass
+        value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else None
+        if value is None or not all(isinstance(v, str) for v in value):
+            raise ValueError
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    if isinstance(value, str):
+        if kind is bool:
+            value = value.capitalize()  # true and false are as clear
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            if kind is not float:
+                raise ValueError from None
+            value = float(value)  # inf
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)  # 1e4
+    if type(value) is not kind:
+        raise ValueError
+    return value
+
+
+def print_help(script, doc, knobs, namespace):
+    """The script's docstring, then a line a knob: name, default, comment."""
+    print((doc or '').strip() + f'\n\nusage: python {script} [config/FILE.py ...] [--key=value ...]\n')
+    for name, kind, comment in knobs:
+        if name is None:
+            print(f'\n{comment}')
+            continue
+        print(f'  --{f"{name}={namespace[name]}":38} {comment}')
+
+
+def configure(script_file, namespace, argv=None):
+    """Override the knobs in `namespace` (a script's globals()) from argv; returns {knob: value}.
+
+    namespace['explicit'] becomes {knob: where it was set} for the knobs that a file or the command line named. After --help the
+    script ends; bad input raises UserError with every problem found. Installs show_user_errors().
+    """
+    script = Path(script_file).name
+    show_user_errors(script)
+    argv = sys.argv[1:] if argv is None else argv
+    knobs = read_knobs(Path(script_file).read_text(encoding='utf-8'))
+    kinds = {name: kind for name, kind, _ in knobs if name}
+    if any(arg in ('-h', '--help', '--help=True') for arg in argv):
+        print_help(script, namespace.get('__doc__'), knobs, namespace)
+        raise SystemExit(0)
+    problems, explicit = [], {}
+
+    def put(name, value, where, append=False):
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, 1)
+            problems.append(f'unknown knob {name!r} ({where})' + (f': did you mean {close[0]}?' if close else f'; python {script} --help lists them'))
+            return
+        try:
+            value = convert(value, kinds[name])
+        except (ValueError, OverflowError):
+            problems.append(f'{name} must be {describe(kinds[name])}, got {value!r} ({where})')
+            return
+        namespace[name] = namespace[name] + value if append else value
+        explicit[name] = where
+
+    for arg in (a for a in argv if not a.startswith('--')):
+        path = find(arg)
+        if arg.startswith('-') or not arg.endswith('.py'):
+            problems.append(f'cannot read {arg!r}: write --key=value, or the path of a config file that ends in .py')
+            continue
+        if not path.is_file():
+            close = difflib.get_close_matches(Path(arg).stem, [p.stem for p in (ROOT / 'config').glob('*.py')], 1)
+            problems.append(f'config file {arg} does not exist' + (f': did you mean config/{close[0]}.py?' if close else ''))
+            continue
+        values = {name: namespace[name] for name in kinds}
+        before = dict(values)
+        try:
+            exec(compile(path.read_bytes(), str(path), 'exec'), values)
+        except Exception as e:  # it is somebody's program: anything can go wrong in it
+            line = getattr(e, 'lineno', None)
+            tb = e.__traceback__
+            while line is None and tb is not None:
+                line, tb = (tb.tb_lineno if tb.tb_frame.f_code.co_filename == str(path) else None), tb.tb_next
+            problems.append(f'config file {arg}, line {line}: {type(e).__name__}: {e}')
+            continue
+        for name, value in values.items():
+            private = name.startswith('_') or isinstance(value, (types.ModuleType, types.FunctionType, type))
+            if not private and (name not in before or value is not before[name]):
+                put(name, value, arg)
+    seen = set()
+    for arg in (a for a in argv if a.startswith('--')):
+        name, equals, value = arg[2:].partition('=')
+        name = name.replace('-', '_')
+        if not equals:
+            if kinds.get(name) is not bool and True not in get_args(kinds.get(name)) and bool not in get_args(kinds.get(name)):
+                if name in kinds:
+                    problems.append(f'{arg} needs a value: write {arg}=… ({describe(kinds[name])})')
+                    continue
+            value = 'True'
+        put(name, value, 'command line', append=name in seen and get_origin(kinds.get(name)) is tuple)
+        seen.add(name)
+    if problems:
+        raise UserError('; '.join(problems))
+    namespace['explicit'] = explicit
+    return {name: namespace[name] for name in kinds}

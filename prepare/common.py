@@ -1,0 +1,93 @@
+"""What the scripts in this folder share: downloading, and writing a dataset. They import it before anything of the project's."""
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configurator import ROOT, UserError  # noqa: E402
+from files import FORMAT, write_whole  # noqa: E402
+
+
+def sha256_of(path):
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(urls, path, sha256, advice):
+    """Fetch the first of urls that gives a file with that sha256, to path; a file that is already there and right is kept.
+
+    A cut download goes on where it stopped (HTTP Range). Raises UserError, ending in `advice`, where no url works.
+    """
+    path = Path(path)
+    if path.is_file():
+        if sha256_of(path) == sha256:
+            return path
+        print(f'{path} is not the file it should be (its sha256 differs): downloading it again')
+    import requests
+    from tqdm import tqdm
+    part, failures = path.with_name(path.name + '.part'), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
+        try:
+            have = part.stat().st_size if part.is_file() else 0
+            with requests.get(url, stream=True, timeout=30, headers={'Range': f'bytes={have}-'} if have else {}) as r:
+                if r.status_code == 416:  # what we have is longer than the file: start anew
+                    part.unlink()
+                r.raise_for_status()
+                have = have if r.status_code == 206 else 0
+                total = int(r.headers['Content-Length']) + have if 'Content-Length' in r.headers else None
+                with open(part, 'ab' if have else 'wb') as f, tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None) as bar:
+                    for block in r.iter_content(2**16):
+                        f.write(block)
+                        bar.update(len(block))
+            if sha256_of(part) == sha256:
+                part.replace(path)
+                return path
+            failures.append(f'{url}: wrong sha256')
+            part.unlink()
+        except requests.RequestException as e:
+            code = getattr(e.response, 'status_code', None)
+            failures.append(f'{url}: ' + (f'status {code}' if code else type(e).__name__))
+        except OSError as e:
+            raise UserError(f'cannot write {part}: {e.strerror}') from None
+    raise UserError(f'could not download {path.name} ({"; ".join(dict.fromkeys(failures))}). {advice}')
+
+
+def read_text(path):
+    """A UTF-8 text file as str, line ends as they are. Raises UserError with the file's name, and the place of a bad byte."""
+    try:
+        return Path(path).read_bytes().decode('utf-8')
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}') from None
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at position {e.start:,}; save it as UTF-8') from None
+
+
+def dataset_folder(data_dir, name):
+    """data_dir/NAME (data_dir None: beside the scripts), made where it is missing. Raises UserError where it can't be."""
+    folder = Path(data_dir or ROOT / 'data') / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with --data_dir=…') from None
+    return folder
+
+
+def write_stream(folder, tokenizer, train, val, source, split):
+    """Write train.bin, val.bin and, when both are whole, meta.json. train, val: arrays of ids. Returns meta, and prints what was made."""
+    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
+    meta = {'format': FORMAT, 'kind': 'stream', 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size,
+            'tokenizer': tokenizer.to_dict(), 'counts': {'train': len(train), 'val': len(val)}, 'split': split, **source}
+    (folder / 'meta.json').unlink(missing_ok=True)  # a dataset without it does not count as there
+    for name, ids in (('train', train), ('val', val)):
+        write_whole(folder / f'{name}.bin', lambda f: f.write(np.asarray(ids).astype(dtype).tobytes()))
+    write_whole(folder / 'meta.json', lambda f: f.write(json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8')))
+    print(f'{folder}: {len(train):,} train and {len(val):,} val ids, {tokenizer.vocab_size:,} in the vocabulary ({tokenizer.to_dict()["kind"]}, {dtype.name})')
+    return meta
