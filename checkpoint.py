@@ -2,6 +2,7 @@
 Checkpoints: one file that is enough by itself (weights, optimizer, step, scores, configuration, tokenizer).
 Tensors and plain types only, so loading never executes anything: torch.load(weights_only=True).
 """
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import tokenizer
 from configurator import UserError
 from files import FORMAT, write_whole
 from model import GPT, GPTConfig
+
 
 def save(path, state):
     """Write a checkpoint; a format version is added. Raises UserError where it can't be written, the old file intact."""
@@ -25,9 +27,11 @@ def load(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # a file from a stranger: it can be anything
-        why = 'it holds code, which is never loaded' if 'weights_only' in str(e) else 'it is cut short or something else'
+        whole = zipfile.is_zipfile(path) and 'weights_only' in str(e)
+        why = 'it holds code, which is never loaded' if whole else 'it is cut short or something else'
         raise UserError(f'{path} is not a checkpoint of pocketGPT: {why}') from None
-    if not isinstance(state, dict) or not isinstance(state.get('format'), int) or not {'model', 'model_args', 'config', 'tokenizer'} <= state.keys():
+    parts = {'format': int, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(part), kind) for part, kind in parts.items()):
         raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing')
     if state['format'] > FORMAT:
         raise UserError(f'{path} has format {state["format"]}, this version reads up to {FORMAT}: use a newer pocketGPT')

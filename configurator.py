@@ -4,7 +4,7 @@ Configuration: a script's knobs are the assignments at its top; config files and
     # train.py                                            $ python train.py config/mine.py --batch_size=32 --compile
     batch_size = 12   # sequences a step
     ...
-    config = configure(__file__, globals())
+    config, explicit = configure(__file__, globals())
 
 Config files are plain Python and are executed, in the order given; then --key=value in order. The type of a knob is that
 of its default, or its annotation where it has one (int | None, Literal['a', 'b']). Every problem is reported, not only
@@ -140,7 +140,7 @@ def convert(value, kind):
 def print_help(script, doc, knobs, namespace):
     """The script's docstring, then a line a knob: name, default, comment."""
     print((doc or '').strip() + f'\n\nusage: python {script} [config/FILE.py ...] [--key=value ...]\n')
-    for name, kind, comment in knobs:
+    for name, _, comment in knobs:
         if name is None:
             print(f'\n{comment}')
             continue
@@ -148,10 +148,10 @@ def print_help(script, doc, knobs, namespace):
 
 
 def configure(script_file, namespace, argv=None):
-    """Override the knobs in `namespace` (a script's globals()) from argv; returns {knob: value}.
+    """Override the knobs in `namespace` (a script's globals()) from argv. Returns {knob: value} and {knob: where it was set},
+    the latter for the knobs that a config file or the command line named.
 
-    namespace['explicit'] becomes {knob: where it was set} for the knobs that a file or the command line named. After --help the
-    script ends; bad input raises UserError with every problem found. Installs show_user_errors().
+    After --help the script ends; bad input raises UserError with every problem found. Installs show_user_errors().
     """
     script = Path(script_file).name
     show_user_errors(script)
@@ -166,7 +166,8 @@ def configure(script_file, namespace, argv=None):
     def put(name, value, where, append=False):
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, 1)
-            problems.append(f'unknown knob {name!r} ({where})' + (f': did you mean {close[0]}?' if close else f'; python {script} --help lists them'))
+            advice = f': did you mean {close[0]}?' if close else f'; python {script} --help lists them'
+            problems.append(f'unknown knob {name!r} ({where}){advice}')
             return
         try:
             value = convert(value, kinds[name])
@@ -214,5 +215,4 @@ def configure(script_file, namespace, argv=None):
         seen.add(name)
     if problems:
         raise UserError('; '.join(problems))
-    namespace['explicit'] = explicit
-    return {name: namespace[name] for name in kinds}
+    return {name: namespace[name] for name in kinds}, explicit

@@ -48,7 +48,8 @@ def read_meta(folder):
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f'{path} is not a dataset\'s meta.json ({type(e).__name__}: {e}); prepare the dataset again') from None
     if meta['format'] > FORMAT:
-        raise UserError(f'{path} has format {meta["format"]}, this version reads up to {FORMAT}: use a newer pocketGPT, or prepare again')
+        raise UserError(f'{path} has format {meta["format"]}, this version reads up to {FORMAT}: '
+                        f'use a newer pocketGPT, or prepare the dataset again')
     if bad or meta['dtype'] not in ('uint16', 'uint32'):
         raise UserError(f'{path} is wrong at {", ".join(bad) or "dtype"}; prepare the dataset again')
     return meta
@@ -91,8 +92,8 @@ class Stream:
             raise UserError(f'cannot read {self.path}: {e.strerror}; prepare the dataset again') from None
         self.n = meta['counts'][split]
         if size != self.n * self.dtype.itemsize:
-            raise UserError(f'{self.path} has {size:,} bytes, but meta.json speaks of {self.n:,} ids of {self.dtype.itemsize} bytes: '
-                            f'the file is cut short or not from this dataset; prepare it again')
+            raise UserError(f'{self.path} has {size:,} bytes, but meta.json speaks of {self.n:,} ids of {self.dtype.itemsize} '
+                            f'bytes: the file is cut short or not from this dataset; prepare it again')
         least = block_size + 1 if split == 'train' else 2
         if self.n < least:
             raise UserError(f'{self.path} has only {self.n:,} ids, but --block_size={block_size} needs {least:,}: '
@@ -106,7 +107,8 @@ class Stream:
     def check(self, ids):
         """ids, once none of them is outside the vocabulary."""
         if ids.size and ids.max() >= self.vocab_size:
-            raise UserError(f'{self.path} has id {ids.max()}, but the vocabulary of meta.json ends at {self.vocab_size - 1}; prepare the dataset again')
+            raise UserError(f'{self.path} has id {ids.max()}, but the vocabulary of meta.json ends at {self.vocab_size - 1}; '
+                            f'prepare the dataset again')
         return ids
 
     def windows(self, tokens, starts):
@@ -130,7 +132,8 @@ class Stream:
     def batches(self, seed, step, batch_size, micro_batches, rank=0, world=1):
         """The micro-batches of a step that fall to this rank: dicts of (batch_size, T) int64 tensors idx and targets.
 
-        A pure function of its arguments. Together the ranks see samples step * G … (step + 1) * G - 1, G = batch_size * micro_batches.
+        A pure function of its arguments. Together the ranks see samples step * G to (step + 1) * G - 1 of the run, with
+        G = batch_size * micro_batches.
         """
         tokens = self.tokens()
         for m in range(rank, micro_batches, world):

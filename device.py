@@ -36,9 +36,10 @@ def pick_device(device):
         d = None
     if d is None or d.type not in ('cpu', 'cuda', 'mps'):
         raise UserError(f'device must be auto, cpu, cuda, cuda:N or mps, got {device!r}')
-    here = ', '.join(['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * mps)
-    if d.type == 'cuda' and not (torch.cuda.is_available() and (d.index or 0) < torch.cuda.device_count()) or d.type == 'mps' and not mps:
-        raise UserError(f'--device={device} is not available here; this machine has: {here}. Leave --device away to have the best one chosen')
+    here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * mps
+    if d.type == 'cuda' and f'cuda:{d.index or 0}' not in here or d.type == 'mps' and not mps:
+        raise UserError(f'--device={device} is not available here; this machine has: {", ".join(here)}. '
+                        f'Leave --device away to have the best one chosen')
     if d.type == 'cpu':
         keep_freed_memory()
     return d

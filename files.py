@@ -22,4 +22,5 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f'cannot write {path}: {getattr(e, "strerror", None) or e}; free some space or choose another folder') from None
+        why = getattr(e, 'strerror', None) or e
+        raise UserError(f'cannot write {path}: {why}; free some space or choose another folder') from None

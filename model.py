@@ -28,7 +28,7 @@ CHOICES = {  # what the switches of GPTConfig that are names may be
     'pos': ('learned', 'sinusoidal', 'rotary'),
     'norm': ('layernorm', 'rmsnorm'),
     'norm_position': ('pre', 'post'),
-    'act': ('gelu', 'relu', 'relu2', 'swiglu'),
+    'act': ('gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'),
 }
 
 
@@ -47,7 +47,7 @@ class GPTConfig:
     pos: str = 'learned'             # learned, sinusoidal or rotary
     norm: str = 'layernorm'          # layernorm or rmsnorm
     norm_position: str = 'pre'       # pre: x + f(norm(x)), GPT-2's; post: norm(x + f(x)), the 2017 paper's
-    act: str = 'gelu'                # gelu (tanh form, GPT-2's), relu, relu2 or swiglu
+    act: str = 'gelu'                # gelu (tanh form, GPT-2's), gelu_erf (nanoGPT's), relu, relu2 or swiglu
     qk_norm: bool = False            # normalise queries and keys in each head
     tie_weights: bool = True         # the head shares the token embedding
     zero_init: bool = False          # projections into the residual stream start at zero
@@ -210,8 +210,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.c_fc(x)
-        if self.act == 'gelu':
-            h = F.gelu(h, approximate='tanh')
+        if self.act.startswith('gelu'):
+            h = F.gelu(h, approximate='tanh' if self.act == 'gelu' else 'none')
         elif self.act == 'swiglu':
             gate, h = h.chunk(2, dim=-1)
             h = F.silu(gate) * h
@@ -241,6 +241,9 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # loss
 
+MAX_LOGITS = 2**24  # held at a time: 64 MB in float32
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of (x @ weight.T) with targets, summed, a slice of rows at a time.
 
@@ -251,7 +254,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, label_smoothing, softcap):
         V = weight.size(0)
-        rows = max(1, 2**24 // V)  # 16 M logits at a time: 64 MB in float32
+        rows = max(1, MAX_LOGITS // V)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for i in range(0, x.size(0), rows):
@@ -283,7 +286,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, softcap=0.0):
 def head_loss(x, weight, targets, label_smoothing=0.0, softcap=0.0):
     """Summed cross-entropy of hidden states x (B, T, C) through a head (V, C) against targets (B, T); -1 is ignored."""
     x, targets = x.flatten(0, 1), targets.flatten()
-    if x.size(0) * weight.size(0) <= 2**24:  # small enough to hold whole
+    if x.size(0) * weight.size(0) <= MAX_LOGITS:  # small enough to hold whole
         return cross_entropy(F.linear(x, weight).float(), targets, label_smoothing, softcap)
     return ChunkedCrossEntropy.apply(x, weight, targets, label_smoothing, softcap)
 
@@ -452,8 +455,8 @@ class GPT(nn.Module):
         idx = torch.zeros(B, end + max_new_tokens, dtype=torch.long)
         for row, p in zip(idx, prompts):  # every row ends at the same column, so they all grow at the same place
             row[end - len(p):end] = torch.as_tensor(p)
-        if idx.min() < 0 or idx.max() >= V:
-            raise ValueError(f'the prompt has token id {int(idx.max())}, but the model knows only 0 to {V - 1}')
+        if bad := idx[(idx < 0) | (idx >= V)].tolist():
+            raise ValueError(f'the prompt has token id {bad[0]}, but the model knows only 0 to {V - 1}')
         seen = None
         if sampling.get('repetition_penalty', 1.0) != 1.0:
             seen = torch.zeros(B, V, dtype=torch.bool)
@@ -489,14 +492,14 @@ class GPT(nn.Module):
                 if (device.type == 'cpu' or step % 16 == 15) and done.all():  # asking a GPU makes it wait: rarely
                     return
 
-    def generate(self, idx, max_new_tokens, **kwargs):
-        """stream(), collected. idx: (B, T) tensor, gives (B, T + new) like nanoGPT's; or a list of lists of ids, gives a list of
-        lists that end with eot where one was given. Keywords: see stream().
+    def generate(self, idx, max_new_tokens, eot=None, **kwargs):
+        """stream(), collected. idx: a (B, T) tensor, gives (B, T + new) like nanoGPT's, rows that ended early filled with eot;
+        or a list of lists of ids, gives a list of lists, each up to its eot. Keywords: see stream().
 
             model.generate(torch.tensor([[1, 2, 3]]), 20, temperature=0.8, top_k=50)
         """
-        new = torch.stack(list(self.stream(idx, max_new_tokens, **kwargs)), dim=1) if max_new_tokens > 0 else None
+        new = list(self.stream(idx, max_new_tokens, eot=eot, **kwargs))  # of (B,)
+        new = torch.stack(new, dim=1) if new else torch.zeros(len(idx), 0, dtype=torch.long)
         if torch.is_tensor(idx):
-            return idx if new is None else torch.cat((idx, new.to(idx.device)), dim=1)
-        return [list(p) + ([t for t in row if t >= 0] if new is not None else [])
-                for p, row in zip(idx, new.tolist() if new is not None else [[]] * len(idx))]
+            return torch.cat((idx, torch.where(new < 0, eot or 0, new).to(idx.device)), dim=1)
+        return [list(p) + [t for t in row if t >= 0] for p, row in zip(idx, new.tolist())]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import ROOT, UserError  # noqa: E402
-from files import FORMAT, write_whole  # noqa: E402
+from configurator import ROOT, UserError
+from files import FORMAT, write_whole
 
 
 def sha256_of(path):
@@ -43,7 +43,8 @@ def download(urls, path, sha256, advice):
                 r.raise_for_status()
                 have = have if r.status_code == 206 else 0
                 total = int(r.headers['Content-Length']) + have if 'Content-Length' in r.headers else None
-                with open(part, 'ab' if have else 'wb') as f, tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None) as bar:
+                bar = tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None)
+                with open(part, 'ab' if have else 'wb') as f, bar:
                     for block in r.iter_content(2**16):
                         f.write(block)
                         bar.update(len(block))
@@ -67,7 +68,8 @@ def read_text(path):
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
     except UnicodeDecodeError as e:
-        raise UserError(f'{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at position {e.start:,}; save it as UTF-8') from None
+        where = f'byte {e.object[e.start]:#04x} at position {e.start:,}'
+        raise UserError(f'{path} is not UTF-8 text: {where}; save it as UTF-8') from None
 
 
 def dataset_folder(data_dir, name):
@@ -81,13 +83,17 @@ def dataset_folder(data_dir, name):
 
 
 def write_stream(folder, tokenizer, train, val, source, split):
-    """Write train.bin, val.bin and, when both are whole, meta.json. train, val: arrays of ids. Returns meta, and prints what was made."""
+    """Write train.bin, val.bin and, when both are whole, meta.json; says what was made.
+
+    train, val: arrays of ids. source: dict of what meta.json should say about where the text is from. split: how it was divided.
+    """
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'kind': 'stream', 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size,
             'tokenizer': tokenizer.to_dict(), 'counts': {'train': len(train), 'val': len(val)}, 'split': split, **source}
     (folder / 'meta.json').unlink(missing_ok=True)  # a dataset without it does not count as there
     for name, ids in (('train', train), ('val', val)):
-        write_whole(folder / f'{name}.bin', lambda f: f.write(np.asarray(ids).astype(dtype).tobytes()))
+        content = np.asarray(ids).astype(dtype).tobytes()
+        write_whole(folder / f'{name}.bin', lambda f, content=content: f.write(content))
     write_whole(folder / 'meta.json', lambda f: f.write(json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8')))
-    print(f'{folder}: {len(train):,} train and {len(val):,} val ids, {tokenizer.vocab_size:,} in the vocabulary ({tokenizer.to_dict()["kind"]}, {dtype.name})')
-    return meta
+    print(f'{folder}: {len(train):,} train and {len(val):,} val ids, '
+          f'{tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype.name})')

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, a character a token: 1,003,854 train and 111,540 val ids, 65 characters, split as nanoGPT does (first 90 % / last 10 %)."""
+"""Tiny Shakespeare, a character a token: 1,003,854 train and 111,540 val ids, split as nanoGPT does (first 90 % / last 10 %)."""
 from common import UserError, dataset_folder, download, read_text, sha256_of, write_stream
 from configurator import configure
 from tokenizer import CharTokenizer
@@ -13,8 +13,8 @@ configure(__file__, globals())
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 folder = dataset_folder(data_dir, 'shakespeare_char')
-path = input or download(urls, folder / 'input.txt', SHA256, 'Without a network, give a local copy with --input=FILE, or train on '
-                         'the default dataset, which needs no download: python train.py')
+ADVICE = 'Without a network, give a local copy with --input=FILE, or train on the default dataset: python train.py'
+path = input or download(urls, folder / 'input.txt', SHA256, ADVICE)
 text = read_text(path)
 if len(text) < 20:
     raise UserError(f'{path} has only {len(text)} characters: that is too little to train on')

@@ -1,0 +1,100 @@
+"""The scripts are tested through their own doors: a copy of the checkout in a temporary folder, and a new process for each command."""
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHARED = CHECKOUT.parent / 'shared' / 'data'
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / 'prepare')]
+
+# Small and quick, but with dropout and accumulation, so that what could go wrong has its chance
+TINY = ['--dataset=toy', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--batch_size=4', '--device=cpu',
+        '--gradient_accumulation_steps=2', '--dropout=0.2', '--max_iters=8', '--eval_interval=4', '--log_interval=2']
+
+
+def toy_text(n, seed=0):
+    """About n characters of made-up sentences, the same for the same seed."""
+    rng = random.Random(seed)
+    words = ['ba', 'dodo', 'fu', 'gimme', 'kilo', 'lamp', 'ni', 'opal', 'qua', 'rust']
+    text = ''
+    while len(text) < n:
+        text += ' '.join(rng.choices(words, k=rng.randint(2, 7))) + '.\n'
+    return text[:n]
+
+
+class Project:
+    """A copy of the scripts in a folder of its own; the name has a space and an umlaut, as folders of people have."""
+
+    def __init__(self, root):
+        self.root = root
+        for pattern in ('*.py', 'prepare/*.py', 'config/*.py'):
+            for path in CHECKOUT.glob(pattern):
+                (root / path.relative_to(CHECKOUT)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, root / path.relative_to(CHECKOUT))
+
+    def start(self, script, *args, **kwargs):
+        """A running process of `python SCRIPT ARGS`."""
+        env = {**os.environ, 'PYTHONIOENCODING': 'utf-8', **kwargs.pop('env', {})}
+        return subprocess.Popen([sys.executable, str(self.root / script), *map(str, args)], cwd=kwargs.pop('cwd', self.root), env=env,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', **kwargs)
+
+    def run(self, script, *args, status=0, typed='', **kwargs):
+        """`python SCRIPT ARGS`, to its end. Checks the exit status, and that no traceback was shown; returns (stdout, stderr)."""
+        process = self.start(script, *args, **kwargs)
+        out, err = process.communicate(typed, timeout=100)
+        assert process.returncode == status, f'status {process.returncode}\n{out}\n{err}'
+        assert 'Traceback' not in err, err
+        return out, err
+
+    def fails(self, script, *args, **kwargs):
+        """`python SCRIPT ARGS` must end with status 2 and one line on stderr, which is returned."""
+        _, err = self.run(script, *args, status=2, **kwargs)
+        assert len(err.strip().splitlines()) == 1, err
+        return err
+
+    def train(self, *args, **kwargs):
+        """train.py with TINY's settings, then args."""
+        return self.run('train.py', *TINY, *args, **kwargs)
+
+    def checkpoint(self, run, name='last.pt'):
+        import torch
+        return torch.load(self.root / 'out' / run / name, weights_only=True)
+
+
+def make_toy(root, **meta):
+    """data/toy in a project: a char dataset; meta overrides what its meta.json says."""
+    from tokenizer import CharTokenizer
+    text = toy_text(6000)
+    tok = CharTokenizer.train(text)
+    ids = tok.encode_to_numpy(text).astype('<u2')
+    folder = root / 'data' / 'toy'
+    folder.mkdir(parents=True, exist_ok=True)
+    ids[:5000].tofile(folder / 'train.bin')
+    ids[5000:].tofile(folder / 'val.bin')
+    content = {'format': 1, 'kind': 'stream', 'dtype': 'uint16', 'vocab_size': tok.vocab_size, 'tokenizer': tok.to_dict(),
+               'counts': {'train': 5000, 'val': 1000}, **meta}
+    (folder / 'meta.json').write_text(json.dumps(content), encoding='utf-8')
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A fresh copy of the project with a small dataset data/toy."""
+    p = Project(tmp_path / 'pocket übung')
+    make_toy(p.root)
+    return p
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A project with a finished run out/toy: look at it, don't change it."""
+    p = Project(tmp_path_factory.mktemp('trained'))
+    make_toy(p.root)
+    p.stdout, p.stderr = p.train()
+    return p

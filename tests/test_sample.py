@@ -1,0 +1,95 @@
+"""sample.py: prompts, samples, stop strings, the completion prompt, and mistakes."""
+import os
+import signal
+
+import pytest
+import torch
+
+QUICK = ('--max_new_tokens=30', '--device=cpu')
+
+
+def test_writes_behind_the_prompt(trained):
+    out, err = trained.run('sample.py', *QUICK, '--start=ba do')
+    assert out.startswith('ba do') and len(out) == 5 + 30 + 1 and err == ''
+    assert trained.run('sample.py', *QUICK, '--start=ba do')[0] == out  # the same seed
+    assert trained.run('sample.py', *QUICK, '--start=ba do', '--seed=2')[0] != out
+    assert trained.run('sample.py', *QUICK, '--start=ba do', f'--out_dir={trained.root / "out" / "toy"}', '--weights=last')[0].startswith('ba do')
+
+
+def test_several_prompts_and_samples(trained, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('gimme ', encoding='utf-8')
+    out, _ = trained.run('sample.py', *QUICK, '--start=ba', f'--start=FILE:{tmp_path / "prompt.txt"}', '--num_samples=2', '--temperature=0')
+    parts = [part.split('\n', 1)[1].rstrip('\n') for part in out.split('--- ')[1:]]
+    assert len(parts) == 4 and parts[0] == parts[1] and parts[2] == parts[3] and parts[0].startswith('ba') and parts[2].startswith('gimme ')
+    alone, _ = trained.run('sample.py', *QUICK, '--start=gimme ', '--temperature=0')
+    assert alone.strip() == parts[2].strip()  # a ragged batch changes nothing
+
+
+def test_stop_strings_end_the_text_before_them(trained):
+    whole, _ = trained.run('sample.py', *QUICK, '--start=ba', '--temperature=0')
+    stop = whole[10:13]
+    out, _ = trained.run('sample.py', *QUICK, '--start=ba', '--temperature=0', f'--stop={stop}', '--stop=never')
+    assert out.rstrip('\n') == whole[:whole.index(stop, 2)].rstrip('\n')
+
+
+def test_completion_prompt(trained):
+    out, err = trained.run('sample.py', '--chat', *QUICK, typed='ba\n\nß\nfu\nexit\nnot read\n')
+    assert out.count('> ') == 5 and "does not know 'ß'" in err and '> ba' in out and '> fu' in out and 'not read' not in out
+    out, _ = trained.run('sample.py', '--interactive', *QUICK, typed='ba')  # the end of input ends it too
+    assert '> ba' in out
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+def test_ctrl_c_in_the_completion_prompt(trained):
+    process = trained.start('sample.py', '--chat', '--max_new_tokens=1000000', '--device=cpu')
+    process.stdin.write('ba\n')
+    process.stdin.flush()
+    got = ''
+    while '> ba' not in got:
+        got += process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--start=ba ß'], "does not know 'ß' (U+00DF)"), (['--start=FILE:gone.txt'], 'cannot read the prompt FILE:gone.txt'),
+    (['--top_p=2', '--temperature=-1'], 'temperature must be'), (['--num_samples=0'], 'must be at least 1'), (['--out_dir=gone'], 'there is no checkpoint'),
+    (['--top_k=0'], 'top_k must be at least 1'), (['--dtype=float16', '--device=cpu'], 'needs a GPU')])
+def test_mistakes(trained, args, said):
+    assert said in trained.fails('sample.py', *args)
+
+
+def test_drop_unknown(trained):
+    out, _ = trained.run('sample.py', *QUICK, '--start=baß', '--drop_unknown', '--temperature=0')
+    assert out == trained.run('sample.py', *QUICK, '--start=ba', '--temperature=0')[0]
+
+
+def test_nothing_trained_yet(project):
+    assert 'train one with python train.py' in project.fails('sample.py')
+
+
+def test_checkpoint_that_does_not_fit_together(project, trained):
+    folder = project.root / 'out' / 'odd'
+    folder.mkdir(parents=True)
+    state = trained.checkpoint('toy')
+    for change, said in (({'model_args': {**state['model_args'], 'n_layer': 5}}, 'does not fit together'), ({'model_args': {'depth': 3}}, 'does not fit together'),
+                         ({'tokenizer': {'kind': 'word'}}, "unknown kind of tokenizer 'word'"), ({'format': 99}, 'format 99'), ({'format': None}, 'parts are missing')):
+        torch.save({**state, **change}, folder / 'best.pt')
+        assert said in project.fails('sample.py', '--out_dir=out/odd')
+    torch.save(torch.ones(3), folder / 'best.pt')
+    assert 'parts are missing' in project.fails('sample.py', '--out_dir=out/odd')
+
+
+def test_special_ids_are_never_written(project, trained):
+    """A model that wants nothing but its padding token."""
+    state = trained.checkpoint('toy', 'best.pt')
+    state['tokenizer'] = {'kind': 'byte'}
+    state['model_args'].update(vocab_size=260)  # 257 to 259 mean nothing
+    for key in ('transformer.wte.weight', 'lm_head.weight'):
+        state['model'][key] = torch.randn(260, 16)
+    state['model']['lm_head.weight'][256:] *= 50
+    (project.root / 'out' / 'pad').mkdir(parents=True)
+    torch.save(state, project.root / 'out' / 'pad' / 'best.pt')
+    out, _ = project.run('sample.py', '--out_dir=out/pad', '--start=a', '--ignore_eot', *QUICK)
+    assert len(out) > 5

@@ -1,0 +1,247 @@
+"""train.py as people use it: the whole road, resuming to the bit, stopping, and every mistake that has an answer."""
+import csv
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import CHECKOUT, make_toy, toy_text
+
+
+def rows(project, run):
+    with open(project.root / 'out' / run / 'log.csv', encoding='utf-8') as f:
+        return list(csv.DictReader(f))
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(a, b):
+    for part in ('model', 'optimizers', 'step', 'best', 'bad_evals', 'loss_sum', 'loss_tokens', 'val_loss'):
+        assert same(a[part], b[part]), part
+
+
+def test_what_a_run_says_and_leaves(trained):
+    out = trained.stdout
+    for part in ('M parameters, 128 tokens a step', 'cpu in ', 'GB of memory', 'step 2: loss', 'tokens/s', 'left', 'perplexity', 'bits a byte',
+                 'the best so far', 'next: python sample.py'):
+        assert part in out, part
+    assert trained.stderr == ''
+    run = trained.root / 'out' / 'toy'
+    assert sorted(p.name for p in run.iterdir()) == ['best.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png']
+    assert (run / 'loss.png').read_bytes().startswith(b'\x89PNG')
+    log = rows(trained, 'toy')
+    assert [(r['step'], r['tokens']) for r in log] == [('4', '512'), ('8', '1024')]
+    assert all(float(v) >= 0 for r in log for v in r.values())
+    state = trained.checkpoint('toy')
+    assert state['step'] == 8 and state['config']['n_embd'] == 16 and state['tokenizer']['kind'] == 'char'
+
+
+def test_validation_is_the_mean_over_all_of_val(trained):
+    """The number in the checkpoint, against the plain formula; and --eval_only says it again."""
+    import checkpoint
+    from data import Stream, read_meta
+    path = trained.root / 'out' / 'toy' / 'best.pt'
+    state = checkpoint.load(path)
+    model, tok = checkpoint.build(state, path)
+    folder = trained.root / 'data' / 'toy'
+    ids = torch.from_numpy(Stream(folder, read_meta(folder), 'val', 16).tokens().astype('int64'))
+    total = 0.0
+    with torch.no_grad():
+        for i in range(0, len(ids) - 1, 16):
+            x, y = ids[i:i + 16][:len(ids) - 1 - i], ids[i + 1:i + 17]
+            total += -model(x[None])[0][0].log_softmax(-1).gather(1, y[:, None]).sum().item()
+    assert abs(total / (len(ids) - 1) - state['best']) < 0.02  # training may run in bfloat16
+    out, _ = trained.run('train.py', '--eval_only', f'--out_dir={trained.root / "out" / "toy"}', '--dtype=float32')
+    said = float(out.split('val loss ')[1].split()[0])
+    assert abs(said - total / (len(ids) - 1)) < 1e-4
+    bits = float(out.split(', ')[-1].split()[0])
+    assert abs(bits - said / 0.693147) < 2e-3  # a character of this text is a byte
+
+
+@pytest.mark.parametrize('extra', [(), ('--optimizer=adamw', '--schedule=cosine', '--attn_dropout=0.1', '--label_smoothing=0.1', '--gradient_checkpointing')])
+def test_resume_is_exact(project, trained, extra):
+    """8 steps are 3 and 5: weights, optimizer, scores and log; stopped between evaluations, with dropout, on another path."""
+    if extra:
+        project.train(*extra, '--out_dir=whole')
+        whole = project.root / 'whole'
+    else:
+        whole = trained.root / 'out' / 'toy'
+    # a stop after three steps, as Ctrl-C makes it, without the race
+    text = (project.root / 'train.py').read_text(encoding='utf-8')
+    assert 'model.train()\nlog_rows' in text
+    stopping = text.replace('    torch.manual_seed((seed', '    if step == 2:\n        ask_to_stop(signal.SIGINT, None)\n    torch.manual_seed((seed')
+    (project.root / 'stopping.py').write_text(stopping, encoding='utf-8')
+    from conftest import TINY
+    out, _ = project.run('stopping.py', *TINY, *extra, '--out_dir=parts', status=130)
+    assert 'stopped by SIGINT at step 3' in out and '--resume' in out
+    project.run('train.py', '--resume', '--out_dir=parts')
+    load = lambda folder, name: torch.load(folder / name, weights_only=True)  # noqa: E731
+    for name in ('last.pt', 'best.pt'):
+        assert_same_run(load(whole, name), load(project.root / 'parts', name))
+    logs = [[[v for k, v in row.items() if k not in ('seconds', 'tokens_per_s')] for row in csv.DictReader(open(f / 'log.csv', encoding='utf-8'))]
+            for f in (whole, project.root / 'parts')]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+
+
+def test_a_run_does_not_depend_on_how_often_it_is_evaluated(project, trained):
+    project.train('--eval_interval=2', '--sample_tokens=10', '--out_dir=often')
+    a, b = trained.checkpoint('toy'), torch.load(project.root / 'often' / 'last.pt', weights_only=True)
+    assert same(a['model'], b['model']) and same(a['optimizers'], b['optimizers'])
+
+
+def test_accumulation_equals_the_whole_batch(project):
+    def weights(run, *args):
+        project.train('--dropout=0', '--dtype=float32', '--max_iters=3', '--optimizer=adamw', f'--out_dir={run}', *args)
+        return torch.load(project.root / run / 'last.pt', weights_only=True)['model']
+    a = weights('a', '--batch_size=8', '--gradient_accumulation_steps=1')
+    b = weights('b', '--batch_size=2', '--gradient_accumulation_steps=4')
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+@pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+def test_signals_save_first(project, name):
+    from conftest import TINY
+    process = project.start('train.py', *TINY, '--max_iters=100000', '--eval_interval=100000', '--log_interval=1')
+    lines = iter(process.stdout.readline, '')
+    assert any(line.startswith('step 5:') for line in lines)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name) and 'Traceback' not in err
+    assert f'stopped by {name}' in out and '--resume' in out
+    step = project.checkpoint('toy')['step']
+    assert step >= 5
+    out, _ = project.run('train.py', '--resume', '--dataset=toy', f'--max_iters={step + 2}')
+    assert f'step {step} of {step + 2}' in out and 'changed since' in out and f'max_iters 100000 -> {step + 2}' in out
+
+
+def test_divergence_stops_and_keeps_the_checkpoint(project):
+    err = project.fails('train.py', *__import__('conftest').TINY, '--learning_rate=1e30', '--muon_lr=1e30', '--eval_interval=1', '--grad_clip=0')
+    assert 'diverged' in err and 'loss' in err and 'gradient norm' in err and 'learning rate' in err
+    state = project.checkpoint('toy')
+    assert state['step'] >= 1 and all(w.isfinite().all() for w in state['model'].values())
+
+
+def test_early_stopping_and_best(project):
+    out, _ = project.train('--patience=2', '--max_iters=400', '--eval_interval=20', '--learning_rate=0.03', '--dropout=0')
+    log = rows(project, 'toy')
+    vals = [float(r['val_loss']) for r in log]
+    at = vals.index(min(vals))
+    assert len(vals) < 20 and at == len(vals) - 3
+    best = project.checkpoint('toy', 'best.pt')
+    assert best['step'] == int(log[at]['step']) and project.checkpoint('toy')['step'] == int(log[-1]['step'])
+    assert f'{best["val_loss"]:.5f}' == log[at]['val_loss']
+
+
+def test_a_run_is_never_overwritten(project):
+    project.train('--max_iters=1')
+    before = (project.root / 'out' / 'toy' / 'last.pt').read_bytes()
+    out, _ = project.train('--max_iters=1')
+    assert 'held a run' in out and (project.root / 'out' / 'toy.1' / 'last.pt').read_bytes() == before
+
+
+def test_datasets_are_prepared_when_missing(project):
+    (project.root / 'prepare' / 'made.py').write_text(
+        'from common import dataset_folder, write_stream\nfrom configurator import configure\nfrom tokenizer import ByteTokenizer\n'
+        'data_dir: str | None = None\nconfigure(__file__, globals())\ntok = ByteTokenizer()\nids = tok.encode_to_numpy("hello world " * 50)\n'
+        'write_stream(dataset_folder(data_dir, "made"), tok, ids, ids[:50], {}, "none")\n', encoding='utf-8')
+    out, _ = project.train('--dataset=made', '--max_iters=1', '--data_dir=elsewhere')
+    assert 'running prepare/made.py' in out and (project.root / 'elsewhere' / 'made' / 'meta.json').is_file()
+
+
+def test_all_problems_with_numbers_at_once(project):
+    err = project.fails('train.py', '--n_embd=384', '--n_head=5', '--batch_size=0', '--learning_rate=-1', '--dropout=2', '--beta2=1')
+    for part in ('n_embd must be divisible by n_head, got 384 and 5', 'batch_size must be at least 1', 'learning_rate must be', 'dropout must be', 'beta2'):
+        assert part in err
+
+
+def cut_train(folder):
+    (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-7])
+
+
+def bad_id(folder):
+    ids = bytearray((folder / 'train.bin').read_bytes())
+    ids[100:102] = b'\xff\xff'
+    (folder / 'train.bin').write_bytes(ids)
+
+
+@pytest.mark.parametrize('break_it, args, said', [
+    (None, ['--dataset=nope'], "no dataset 'nope'"), (None, ['--block_size=5000'], 'only 5,000 ids'),
+    (cut_train, [], 'train.bin has 9,993 bytes'), (bad_id, [], 'train.bin has id 65535'),
+    (lambda f: (f / 'meta.json').write_text('{"kind": 5', encoding='utf-8'), [], 'meta.json is not'),
+    (lambda f: make_toy(f.parent.parent, tokenizer={'kind': 'word'}), [], "unknown kind of tokenizer 'word'"),
+    (lambda f: make_toy(f.parent.parent, vocab_size=5), [], 'meta.json says vocab_size 5'),
+    (None, ['--resume', '--out_dir=nowhere'], 'there is no'), (None, ['--device=tpu'], "got 'tpu'"), (None, ['--dtype=float16'], 'needs a GPU'),
+    pytest.param(None, ['--device=mps'], 'this machine has: cpu', marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason='has MPS')),
+    pytest.param(None, ['--device=cuda:7'], '--device=cuda:7 is not available here', marks=pytest.mark.skipif(torch.cuda.device_count() > 7, reason='has it')),
+])
+def test_mistakes(project, break_it, args, said):
+    if break_it:
+        break_it(project.root / 'data' / 'toy')
+    assert said in project.fails('train.py', '--dataset=toy', '--device=cpu', '--block_size=16', *args)
+    assert not (project.root / 'out').exists()
+
+
+def test_out_dir_that_cannot_be_written(project):
+    (project.root / 'file').write_text('', encoding='utf-8')
+    assert 'cannot write to' in project.fails('train.py', '--dataset=toy', '--block_size=16', '--out_dir=file/run')
+
+
+def test_resume_refuses_what_it_cannot_honour(project, trained):
+    run = f'--out_dir={trained.root / "out" / "toy"}'
+    err = project.fails('train.py', '--resume', run, '--n_layer=3', '--dataset=other')
+    assert 'n_layer 2 -> 3' in err and 'dataset toy -> other' in err
+
+
+@pytest.mark.parametrize('content, said', [(b'', 'cut short'), (b'not a checkpoint', 'cut short'), ('half', 'cut short'), ('pickle', 'code')])
+def test_resume_from_what_is_no_checkpoint(project, trained, content, said):
+    good = (trained.root / 'out' / 'toy' / 'last.pt').read_bytes()
+    (project.root / 'out' / 'toy').mkdir(parents=True)
+    path = project.root / 'out' / 'toy' / 'last.pt'
+    if content == 'pickle':
+        torch.save({'model': __import__('pathlib').PurePosixPath('/tmp')}, path)  # any class but tensors: its pickle would run code
+    else:
+        path.write_bytes(good[:len(good) // 2] if content == 'half' else content)
+    assert said in project.fails('train.py', '--resume', '--dataset=toy')
+
+
+def test_out_of_memory_says_what_to_lower(project):
+    err = project.fails('train.py', '--dataset=toy', '--device=cpu', '--block_size=16', '--n_embd=4000000', '--n_head=1', '--n_layer=1')
+    assert 'out of memory: lower --batch_size' in err
+
+
+def test_compile_falls_back_or_says_so(project):
+    out, _ = project.train('--max_iters=1', '--compile=auto')
+    assert 'eager (compiling pays late on cpu; --compile tries it)' in out
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_python():
+    """python train.py, as typed."""
+    import tempfile
+    from pathlib import Path
+
+    from conftest import Project
+    with tempfile.TemporaryDirectory() as folder:
+        p = Project(Path(folder) / 'clone')
+        start = time.time()
+        out, _ = p.run('train.py')
+        log = rows(p, 'stdlib')
+        assert float(log[0]['val_loss']) > float(log[-1]['val_loss']) and float(log[-1]['val_loss']) < 1.8, out
+        print(out, time.time() - start)
+
+
+def test_toy_text_is_learned(project):
+    """Loss on made-up sentences comes near what they hold: the words are equally likely."""
+    assert len(toy_text(100)) == 100 and (CHECKOUT / 'train.py').is_file()
+    project.train('--dropout=0', '--max_iters=300', '--eval_interval=300', '--n_embd=32', '--learning_rate=0.01', '--gradient_accumulation_steps=1',
+                  '--batch_size=16')
+    assert float(rows(project, 'toy')[-1]['val_loss']) < 1.0
