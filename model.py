@@ -463,11 +463,8 @@ class GPT(nn.Module):
             for row, p in zip(seen, prompts):
                 row[torch.as_tensor(p)] = True
             seen = seen.to(device)
-        if banned:
-            banned = torch.zeros(V, dtype=torch.bool).index_fill_(0, torch.tensor(sorted(banned)), True).to(device)
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device).manual_seed(seed)
+        banned = torch.tensor([i in banned for i in range(V)], device=device) if banned else None
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         idx, done, cache = idx.to(device), torch.zeros(B, dtype=torch.bool, device=device), None
         for step in range(max_new_tokens):
             if cache is not None and cache.len < cache.size:

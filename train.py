@@ -181,7 +181,7 @@ if state is not None:
         progress = {key: state[key] for key in progress}
         if resume:
             for o, saved in zip(optimizers, state['optimizers'], strict=True):
-                settings = [{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups]
+                settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in o.param_groups]
                 o.load_state_dict(saved)
                 for group, now in zip(o.param_groups, settings):
                     group.update(now)  # betas, weight decay … are those of today's knobs, not of the file

@@ -40,7 +40,7 @@ class Project:
 
     def start(self, script, *args, **kwargs):
         """A running process of `python SCRIPT ARGS`."""
-        env = {**os.environ, 'PYTHONIOENCODING': 'utf-8', **kwargs.pop('env', {})}
+        env = {**os.environ, 'PYTHONIOENCODING': 'utf-8', 'OMP_NUM_THREADS': '1', **kwargs.pop('env', {})}  # tests run side by side
         return subprocess.Popen([sys.executable, str(self.root / script), *map(str, args)], cwd=kwargs.pop('cwd', self.root), env=env,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', **kwargs)
 
