@@ -56,7 +56,7 @@ def time_training(who, name):
     net, times, end = net.to(where).train(), [], None
     fused = who == 'ours' or where.type == 'cuda'  # nanoGPT fuses on CUDA only
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
-    while end is None or time.perf_counter() < end or len(times) < 5:
+    while end is None or time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
         idx, targets = torch.randint(65, (2, B, T)).to(where)
         with autocast(where, precision):

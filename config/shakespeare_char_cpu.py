@@ -8,4 +8,6 @@ batch_size = 16
 max_iters = 800
 learning_rate = 1e-2
 muon_lr = 0.015
-eval_interval = 200
+muon_momentum = 0.85
+warmup_iters = 2
+eval_interval = 160
