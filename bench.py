@@ -23,6 +23,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -83,6 +84,10 @@ def matmul_ceiling(where, precision, n=2048):
     return 2 * n ** 3 / best
 
 
+if nanogpt and not (Path(nanogpt) / 'model.py').is_file():
+    raise UserError(f'--nanogpt={nanogpt} holds no model.py: name the folder of a clone of nanoGPT')
+if rounds < 1:
+    raise UserError(f'rounds must be at least 1, got {rounds}')
 if worker:
     print(json.dumps(time_training(worker, shape)))
     raise SystemExit(0)

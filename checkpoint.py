@@ -45,7 +45,7 @@ def build(state, path, **overrides):
         model.load_state_dict(state['model'])
         return model.eval(), tokenizer.from_dict(state['tokenizer'])
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise UserError(f'{path} does not fit together: {str(e).splitlines()[0]}') from None
+        raise UserError(f'{path} does not fit together: {str(e).splitlines()[-1].strip()}') from None
 
 
 def model_state(model, tok, config):

@@ -27,14 +27,22 @@ class UserError(ValueError):
 
 
 def show_user_errors(script):
-    """From here on an uncaught UserError, Ctrl-C or lack of memory ends in one sentence on stderr, not in a traceback."""
+    """From here on an uncaught UserError, Ctrl-C or lack of memory ends in one sentence on stderr, not in a traceback.
+
+    And text is UTF-8 wherever it comes from or goes to: a console or file that can't hold a character is no error.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(encoding='utf-8', errors='replace')
+
     def hook(kind, error, traceback):
         text = str(error)
         if issubclass(kind, UserError):
             status = 2
         elif issubclass(kind, KeyboardInterrupt):
             text, status = 'interrupted', 130
-        elif issubclass(kind, MemoryError) or 'out of memory' in text.lower() or "can't allocate memory" in text:
+        elif issubclass(kind, MemoryError) or any(
+                s in text.lower() for s in ('out of memory', 'not enough memory', "can't allocate memory")):
             text, status = ('out of memory: lower --batch_size (and raise --gradient_accumulation_steps to match), --block_size '
                             'or the model, or try --gradient_checkpointing'), 2
         elif issubclass(kind, BrokenPipeError):
@@ -106,13 +114,8 @@ def convert(value, kind):
                 return choice
         raise ValueError
     if get_origin(kind) is tuple:
-        if isinstance(value, str) and value[:1] in '([':
-            try:  # --start="('one', 'two')"
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                pass
-        value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else None
-        if value is None or not all(isinstance(v, str) for v in value):
+        value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else (None,)
+        if not all(isinstance(v, str) for v in value):
             raise ValueError
         return value
     if kind is str:
@@ -206,10 +209,9 @@ def configure(script_file, namespace, argv=None):
         name, equals, value = arg[2:].partition('=')
         name = name.replace('-', '_')
         if not equals:
-            if kinds.get(name) is not bool and True not in get_args(kinds.get(name)) and bool not in get_args(kinds.get(name)):
-                if name in kinds:
-                    problems.append(f'{arg} needs a value: write {arg}=… ({describe(kinds[name])})')
-                    continue
+            if name in kinds and bool not in (kinds[name], *get_args(kinds[name])):
+                problems.append(f'{arg} needs a value: write {arg}=… ({describe(kinds[name])})')
+                continue
             value = 'True'
         put(name, value, 'command line', append=name in seen and get_origin(kinds.get(name)) is tuple)
         seen.add(name)

@@ -42,6 +42,7 @@ def read_meta(folder):
         meta = json.loads(path.read_text(encoding='utf-8'))
         fields = {'format': int, 'kind': str, 'dtype': str, 'vocab_size': int, 'tokenizer': dict, 'counts': dict}
         bad = [f for f, kind in fields.items() if not isinstance(meta[f], kind)]
+        bad += ['kind'] if meta['kind'] != 'stream' else []
         bad += [f'counts.{s}' for s in ('train', 'val') if not isinstance(meta['counts'][s], int)]
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
@@ -140,7 +141,7 @@ class Stream:
             rows = self.windows(tokens, self.starts(seed, (step * micro_batches + m) * batch_size, batch_size))
             yield {'idx': rows[:, :-1], 'targets': rows[:, 1:]}
 
-    def eval_batches(self, max_tokens=16384):
+    def eval_batches(self, max_tokens):
         """The whole split once, in order, without overlap: dicts as from batches(); the last window is shorter."""
         tokens, whole = self.tokens(), (self.n - 1) // self.T
         B = max(1, max_tokens // self.T)
@@ -155,5 +156,5 @@ class Stream:
         """Bytes of UTF-8 text behind all ids but the first, which nobody predicts. byte_lengths: see Tokenizer."""
         tokens, total = self.tokens(), 0
         for i in range(1, self.n, 2**24):
-            total += int(byte_lengths[tokens[i:i + 2**24]].sum())
+            total += int(byte_lengths[self.check(tokens[i:i + 2**24])].sum())
         return total

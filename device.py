@@ -19,8 +19,8 @@ def keep_freed_memory():
     if sys.platform == 'linux':
         try:
             libc = ctypes.CDLL('libc.so.6')
-            libc.mallopt(-4, 0)           # M_MMAP_MAX: no block is mapped on its own
-            libc.mallopt(-1, 0x7fffffff)  # M_TRIM_THRESHOLD: keep up to 2 GB at the top of the heap
+            libc.mallopt(-4, 0)   # M_MMAP_MAX: no block is mapped on its own
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the top of the heap is never given back
         except (OSError, AttributeError):
             pass  # another C library: slower, but right
 
@@ -56,10 +56,8 @@ def pick_dtype(device, dtype):
         return (torch.bfloat16, 'the card computes in it') if ok else (torch.float16, 'the card is too old for bfloat16')
     if device.type == 'mps':
         return torch.float32, 'the safe choice on MPS'
-    probes = {'AMX': '_is_amx_tile_supported', 'AVX512_BF16': '_is_avx512_bf16_supported'}
-    for name, probe in probes.items():
-        if getattr(torch.cpu, probe, lambda: False)():
-            return torch.bfloat16, f'the processor has {name}'
+    if getattr(torch.cpu, '_is_avx512_bf16_supported', bool)():  # those with AMX have it too
+        return torch.bfloat16, 'the processor has AVX512_BF16'
     return torch.float32, 'the processor has no bfloat16 instructions'
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the version of our formats."""
+"""Files that are whole or not there, folders that one process writes to, and the version of our formats."""
 import os
 from pathlib import Path
 
@@ -24,3 +24,18 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
         why = getattr(e, 'strerror', None) or e
         raise UserError(f'cannot write {path}: {why}; free some space or choose another folder') from None
+
+
+def lock(folder):
+    """Claim a folder for this process: an open file to hold on to. Raises UserError where another process has it."""
+    f = open(Path(folder) / '.lock', 'w')
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back whatever happens to us
+    except OSError:
+        raise UserError(f'another run is writing to {folder}: wait for it, or choose another place with --out_dir=…') from None
+    return f

@@ -244,51 +244,24 @@ class Block(nn.Module):
 MAX_LOGITS = 2**24  # held at a time: 64 MB in float32
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of (x @ weight.T) with targets, summed, a slice of rows at a time.
-
-    The gradient of a slice's logits is known as soon as its logits are, so forward() takes both and throws them away:
-    no (N, V) tensor is ever held, and nothing is computed twice. The idea is Liger Kernel's, https://arxiv.org/abs/2410.10989
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, label_smoothing, softcap):
-        V = weight.size(0)
-        rows = max(1, MAX_LOGITS // V)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        for i in range(0, x.size(0), rows):
-            xi, ti = x[i:i + rows], targets[i:i + rows]
-            with torch.enable_grad():
-                logits = F.linear(xi, weight.to(xi.dtype)).float().requires_grad_()
-                li = cross_entropy(logits, ti, label_smoothing, softcap)
-            loss += li.detach()
-            g, = torch.autograd.grad(li, logits)
-            g = g.to(xi.dtype)
-            grad_x[i:i + rows] = g @ weight.to(xi.dtype)
-            grad_w += g.t() @ xi
-        ctx.save_for_backward(grad_x, grad_w)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None, None
-
-
-def cross_entropy(logits, targets, label_smoothing=0.0, softcap=0.0):
-    """Summed cross-entropy over the targets that are not -1. logits: (N, V) float32; targets: (N,) int64."""
+def slice_loss(x, weight, targets, label_smoothing, softcap):
+    """Summed cross-entropy of x (N, C) through a head (V, C) against targets (N,); -1 is ignored."""
+    logits = F.linear(x, weight).float()  # (N, V)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=label_smoothing, reduction='sum')
 
 
 def head_loss(x, weight, targets, label_smoothing=0.0, softcap=0.0):
-    """Summed cross-entropy of hidden states x (B, T, C) through a head (V, C) against targets (B, T); -1 is ignored."""
-    x, targets = x.flatten(0, 1), targets.flatten()
-    if x.size(0) * weight.size(0) <= MAX_LOGITS:  # small enough to hold whole
-        return cross_entropy(F.linear(x, weight).float(), targets, label_smoothing, softcap)
-    return ChunkedCrossEntropy.apply(x, weight, targets, label_smoothing, softcap)
+    """slice_loss() of x (B, T, C) and targets (B, T), in slices where all logits would be more than MAX_LOGITS.
+
+    The backward pass computes each slice's logits anew (an eighth more time in the head), so no (B*T, V) tensor is ever held.
+    """
+    x, targets, rows = x.flatten(0, 1), targets.flatten(), max(1, MAX_LOGITS // weight.size(0))
+    if x.size(0) <= rows:
+        return slice_loss(x, weight, targets, label_smoothing, softcap)
+    return sum(checkpoint(slice_loss, xi, weight, ti, label_smoothing, softcap, use_reentrant=False, preserve_rng_state=False)
+               for xi, ti in zip(x.split(rows), targets.split(rows)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -406,7 +379,7 @@ class GPT(nn.Module):
         if c.pos == 'learned':
             x = x + self.transformer.wpe(pos)
         elif c.pos == 'sinusoidal':
-            x = x + self.sinusoid[pos].to(x.dtype)
+            x = x * math.sqrt(c.n_embd) + self.sinusoid[pos].to(x.dtype)  # scaled as in the paper, or the sines drown the tokens
         if torch.is_autocast_enabled(x.device.type):  # the residual stream in bf16 too: half the memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rope = (self.cos[pos].to(x.dtype), self.sin[pos].to(x.dtype)) if c.pos == 'rotary' else None

@@ -7,13 +7,13 @@ through the iteration as one batch: on small models in about half the time.
 import torch
 
 
-def orthogonalize(G, steps=5):
-    """Nearest semi-orthogonal matrices, roughly: all singular values go to about 1. G: (N, rows, cols), returned as bfloat16.
+def orthogonalize(G, steps=5, dtype=torch.bfloat16):
+    """Nearest semi-orthogonal matrices, roughly: all singular values go to about 1. G: (N, rows, cols), returned in dtype.
 
     A quintic Newton-Schulz iteration; its coefficients have the steepest slope at zero that still converges to [0.7, 1.2].
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16()
+    X = G.to(dtype)
     if tall := G.size(1) > G.size(2):
         X = X.mT
     X = X / X.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # the iteration needs a spectral norm of at most 1
@@ -27,11 +27,13 @@ def orthogonalize(G, steps=5):
 class Muon(torch.optim.Optimizer):
     """params: 2-D weights (out, in). lr: of an update with singular values near 1, times sqrt(out / in) where out > in.
 
-    Nesterov momentum, decoupled weight decay. Raises ValueError on a parameter that is not a matrix.
+    Nesterov momentum, decoupled weight decay. dtype: of the iteration; bfloat16 is exact enough, and fast where the hardware
+    has it. Raises ValueError on a parameter that is not a matrix.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
         for p in (p for group in self.param_groups for p in group['params']):
             if p.ndim != 2:
                 raise ValueError(f'Muon takes matrices, got a parameter of shape {tuple(p.shape)}')
@@ -49,7 +51,7 @@ class Muon(torch.optim.Optimizer):
                 if 'momentum' not in state:
                     state['momentum'] = torch.zeros_like(grad)
                 state['momentum'].lerp_(grad, 1 - group['momentum'])
-                update = orthogonalize(grad.lerp_(state['momentum'], group['momentum']), group['ns_steps'])
+                update = orthogonalize(grad.lerp_(state['momentum'], group['momentum']), dtype=self.dtype)
                 scale = max(1, rows / cols) ** 0.5
                 torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(params, list(update.to(grad.dtype)), alpha=-group['lr'] * scale)

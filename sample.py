@@ -39,8 +39,6 @@ from device import pick_device, pick_dtype
 from model import check_sampling
 from tokenizer import UnknownCharacters
 
-for stream in (sys.stdin, sys.stdout, sys.stderr):  # a console that can't show a character shows another, never an error
-    stream.reconfigure(encoding='utf-8', errors='replace')
 sampling = {key: config[key] for key in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')}
 try:
     check_sampling(**sampling)
@@ -55,6 +53,8 @@ if out_dir is None:
     out_dir = runs[-1].parent
 out_dir = find(out_dir)
 path = out_dir / f'{weights}.pt'
+if not path.is_file():  # stopped before its first evaluation
+    path = out_dir / 'last.pt'
 device = pick_device(device)
 model, tok = checkpoint.build(checkpoint.load(path), path, gradient_checkpointing=False)
 model = model.to(device, pick_dtype(device, dtype)[0])

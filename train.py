@@ -71,9 +71,11 @@ config, explicit = configure(__file__, globals())
 import csv  # after configure(), so that --help and typing errors are answered at once
 import json
 import math
+import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -83,7 +85,7 @@ import tokenizer as tokenizers
 from configurator import ROOT
 from data import Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
-from files import write_whole
+from files import lock, write_whole
 from model import GPT, GPTConfig
 from muon import Muon
 
@@ -100,17 +102,20 @@ if resume or eval_only:
                         + ('' if eval_only else ', or leave --resume away to start anew'))
     state = checkpoint.load(path)
     saved, changed, refused = state['config'], [], []
-    for key in config.keys() & saved.keys() - {'out_dir', 'init_from', 'resume', 'eval_only'}:
-        if key not in explicit:  # what nobody named now is as it was
+    for key in sorted(config.keys() & saved.keys() - {'out_dir', 'init_from', 'resume', 'eval_only'}):
+        now = globals()[key]
+        if explicit.get(key) != 'command line':  # a run goes on as it was, unless it is told otherwise here and now
             globals()[key] = saved[key]
-        elif globals()[key] != saved[key]:
-            fixed = key in ('dataset', 'optimizer') or state['model_args'].get(key) == saved[key] and 'dropout' not in key
-            (refused if fixed else changed).append(f'{key} {saved[key]} -> {globals()[key]}')
+            if key in explicit and now != saved[key]:
+                print(f'{explicit[key]} says {key}={now}, the run was started with {saved[key]}: kept; --{key}={now} changes it')
+        elif now != saved[key] and key != 'data_dir':
+            fixed = key in {'dataset', 'optimizer', *state['model_args']} - {'dropout', 'attn_dropout', 'gradient_checkpointing'}
+            (refused if fixed else changed).append(f'{key} {saved[key]} -> {now}')
     if refused:
-        raise UserError(f'a run can\'t go on with another {", ".join(sorted(refused))}: '
+        raise UserError(f'a run can\'t go on with another {", ".join(refused)}: '
                         f'leave that away, or start a new run with another --out_dir')
     if changed:
-        print(f'changed since {path} was written: {", ".join(sorted(changed))}; the run goes on, but not as it would have')
+        print(f'changed since {path} was written: {", ".join(changed)}; the run goes on, but not as it would have')
 
 problems = []
 for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
@@ -136,7 +141,7 @@ folder = ensure_prepared(dataset, Path(data_dir).resolve() if data_dir else ROOT
 meta = read_meta(folder)
 try:
     tok = tokenizers.from_dict(meta['tokenizer'])
-    if tok.vocab_size > meta['vocab_size']:
+    if tok.vocab_size != meta['vocab_size']:
         raise ValueError(f'vocab_size is {meta["vocab_size"]}, but the tokenizer has {tok.vocab_size}')
 except ValueError as e:
     raise UserError(f'{folder / "meta.json"}: {e}; prepare the dataset again') from None
@@ -145,19 +150,26 @@ if state is not None and state['tokenizer'] != tok.to_dict():
                     f'start a new run with another --out_dir, or restore the dataset')
 train_data, val_data = Stream(folder, meta, 'train', block_size), Stream(folder, meta, 'val', block_size)
 val_bytes = val_data.count_bytes(tok.byte_lengths())
-
-if state is None and (out_dir / 'last.pt').is_file():  # nobody's work is overwritten
-    number = 1
-    while (aside := out_dir.with_name(f'{out_dir.name}.{number}')).exists():
-        number += 1
-    out_dir.rename(aside)
-    print(f'{out_dir} held a run: it is now {aside} (--resume would have gone on with it)')
 try:
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / '.write_test').write_bytes(b'')
-    (out_dir / '.write_test').unlink()
-except OSError as e:
-    raise UserError(f'cannot write to {out_dir}: {e.strerror}; choose another place with --out_dir=…') from None
+    first_ids = tok.prompt(sample_start)
+except tokenizers.UnknownCharacters as e:
+    raise UserError(f'--sample_start: {e}') from None
+
+saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir), 'data_dir': data_dir and str(folder.parent)}
+if not eval_only:
+    try:
+        if state is None and (out_dir / 'last.pt').is_file():  # nobody's work is overwritten
+            lock(out_dir).close()  # and no run loses its folder while it is writing to it
+            number = 1
+            while (aside := out_dir.resolve().with_name(f'{out_dir.resolve().name}.{number}')).exists():
+                number += 1
+            out_dir.rename(aside)
+            print(f'{out_dir} held a run: it is now {aside} (--resume would have gone on with it)')
+        out_dir.mkdir(parents=True, exist_ok=True)
+        claim = lock(out_dir)
+        write_whole(out_dir / 'config.json', lambda f: f.write(json.dumps(saved_config, indent=1).encode('utf-8')))
+    except OSError as e:
+        raise UserError(f'cannot write to {out_dir}: {e.strerror}; choose another place with --out_dir=…') from None
 
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA, where float32 products are left
@@ -168,7 +180,8 @@ optimizers = [torch.optim.AdamW([{'params': [p for p in others if p.ndim >= 2], 
                                  {'params': [p for p in others if p.ndim < 2], 'weight_decay': 0.0}],
                                 lr=learning_rate, betas=(beta1, beta2), fused=True)]
 if matrices:
-    optimizers.append(Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
+    optimizers.append(Muon(matrices, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay,
+                           dtype=torch.float32 if where.type == 'cpu' and precision == torch.float32 else torch.bfloat16))
 peaks = [[group['lr'] for group in o.param_groups] for o in optimizers]  # each rate is its peak times lr_factor(step)
 scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
@@ -187,13 +200,13 @@ if state is not None:
                     group.update(now)  # betas, weight decay … are those of today's knobs, not of the file
             scaler.load_state_dict(state['scaler'])
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as e:
-        raise UserError(f'{path} does not fit this model and optimizer: {str(e).splitlines()[0]}') from None
+        raise UserError(f'{path} does not fit this model and optimizer: {str(e).splitlines()[-1].strip()}') from None
     del state
 
 
 def forward(batch):
     """Summed loss of a batch that lies on the CPU, computed on the device."""
-    batch = {key: t.to(where, non_blocking=True) for key, t in batch.items()}
+    batch = {key: t.to(where) for key, t in batch.items()}
     with autocast(where, precision):
         return model(**batch, label_smoothing=label_smoothing if model.training else 0.0, reduction='sum')[1]
 
@@ -203,12 +216,12 @@ if compile is True or compile == 'auto' and where.type == 'cuda':
     model, engine = torch.compile(model), 'compiled'
     try:  # it compiles at the first call: do that here, where going without is still easy
         forward(next(train_data.batches(seed, 0, batch_size, 1))).backward()
-        model.zero_grad(set_to_none=True)
     except Exception as e:
         if compile is True:
             said = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
             raise UserError(f'--compile does not work here ({said}); leave it away') from None
         model, engine = raw_model, f'eager (compiling failed: {type(e).__name__})'
+    raw_model.zero_grad(set_to_none=True)
 elif compile == 'auto':
     engine = f'eager (compiling pays late on {where.type}; --compile tries it)'
 
@@ -216,7 +229,7 @@ elif compile == 'auto':
 def expected_memory():
     """Bytes for weights, gradients, optimizer and the activations of one micro-batch: an estimate, good to about a third."""
     e = 4 if precision == torch.float32 else 2
-    states = sum(p.numel() for p in others) * 16 + sum(p.numel() for p in matrices) * 12 + raw_model.num_params() * (e % 4)
+    states = sum(p.numel() for p in others) * 18 + sum(p.numel() for p in matrices) * 14  # weight, gradient, moments, bf16 copy
     scores = 3 * n_head * block_size if where.type == 'cpu' and block_size <= 1024 else 0  # attend() keeps them on a CPU
     layer = e * (12 * n_embd + 3 * (n_inner or 4 * n_embd) + scores)
     token = e * n_layer * n_embd + layer * (1 if gradient_checkpointing else n_layer)
@@ -244,11 +257,13 @@ def evaluate():
     from tqdm import tqdm
     model.eval()
     total = count = 0
-    for batch in tqdm(list(val_data.eval_batches()), desc='evaluating', leave=False, disable=None, delay=2):
-        total += forward(batch).item()
-        count += (batch['targets'] != -1).sum().item()
-        if stop:
-            break
+    with tqdm(desc='evaluating', total=val_data.n - 1, unit='tok', unit_scale=True, leave=False, disable=None, delay=2) as bar:
+        for batch in val_data.eval_batches(batch_size * block_size):
+            total += forward(batch).item()
+            count += (batch['targets'] != -1).sum().item()
+            bar.update(count - bar.n)
+            if stop:
+                break
     model.train()
     return None if stop else total / count
 
@@ -261,12 +276,8 @@ def in_words(loss):
 
 def write_sample(n):
     """Print n tokens that the model writes now."""
-    try:
-        start = tok.prompt(sample_start)
-    except tokenizers.UnknownCharacters:
-        start = tok.prompt('')
     raw_model.eval()
-    ids = raw_model.generate([start], n, eot=tok.specials.get('eot'), seed=seed, temperature=0.8, top_k=200)[0]
+    ids = raw_model.generate([first_ids], n, eot=tok.specials.get('eot'), seed=seed, temperature=0.8, top_k=200)[0]
     raw_model.train()
     print('-' * 80 + f'\n{tok.decode(ids)}\n' + '-' * 80, flush=True)
 
@@ -330,8 +341,6 @@ def ask_to_stop(number, frame):
 if eval_only:
     print(f'{path} (step {progress["step"]}): val loss {in_words(evaluate())}')
     raise SystemExit(0)
-saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir), 'data_dir': str(folder.parent)}
-write_whole(out_dir / 'config.json', lambda f: f.write(json.dumps(saved_config, indent=1).encode('utf-8')))
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, ask_to_stop)
 
@@ -353,25 +362,31 @@ def lr_factor(step):
     return floor + left * (1 - floor)
 
 
-def clock(seconds):
-    """Seconds as 1:02:03 or 2:03."""
-    h, m, s = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
-    return f'{h}:{m:02}:{s:02}' if h else f'{m}:{s:02}'
-
-
 def elapsed():
     """Seconds of training so far, those before a resume included."""
-    return progress['seconds'] + time.time() - t_start
+    return progress['seconds'] + time.perf_counter() - t_start
+
+
+def diverged(**what):
+    """The error for a loss or gradient that is no longer a number: nothing after this is worth saving."""
+    if log_rows:
+        draw(log_rows)
+    kept = f'the checkpoints in {out_dir} are from before this' if progress['evaluated'] else 'there is no checkpoint yet'
+    what['learning rate'] = f'{learning_rate * lr_factor(step):.3e}'
+    return UserError(f'training diverged at step {step} ({", ".join(f"{k} {v}" for k, v in what.items())}): '
+                     f'lower --learning_rate and --muon_lr or raise --warmup_iters; {kept}')
 
 
 step = first_step = log_step = progress['step']
-t_start = t_log = time.time()
+t_start = t_log = time.perf_counter()
 log_rows, val_loss, speed = read_log(), None, 0.0
 model.train()
 print(f'step {step} of {max_iters}; checkpoints go to {out_dir}', flush=True)
 while True:
     finished = step >= max_iters or bool(patience and progress['bad_evals'] >= patience)
     if (finished or step % eval_interval == 0) and step > progress['evaluated'] and (val_loss := evaluate()) is not None:
+        if not math.isfinite(val_loss):
+            raise diverged(**{'validation loss': val_loss})
         better = val_loss < progress['best']
         train_loss, lr = progress['loss_sum'] / progress['loss_tokens'], optimizers[0].param_groups[0]['lr']
         progress.update(evaluated=step, best=min(progress['best'], val_loss), loss_sum=0.0, loss_tokens=0,
@@ -379,11 +394,11 @@ while True:
         print(f'step {step}: train {train_loss:.4f}, val {in_words(val_loss)}' + ', the best so far' * better, flush=True)
         log_rows.append([step, step * tokens_per_step, f'{elapsed():.2f}', f'{train_loss:.5f}', f'{val_loss:.5f}', f'{lr:.3e}',
                          f'{progress["grad_norm"]:.4f}', f'{speed:.0f}'])
-        save(*(['last.pt', 'best.pt'] if better else ['last.pt']))
-        write_log(log_rows)
+        write_log(log_rows)  # in this order: wherever a crash comes, resuming from last.pt makes good what is missing
+        save(*(['best.pt', 'last.pt'] if better else ['last.pt']))
         if sample_tokens:
             write_sample(sample_tokens)
-        t_log, log_step = time.time(), step
+        t_log, log_step = time.perf_counter(), step
         continue  # it may have been one evaluation too many without progress
     if finished or stop:
         break
@@ -404,9 +419,7 @@ while True:
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()  # infinite: only measured
     step_loss = step_loss.item()
     if not math.isfinite(step_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):  # float16 may skip a step
-        raise UserError(f'training diverged at step {step}: loss {step_loss}, gradient norm {grad_norm}, '
-                        f'learning rate {learning_rate * lr_factor(step):.3e}. Lower --learning_rate and --muon_lr '
-                        f'or raise --warmup_iters; the checkpoints in {out_dir} are from before this')
+        raise diverged(loss=step_loss, **{'gradient norm': grad_norm})
     for o in optimizers:
         scaler.step(o)
         o.zero_grad(set_to_none=True)
@@ -415,11 +428,11 @@ while True:
     progress.update(step=step, grad_norm=grad_norm, loss_sum=progress['loss_sum'] + step_loss * n,
                     loss_tokens=progress['loss_tokens'] + n)
     if step % log_interval == 0 or step == first_step + 1:
-        now = time.time()
+        now = time.perf_counter()
         speed = tokens_per_step * (step - log_step) / (now - t_log)
         left = (now - t_start) / (step - first_step) * (max_iters - step)
         print(f'step {step}: loss {step_loss:.4f}, lr {learning_rate * lr_factor(step - 1):.2e}, {speed:,.0f} tokens/s, '
-              f'{clock(left)} left', flush=True)
+              f'{timedelta(seconds=int(left))} left', flush=True)
         t_log, log_step = now, step
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,13 +443,13 @@ if log_rows:
 if step > progress['evaluated']:  # stopped, and not behind an evaluation that has saved already
     save('last.pt')
 if stop:
-    again = ' '.join(a for a in sys.argv[1:] if a != '--resume')
+    again = shlex.join(a for a in sys.argv[1:] if a != '--resume')
     print(f'stopped by {stop} at step {step}; go on with: python train.py {again} --resume', flush=True)
     raise SystemExit(128 + getattr(signal, stop))
 peak = peak_memory(where)
-print(f'{clock(elapsed())} in all' + (f', {peak / 1e9:.2f} GB at the most' if peak else ''))
+print(f'{timedelta(seconds=int(elapsed()))} in all' + (f', {peak / 1e9:.2f} GB at the most' if peak else ''))
 if (out_dir / 'best.pt').is_file():
     raw_model.load_state_dict(checkpoint.load(out_dir / 'best.pt')['model'])
     write_sample(300)
     print(f'best val loss {in_words(progress["best"])}; {out_dir / "best.pt"}, {out_dir / "loss.png"}')
-    print(f'next: python sample.py --out_dir={out_dir} --chat')
+    print(f'next: python sample.py --out_dir={shlex.quote(str(out_dir))} --chat')

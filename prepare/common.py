@@ -37,7 +37,8 @@ def download(urls, path, sha256, advice):
     for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
         try:
             have = part.stat().st_size if part.is_file() else 0
-            with requests.get(url, stream=True, timeout=30, headers={'Range': f'bytes={have}-'} if have else {}) as r:
+            headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})  # bytes as they are on disk
+            with requests.get(url, stream=True, timeout=30, headers=headers) as r:
                 if r.status_code == 416:  # what we have is longer than the file: start anew
                     part.unlink()
                 r.raise_for_status()

@@ -18,14 +18,14 @@ configure(__file__, globals())
 
 # Left out: what some systems don't install, generated tables, and files that differ from build to build
 SKIP = {'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'lib2to3', 'ensurepip', 'encodings', 'pydoc_data',
-        'site-packages', 'dist-packages'}
+        'site-packages', 'dist-packages', 'sitecustomize.py', 'usercustomize.py'}
 
 folder = dataset_folder(data_dir, 'stdlib')
 lib, tokenizer = Path(sysconfig.get_paths()['stdlib']), ByteTokenizer()
 eot = np.array([tokenizer.specials['eot']], dtype=np.uint16)
 train, val, files, size = [], [], 0, 0
 for name, path in sorted((p.relative_to(lib).as_posix(), p) for p in lib.rglob('*.py')):
-    if SKIP & set(name.split('/')) or name.startswith(('config-', '_sysconfigdata')):
+    if SKIP & set(name.split('/')) or name.startswith(('config-', '_sysconfigdata')) or not path.is_file():
         continue
     source = path.read_bytes().replace(b'\r\n', b'\n')
     (val if files % 40 == 39 else train).extend([np.frombuffer(source, dtype=np.uint8).astype(np.uint16), eot])

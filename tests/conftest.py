@@ -40,14 +40,14 @@ class Project:
 
     def start(self, script, *args, **kwargs):
         """A running process of `python SCRIPT ARGS`."""
-        env = {**os.environ, 'PYTHONIOENCODING': 'utf-8', 'OMP_NUM_THREADS': '1', **kwargs.pop('env', {})}  # tests run side by side
+        env = {**os.environ, 'PYTHONIOENCODING': 'cp1252', 'OMP_NUM_THREADS': '1', **kwargs.pop('env', {})}  # cp1252: as in a Windows console
         return subprocess.Popen([sys.executable, str(self.root / script), *map(str, args)], cwd=kwargs.pop('cwd', self.root), env=env,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', **kwargs)
 
-    def run(self, script, *args, status=0, typed='', **kwargs):
+    def run(self, script, *args, status=0, typed='', timeout=100, **kwargs):
         """`python SCRIPT ARGS`, to its end. Checks the exit status, and that no traceback was shown; returns (stdout, stderr)."""
         process = self.start(script, *args, **kwargs)
-        out, err = process.communicate(typed, timeout=100)
+        out, err = process.communicate(typed, timeout=timeout)
         assert process.returncode == status, f'status {process.returncode}\n{out}\n{err}'
         assert 'Traceback' not in err, err
         return out, err

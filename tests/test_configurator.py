@@ -43,7 +43,7 @@ def run(tmp_path, monkeypatch):
     ('--kind=b', 'kind', 'b'), ('--top_k=None', 'top_k', None), ('--top_k=5', 'top_k', 5),
     ('--flag', 'flag', True), ('--flag=True', 'flag', True), ('--flag=false', 'flag', False),
     ('--either=False', 'either', False), ('--either', 'either', True), ('--either=auto', 'either', 'auto'),
-    ('--many=one', 'many', ('one',)), ("--many=('one', 'two')", 'many', ('one', 'two')), ('--many=(one', 'many', ('(one',))])
+    ('--many=one', 'many', ('one',)), ('--many=[1]', 'many', ('[1]',))])
 def test_values(run, arg, knob, value):
     got = run(arg)[knob]
     assert got == value and type(got) is type(value)
@@ -56,6 +56,7 @@ def test_order_and_repetition(run):
 
 
 def test_config_may_compute(run):
+    assert run('c.py', c="many = ('one', 'two')")['many'] == ('one', 'two')
     got = run('c.py', c='import math\ndef double(x):\n    return 2 * x\n_half = 4\nbatch_size = double(_half)\nrate = 1')
     assert got['batch_size'] == 8 and got['rate'] == 1.0 and type(got['rate']) is float
 

@@ -73,7 +73,7 @@ def test_large_files_are_mapped_and_give_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'IN_MEMORY', 100)
     mapped = stream(tmp_path, ids, 16, dtype='uint32')
     assert mapped.loaded is None and whole.loaded is not None and whole.loaded.max() > 65_536
-    for a, b in zip(list(whole.batches(0, 3, 4, 2)) + list(whole.eval_batches()), list(mapped.batches(0, 3, 4, 2)) + list(mapped.eval_batches())):
+    for a, b in zip(list(whole.batches(0, 3, 4, 2)) + list(whole.eval_batches(64)), list(mapped.batches(0, 3, 4, 2)) + list(mapped.eval_batches(64))):
         assert torch.equal(a['idx'], b['idx']) and torch.equal(a['targets'], b['targets'])
     lengths = np.arange(70_000)
     assert mapped.count_bytes(lengths) == int(ids[1:].sum())
@@ -102,11 +102,11 @@ def test_files_that_do_not_match(tmp_path):
 
 
 @pytest.mark.parametrize('text, said', [
-    ('', 'JSONDecodeError'), ('[]', 'TypeError'), ('{"format": 1}', "KeyError: 'kind'"), ('[' * 100_000, 'RecursionError'), (None, 'wrong at vocab_size'),
+    ('', 'JSONDecodeError'), ('pairs', 'wrong at kind'), ('[]', 'TypeError'), ('{"format": 1}', "KeyError: 'kind'"), ('[' * 100_000, 'RecursionError'), (None, 'wrong at vocab_size'),
     ('\xff', 'not a dataset')])
 def test_bad_meta(tmp_path, text, said):
-    folder = make_toy(tmp_path, vocab_size='many')
-    if text is not None:
+    folder = make_toy(tmp_path, vocab_size='many') if text != 'pairs' else make_toy(tmp_path, kind='pairs')
+    if text not in (None, 'pairs'):
         (folder / 'meta.json').write_bytes(text.encode('latin-1'))
     with pytest.raises(UserError, match=said):
         read_meta(folder)
