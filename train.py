@@ -234,7 +234,7 @@ def expected_memory():
     layer = e * (12 * n_embd + 3 * (n_inner or 4 * n_embd) + scores)
     token = e * n_layer * n_embd + layer * (1 if gradient_checkpointing else n_layer)
     head = min(batch_size * block_size * meta['vocab_size'], 2**24) * (8 + e)
-    return states + batch_size * block_size * token + head + (3e8 if where.type == 'cpu' else 0)
+    return states + batch_size * block_size * token + head + (5e8 if where.type == 'cpu' else 0)
 
 
 tokens_per_step = batch_size * gradient_accumulation_steps * block_size
@@ -309,7 +309,9 @@ def write_log(rows):
 
 
 def draw(rows):
-    """loss.png from the rows of log.csv."""
+    """loss.png from the rows of log.csv, where there is more than a point to see."""
+    if len(rows) < 2:
+        return
     try:
         import matplotlib
         matplotlib.use('Agg')
@@ -369,8 +371,7 @@ def elapsed():
 
 def diverged(**what):
     """The error for a loss or gradient that is no longer a number: nothing after this is worth saving."""
-    if log_rows:
-        draw(log_rows)
+    draw(log_rows)
     kept = f'the checkpoints in {out_dir} are from before this' if progress['evaluated'] else 'there is no checkpoint yet'
     what['learning rate'] = f'{learning_rate * lr_factor(step):.3e}'
     return UserError(f'training diverged at step {step} ({", ".join(f"{k} {v}" for k, v in what.items())}): '
@@ -438,8 +439,7 @@ while True:
 # ----------------------------------------------------------------------------------------------------------------------
 # the end
 
-if log_rows:
-    draw(log_rows)
+draw(log_rows)
 if step > progress['evaluated']:  # stopped, and not behind an evaluation that has saved already
     save('last.pt')
 if stop:
@@ -451,5 +451,5 @@ print(f'{timedelta(seconds=int(elapsed()))} in all' + (f', {peak / 1e9:.2f} GB a
 if (out_dir / 'best.pt').is_file():
     raw_model.load_state_dict(checkpoint.load(out_dir / 'best.pt')['model'])
     write_sample(300)
-    print(f'best val loss {in_words(progress["best"])}; {out_dir / "best.pt"}, {out_dir / "loss.png"}')
+    print(f'best val loss {in_words(progress["best"])}, saved as {out_dir / "best.pt"}; loss.png beside it shows the way there')
     print(f'next: python sample.py --out_dir={shlex.quote(str(out_dir))} --chat')

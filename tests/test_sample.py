@@ -5,6 +5,9 @@ import signal
 import pytest
 import torch
 
+import checkpoint
+from configurator import UserError
+
 QUICK = ('--max_new_tokens=30', '--device=cpu')
 
 
@@ -76,7 +79,8 @@ def test_checkpoint_that_does_not_fit_together(project, trained):
     for change, said in (({'model_args': {**state['model_args'], 'n_layer': 5}}, 'does not fit together'), ({'model_args': {'depth': 3}}, 'does not fit together'),
                          ({'tokenizer': {'kind': 'word'}}, "unknown kind of tokenizer 'word'"), ({'format': 99}, 'format 99'), ({'format': None}, 'parts are missing')):
         torch.save({**state, **change}, folder / 'best.pt')
-        assert said in project.fails('sample.py', '--out_dir=out/odd')
+        with pytest.raises(UserError, match=said):
+            checkpoint.build(checkpoint.load(folder / 'best.pt'), folder / 'best.pt')
     torch.save(torch.ones(3), folder / 'best.pt')
     assert 'parts are missing' in project.fails('sample.py', '--out_dir=out/odd')
 
