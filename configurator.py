@@ -61,6 +61,12 @@ def find(path):
     return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
 
 
+def nearby(path):
+    """The same path, relative to the working directory where it lies inside: shorter to read and to type."""
+    path = Path(path).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def read_knobs(source):
     """[(name, type, comment)] for the assignments above the call of configure() in a script's source; None: a heading."""
     comments, alone = {}, {}

@@ -8,7 +8,7 @@ Write text with a trained model, or complete what you type.
 """
 from typing import Literal
 
-from configurator import ROOT, UserError, configure, find
+from configurator import ROOT, UserError, configure, find, nearby
 
 out_dir: str | None = None         # the run to sample from (None: the newest in out/)
 weights: Literal['best', 'last'] = 'best'  # which of its checkpoints
@@ -51,7 +51,7 @@ if out_dir is None:
     if not runs:
         raise UserError(f'there is no run in {ROOT / "out"} yet: train one with python train.py, or name one with --out_dir=…')
     out_dir = runs[-1].parent
-out_dir = find(out_dir)
+out_dir = nearby(find(out_dir))
 path = out_dir / f'{weights}.pt'
 if not path.is_file():  # stopped before its first evaluation
     path = out_dir / 'last.pt'

@@ -34,12 +34,12 @@ class Tokenizer:
         return self.encode_to_numpy(text).tolist()
 
     def prompt(self, text):
-        """Ids to start writing from, never none: those of text, or what stands for the start of a text where it is empty."""
-        if text:
-            return self.encode(text)
+        """Ids to start writing from, never none: those of text or, where it is empty, of a line break if there is one."""
         try:
-            return [self.specials['eot']] if 'eot' in self.specials else self.encode('\n')
+            return self.encode(text or '\n')
         except UnknownCharacters:
+            if text:
+                raise
             return [0]
 
     def decode(self, ids):

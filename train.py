@@ -82,7 +82,7 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
-from configurator import ROOT
+from configurator import ROOT, nearby
 from data import Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
 from files import lock, write_whole
@@ -92,7 +92,7 @@ from muon import Muon
 resume = resume or init_from == 'resume'
 configs = [Path(a).stem for a in sys.argv[1:] if not a.startswith('--')]
 run_name = configs[-1] if configs else dataset
-out_dir = ROOT / 'out' / run_name if out_dir is None else find(out_dir) if resume or eval_only else Path(out_dir)
+out_dir = nearby(ROOT / 'out' / run_name if out_dir is None else find(out_dir) if resume or eval_only else out_dir)
 
 state = None
 if resume or eval_only:
@@ -137,7 +137,7 @@ if problems:
 
 where = pick_device(device)
 precision, why = pick_dtype(where, dtype)
-folder = ensure_prepared(dataset, Path(data_dir).resolve() if data_dir else ROOT / 'data')
+folder = ensure_prepared(dataset, nearby(data_dir or ROOT / 'data'))
 meta = read_meta(folder)
 try:
     tok = tokenizers.from_dict(meta['tokenizer'])
@@ -155,7 +155,8 @@ try:
 except tokenizers.UnknownCharacters as e:
     raise UserError(f'--sample_start: {e}') from None
 
-saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir), 'data_dir': data_dir and str(folder.parent)}
+saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir)}
+saved_config['data_dir'] = data_dir and str(folder.parent.resolve())  # the default stays so: a checkout may move
 if not eval_only:
     try:
         if state is None and (out_dir / 'last.pt').is_file():  # nobody's work is overwritten
@@ -451,5 +452,6 @@ print(f'{timedelta(seconds=int(elapsed()))} in all' + (f', {peak / 1e9:.2f} GB a
 if (out_dir / 'best.pt').is_file():
     raw_model.load_state_dict(checkpoint.load(out_dir / 'best.pt')['model'])
     write_sample(300)
-    print(f'best val loss {in_words(progress["best"])}, saved as {out_dir / "best.pt"}; loss.png beside it shows the way there')
+    print(f'best val loss {in_words(progress["best"])}, saved as {out_dir / "best.pt"}'
+          + '; loss.png beside it shows the way there' * (len(log_rows) > 1))
     print(f'next: python sample.py --out_dir={shlex.quote(str(out_dir))} --chat')

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import ROOT, UserError
+from configurator import ROOT, UserError, nearby
 from files import FORMAT, write_whole
 
 
@@ -75,7 +75,7 @@ def read_text(path):
 
 def dataset_folder(data_dir, name):
     """data_dir/NAME (data_dir None: beside the scripts), made where it is missing. Raises UserError where it can't be."""
-    folder = Path(data_dir or ROOT / 'data') / name
+    folder = nearby(Path(data_dir or ROOT / 'data') / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -47,7 +47,7 @@ def test_every_byte_and_random_unicode():
 
 
 def test_prompt_is_never_empty():
-    assert ByteTokenizer().prompt('') == [256] and CharTokenizer.train('ab\n').prompt('') == [0] and CharTokenizer.train('ba').prompt('') == [0]
+    assert ByteTokenizer().prompt('') == [10] and CharTokenizer.train('ab\n').prompt('') == [0] and CharTokenizer.train('ba').prompt('') == [0]
     assert CharTokenizer.train('ab\n').prompt('b') == [2]
 
 
