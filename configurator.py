@@ -7,8 +7,8 @@ Configuration: a script's knobs are the assignments at its top; config files and
     config, explicit = configure(__file__, globals())
 
 Config files are plain Python and are executed, in the order given; then --key=value in order. The type of a knob is that
-of its default, or its annotation where it has one (int | None, Literal['a', 'b']). Every problem is reported, not only
-the first. --help prints each knob with its comment.
+of its default, or its annotation where it has one (int | None, Literal['a', 'b']). Every problem with
+them is reported, not only the first. --help prints each knob with its comment.
 """
 import ast
 import difflib
@@ -192,8 +192,10 @@ def configure(script_file, namespace, argv=None):
             problems.append(f'cannot read {arg!r}: write --key=value, or the path of a config file that ends in .py')
             continue
         if not path.is_file():
-            close = difflib.get_close_matches(Path(arg).stem, [p.stem for p in (ROOT / 'config').glob('*.py')], 1)
-            problems.append(f'config file {arg} does not exist' + (f': did you mean config/{close[0]}.py?' if close else ''))
+            there = sorted(p.stem for p in (ROOT / 'config').glob('*.py'))
+            close = difflib.get_close_matches(Path(arg).stem, there, 1)
+            advice = f'did you mean config/{close[0]}.py?' if close else f'in config/ there are {", ".join(there)}'
+            problems.append(f'config file {arg} does not exist: {advice}')
             continue
         values = {name: namespace[name] for name in kinds}
         before = dict(values)

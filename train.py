@@ -106,7 +106,7 @@ if resume or eval_only:
         now = globals()[key]
         if explicit.get(key) != 'command line':  # a run goes on as it was, unless it is told otherwise here and now
             globals()[key] = saved[key]
-            if key in explicit and now != saved[key]:
+            if resume and key in explicit and now != saved[key]:
                 print(f'{explicit[key]} says {key}={now}, the run was started with {saved[key]}: kept; --{key}={now} changes it')
         elif now != saved[key] and key != 'data_dir':
             fixed = key in {'dataset', 'optimizer', *state['model_args']} - {'dropout', 'attn_dropout', 'gradient_checkpointing'}
@@ -118,10 +118,10 @@ if resume or eval_only:
         print(f'changed since {path} was written: {", ".join(changed)}; the run goes on, but not as it would have')
 
 problems = []
-for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
+for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
     if globals()[name] < 1:
         problems.append(f'{name} must be at least 1, got {globals()[name]}')
-for name in ('max_iters', 'seed', 'patience', 'warmup_iters', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip'):
+for name in ('seed', 'patience', 'warmup_iters', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip'):
     if not globals()[name] >= 0:
         problems.append(f'{name} must be at least 0, got {globals()[name]}')
 for name in ('beta1', 'beta2', 'muon_momentum', 'label_smoothing'):
@@ -165,7 +165,7 @@ if not eval_only:
             while (aside := out_dir.resolve().with_name(f'{out_dir.resolve().name}.{number}')).exists():
                 number += 1
             out_dir.rename(aside)
-            print(f'{out_dir} held a run: it is now {aside} (--resume would have gone on with it)')
+            print(f'{out_dir} held a run: it is now {nearby(aside)} (--resume would have gone on with it)')
         out_dir.mkdir(parents=True, exist_ok=True)
         claim = lock(out_dir)
         write_whole(out_dir / 'config.json', lambda f: f.write(json.dumps(saved_config, indent=1).encode('utf-8')))

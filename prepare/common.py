@@ -33,7 +33,7 @@ def download(urls, path, sha256, advice):
     import requests
     from tqdm import tqdm
     part, failures = path.with_name(path.name + '.part'), []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
         try:
             have = part.stat().st_size if part.is_file() else 0
@@ -74,13 +74,16 @@ def read_text(path):
 
 
 def dataset_folder(data_dir, name):
-    """data_dir/NAME (data_dir None: beside the scripts), made where it is missing. Raises UserError where it can't be."""
-    folder = nearby(Path(data_dir or ROOT / 'data') / name)
+    """data_dir/NAME; data_dir None: beside the scripts."""
+    return nearby(Path(data_dir or ROOT / 'data') / name)
+
+
+def make_folder(folder):
+    """Make a folder where it is missing. Raises UserError where that can't be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with --data_dir=…') from None
-    return folder
 
 
 def write_stream(folder, tokenizer, train, val, source, split):
@@ -91,6 +94,7 @@ def write_stream(folder, tokenizer, train, val, source, split):
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'kind': 'stream', 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size,
             'tokenizer': tokenizer.to_dict(), 'counts': {'train': len(train), 'val': len(val)}, 'split': split, **source}
+    make_folder(folder)
     (folder / 'meta.json').unlink(missing_ok=True)  # a dataset without it does not count as there
     for name, ids in (('train', train), ('val', val)):
         content = np.asarray(ids).astype(dtype).tobytes()
