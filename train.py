@@ -1,7 +1,7 @@
 """
 Train a GPT on a dataset of data/NAME, on whatever this machine has.
 
-    python train.py                                                  a minute on two CPU cores, no download
+    python train.py                                                  little over a minute on two CPU cores, no download
     python train.py config/shakespeare_char.py --dropout=0.1         a config file, then overrides
     python train.py config/shakespeare_char.py --resume              goes on where it stopped, to the bit
 """
