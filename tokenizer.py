@@ -33,6 +33,16 @@ class Tokenizer:
         """str to list of ids."""
         return self.encode_to_numpy(text).tolist()
 
+    @property
+    def end(self):
+        """The id that ends a document or a reply, or None."""
+        return self.specials.get('eos', self.specials.get('eot'))
+
+    @property
+    def start(self):
+        """The id between a source and its target, which a decoder starts from, or None."""
+        return self.specials.get('sep', self.specials.get('bos', self.end))
+
     def prompt(self, text):
         """Ids to start writing from, never none: those of text or, where it is empty, of a line break if there is one."""
         try:

@@ -1,0 +1,32 @@
+"""
+Conversations as ids: one format for preparing a dataset and for talking to what was trained on it.
+
+A format is a dict that travels in meta.json and in checkpoints:
+
+    turn      how a turn is written: '[{speaker}] {text}' or '{speaker}: {text}'
+    between   text between turns, or the name of a special token in brackets: '<sep>'
+    begin     the same, before the first turn
+    you, me   whom the person and the model speak as
+    reply     what the model's own turn begins with ('Bot: '): it is written, not sampled
+"""
+
+
+def piece_ids(tok, piece):
+    """Ids of a text or, for '<name>', of the special token of that name."""
+    name = piece[1:-1] if piece.startswith('<') and piece.endswith('>') else ''
+    return [tok.specials[name]] if name in tok.specials else tok.encode(piece)
+
+
+def source_ids(tok, style, turns, max_tokens=None):
+    """Ids of a conversation: turns is a list of (speaker, text), the newest last; style is a format as above.
+
+    Whole turns leave, the oldest first, until at most max_tokens are left; of a newest turn that is longer alone, its end stays.
+    """
+    begin, ids = piece_ids(tok, style['begin']), []
+    for number, (speaker, text) in enumerate(reversed(turns)):
+        turn = tok.encode(style['turn'].format(speaker=speaker, text=text))
+        turn += piece_ids(tok, style['between']) if number else []
+        if max_tokens is not None and len(begin) + len(turn) + len(ids) > max_tokens:
+            return begin + (ids or turn[len(begin) - max_tokens:])
+        ids = turn + ids
+    return begin + ids
