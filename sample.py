@@ -36,7 +36,7 @@ import sys  # after configure(), so that --help and typing errors are answered a
 
 import checkpoint
 from device import pick_device, pick_dtype
-from model import check_sampling
+from generate import check_sampling
 from tokenizer import UnknownCharacters
 
 sampling = {key: config[key] for key in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')}
