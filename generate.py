@@ -11,6 +11,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+
 def next_token(logits, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
                banned=None, generator=None):
     """Choose one token a row. logits: (B, V) float; returns (B,) int64.
@@ -65,8 +66,10 @@ def pad_left(rows, device):
 
 
 class Generation:
-    """How a language model writes. It has forward(), new_cache() and begin(prompts, start), which gives (the ids that writing goes
-    on from, a row each; what else forward() needs): for a GPT the prompts themselves, for a Seq2Seq `start` and the encoded prompts.
+    """How a language model writes.
+
+    It has forward(), new_cache() and begin(prompts, start), which gives (the ids that writing goes on from, a row each; what
+    else forward() needs): for a GPT the prompts themselves, for a Seq2Seq `start` and the encoded prompts.
     """
 
     def window(self, n):
@@ -97,8 +100,8 @@ class Generation:
     def stream(self, prompts, max_new_tokens, eot=None, start=None, seed=None, banned=None, use_cache=True, **sampling):
         """Generate, a token at a time: yields max_new_tokens times a (B,) int64 tensor, -1 in rows that have ended.
 
-        prompts: B sequences of token ids, of any lengths, none empty; for a Seq2Seq they are sources, and start is the id that its
-        targets begin with. eot: the id that ends a row (it is still yielded). banned: ids that are never chosen.
+        prompts: B sequences of token ids, of any lengths, none empty; for a Seq2Seq they are sources, and start is the id that
+        its targets begin with. eot: the id that ends a row (it is still yielded). banned: ids that are never chosen.
         sampling: the knobs of next_token(). use_cache=False gives the same tokens, slowly.
         Raises ValueError on an empty prompt, an id outside the vocabulary, or a sampling knob out of its range.
         """
@@ -106,7 +109,7 @@ class Generation:
         prompts, given = self.begin(self.check_prompts(prompts), start)
         device, V = next(self.parameters()).device, self.config.vocab_size
         lengths, B = [len(p) for p in prompts], len(prompts)
-        idx, end = pad_left(prompts, device)[0], max(lengths)  # every row ends at the same column: they all grow at the same place
+        idx, end = pad_left(prompts, device)[0], max(lengths)  # every row ends at the same column, and grows there
         idx = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
         seen = None
         if sampling.get('repetition_penalty', 1.0) != 1.0:
@@ -140,7 +143,8 @@ class Generation:
 
     def generate(self, idx, max_new_tokens, eot=None, **kwargs):
         """stream(), collected. idx: a (B, T) tensor, gives (B, T + new) like nanoGPT's, rows that ended early filled with eot;
-        or a list of lists of ids, gives a list of lists, each up to its eot. A Seq2Seq gives what is new alone. Keywords: see stream().
+        or a list of lists of ids, gives a list of lists, each up to its eot. A Seq2Seq gives, as lists, what is new alone.
+        Keywords: see stream().
 
             model.generate(torch.tensor([[1, 2, 3]]), 20, temperature=0.8, top_k=50)
         """
@@ -157,8 +161,8 @@ class Generation:
         """The likeliest continuations that a beam finds. prompts, eot, start, banned, use_cache: see stream().
 
         Returns for each prompt a list of up to n_best (ids, score), best first: the new ids, up to and with eot, and their summed
-        log-probability divided by ((5 + len) / 6)^length_penalty. Every step keeps the num_beams likeliest unfinished texts; those
-        that ended wait aside. A prompt is finished when no unfinished text can still be among its n_best.
+        log-probability divided by ((5 + len) / 6)^length_penalty. Every step keeps the num_beams likeliest unfinished texts;
+        those that ended wait aside. A prompt is finished when no unfinished text can still be among its n_best.
         Raises ValueError where prompt and new tokens are longer than block_size, or a number is out of its range.
         """
         for name, value, least in (('num_beams', num_beams, 1), ('n_best', n_best, 1), ('max_new_tokens', max_new_tokens, 1)):
@@ -175,7 +179,7 @@ class Generation:
                              f'{self.config.block_size}')
         banned = self.banned_mask(banned)
         cache = self.new_cache(B, T - 1 + max_new_tokens) if use_cache else None
-        live, finished = [[(0.0, [])] for _ in range(B)], [[] for _ in range(B)]  # of (log-probability, new ids); (score, new ids)
+        live, finished = [[(0.0, [])] for _ in range(B)], [[] for _ in range(B)]  # (log-probability, ids); (score, ids)
 
         def penalty(n):
             return ((5 + n) / 6) ** length_penalty

@@ -82,7 +82,7 @@ class GPTConfig:
         if self.cutoffs:
             if not (all(isinstance(n, int) for n in self.cutoffs) and list(self.cutoffs) == sorted(set(self.cutoffs))
                     and 0 < self.cutoffs[0] and self.cutoffs[-1] < self.vocab_size and self.div_value >= 1):
-                problems.append(f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s size of {self.vocab_size}, '
+                problems.append(f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s {self.vocab_size}, '
                                 f'and div_value at least 1, got {self.cutoffs} and {self.div_value}')
             if without := [name for name in ('tie_weights', 'softcap', 'head_bias') if getattr(self, name)]:
                 problems.append(f'cutoffs (adaptive softmax) don\'t go with {", ".join(without)}: switch one of the two off')
@@ -390,6 +390,25 @@ def slice_loss(head, x, targets, label_smoothing):
     return F.cross_entropy(head(x).float(), targets, ignore_index=-1, label_smoothing=label_smoothing, reduction='sum')
 
 
+def slice_score(head, x, targets, _=None):
+    """(2,) float: slice_loss() without smoothing, and how many targets were the likeliest."""
+    logits = head(x).float()
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+    return torch.stack((loss, (logits.argmax(dim=-1) == targets).sum().float()))
+
+
+def in_slices(f, head, V, x, targets, label_smoothing=0.0):
+    """Sum of f over slices of x (N, C) and targets (N,), where all logits would be more than MAX_LOGITS.
+
+    The backward pass computes each slice's logits anew (a third more time in the head): no (N, V) tensor is ever held.
+    """
+    rows = max(1, MAX_LOGITS // V)
+    if x.size(0) <= rows:
+        return f(head, x, targets, label_smoothing)
+    return sum(checkpoint(f, head, xi, ti, label_smoothing, use_reentrant=False, preserve_rng_state=False)
+               for xi, ti in zip(x.split(rows), targets.split(rows)))
+
+
 class Head(nn.Linear):
     """From the last layer to logits, or to the loss without ever holding all of them."""
 
@@ -403,21 +422,14 @@ class Head(nn.Linear):
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def loss(self, x, targets, label_smoothing=0.0):
-        """slice_loss() of x (N, C) and targets (N,), in slices where all logits would be more than MAX_LOGITS.
-
-        The backward pass computes each slice's logits anew (a third more time in the head): no (N, V) tensor is ever held.
-        """
-        rows = max(1, MAX_LOGITS // self.out_features)
-        if x.size(0) <= rows:
-            return slice_loss(self, x, targets, label_smoothing)
-        return sum(checkpoint(slice_loss, self, xi, ti, label_smoothing, use_reentrant=False, preserve_rng_state=False)
-                   for xi, ti in zip(x.split(rows), targets.split(rows)))
+        """slice_loss() of x (N, C) and targets (N,)."""
+        return in_slices(slice_loss, self, self.out_features, x, targets, label_smoothing)
 
 
 class AdaptiveHead(nn.Module):
     """Adaptive softmax: frequent ids at full width, rare ones in clusters that are narrower and seldom computed.
 
-    rank: (V,) int64 buffer, the place of each id when ids are ordered by frequency. train.py counts; without it an id is its own rank.
+    rank: (V,) int64 buffer, the place of each id when ids are ordered by frequency; train.py counts.
     """
 
     def __init__(self, c):
@@ -468,7 +480,7 @@ class LanguageModel(Generation, nn.Module):
             for weight in (module.c_q.weight, module.c_kv.weight) if hasattr(module, 'c_q') else (module.c_attn.weight,):
                 for part in weight.split(c.n_embd):
                     nn.init.xavier_uniform_(part)
-        if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):  # apply() visits children first: this is last
+        if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):  # apply() visits children first
             std = 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
             nn.init.normal_(module.c_proj.weight, std=std)
         if isinstance(module, Head) and c.zero_init and not c.tie_weights:
@@ -482,7 +494,10 @@ class LanguageModel(Generation, nn.Module):
         """(logits, None) of the last layer x (B, T, C), or (None, loss) where there are targets (B, T)."""
         if targets is None:
             return self.lm_head(x), None
-        loss = self.lm_head.loss(x.flatten(0, 1), targets.flatten(), label_smoothing)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if reduction == 'score':
+            return None, in_slices(slice_score, self.lm_head, self.config.vocab_size, x, targets)
+        loss = self.lm_head.loss(x, targets, label_smoothing)
         return None, loss if reduction == 'sum' else loss / (targets != -1).sum()
 
     def new_cache(self, B, T):
@@ -507,6 +522,7 @@ class GPT(LanguageModel):
 
         logits: (B, T, V), with last_only (B, 1, V), in the precision that the model runs in. loss: float32 scalar, the mean or
         the sum (reduction) over targets; logits are not returned with it because at large V they are never all held.
+        reduction='score': (2,) instead, the sum and the number of targets that were the likeliest.
         cache, pad: see Stack.
         """
         return self.finish(self.transformer(idx, cache, pad, last_only=last_only), targets, label_smoothing, reduction)
@@ -514,6 +530,11 @@ class GPT(LanguageModel):
     def begin(self, prompts, start=None):
         """See Generation: writing goes on from the prompts."""
         return prompts, {}
+
+    def reply_prompts(self, sources, start, max_new_tokens):
+        """Prompts for replies to sources, lists of ids: each source, its newest part where it is too long, then `start`."""
+        room = max(1, self.config.block_size - 1 - min(max_new_tokens, self.config.block_size // 2))
+        return [source[-room:] + [start] for source in sources]
 
 
 class Seq2Seq(LanguageModel):
@@ -551,3 +572,7 @@ class Seq2Seq(LanguageModel):
         if start is None:
             raise ValueError('an encoder-decoder needs the id that its targets begin with: start=tokenizer.start')
         return [[start]] * len(prompts), {'memory': self.encode(*pad_left(prompts, self.decoder.wte.weight.device))}
+
+    def reply_prompts(self, sources, start, max_new_tokens):
+        """Prompts for replies to sources, lists of ids: each source, its newest part where it is too long."""
+        return [source[-self.encoder.block_size:] for source in sources]
