@@ -196,13 +196,14 @@ class Generation:
             rows, tokens = [], []
             for b, (scores, places) in enumerate(zip(best.tolist(), at.tolist())):
                 beams, width = [], len(live[b])
-                for score, place in zip(scores, places):
+                for rank, (score, place) in enumerate(zip(scores, places)):
                     parent, token = divmod(place, V)
                     if score == -math.inf:
                         break
                     ids = live[b][parent][1] + [token]
                     if token == eot or n == max_new_tokens:
-                        finished[b].append((score / penalty(n), ids))
+                        if rank < K:  # a text ends only where that is among its likeliest ways to go on: one beam is greedy
+                            finished[b].append((score / penalty(n), ids))
                     elif len(beams) < K:
                         beams.append((score, ids))
                         rows.append(b * width + parent)

@@ -439,14 +439,16 @@ class AdaptiveHead(nn.Module):
 
     def forward(self, x):
         """x: (..., C); returns log-probabilities (..., V): logits as good as any."""
-        return self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank].view(*x.shape[:-1], -1)
+        with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
+            return self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank].view(*x.shape[:-1], -1)
 
     def loss(self, x, targets, label_smoothing=0.0):
         """The same as Head.loss. Raises ValueError for label smoothing, which this head can't do."""
         if label_smoothing:
             raise ValueError('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
         real = targets >= 0
-        return -self.softmax(x[real].float(), self.rank[targets[real]]).output.sum()
+        with torch.autocast(x.device.type, enabled=False):
+            return -self.softmax(x[real].float(), self.rank[targets[real]]).output.sum()
 
 
 def make_head(c):
