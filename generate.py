@@ -100,8 +100,8 @@ class Generation:
     def stream(self, prompts, max_new_tokens, eot=None, start=None, seed=None, banned=None, use_cache=True, **sampling):
         """Generate, a token at a time: yields max_new_tokens times a (B,) int64 tensor, -1 in rows that have ended.
 
-        prompts: B sequences of token ids, of any lengths, none empty; for a Seq2Seq they are sources, and start is the id that
-        its targets begin with. eot: the id that ends a row (it is still yielded). banned: ids that are never chosen.
+        prompts: B sequences of token ids, of any lengths, none empty; for a Seq2Seq they are sources, and start is the id (or
+        the ids) that its targets begin with. eot: the id that ends a row (it is still yielded). banned: ids that are never chosen.
         sampling: the knobs of next_token(). use_cache=False gives the same tokens, slowly.
         Raises ValueError on an empty prompt, an id outside the vocabulary, or a sampling knob out of its range.
         """
@@ -163,7 +163,8 @@ class Generation:
         Returns for each prompt a list of up to n_best (ids, score), best first: the new ids, up to and with eot, and their summed
         log-probability divided by ((5 + len) / 6)^length_penalty. Every step keeps the num_beams likeliest unfinished texts;
         those that ended wait aside. A prompt is finished when no unfinished text can still be among its n_best.
-        Raises ValueError where prompt and new tokens are longer than block_size, or a number is out of its range.
+        The context does not move on here: it ends when block_size is full. Raises ValueError where a prompt alone is longer
+        than that, or a number is out of its range.
         """
         for name, value, least in (('num_beams', num_beams, 1), ('n_best', n_best, 1), ('max_new_tokens', max_new_tokens, 1)):
             if value < least:
@@ -174,9 +175,7 @@ class Generation:
         B, K, V, device = len(prompts), num_beams, self.config.vocab_size, next(self.parameters()).device
         idx, pad = pad_left(prompts, device)
         T = idx.size(1)
-        if T - 1 + max_new_tokens > self.config.block_size:
-            raise ValueError(f'{T} tokens of prompt and {max_new_tokens} new ones are more than the model\'s block_size of '
-                             f'{self.config.block_size}')
+        max_new_tokens = min(max_new_tokens, max(1, self.config.block_size + 1 - T))
         banned = self.banned_mask(banned)
         cache = self.new_cache(B, T - 1 + max_new_tokens) if use_cache else None
         live, finished = [[(0.0, [])] for _ in range(B)], [[] for _ in range(B)]  # (log-probability, ids); (score, ids)

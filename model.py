@@ -534,9 +534,13 @@ class GPT(LanguageModel):
         return prompts, {}
 
     def reply_prompts(self, sources, start, max_new_tokens):
-        """Prompts for replies to sources, lists of ids: each source, its newest part where it is too long, then `start`."""
-        room = max(1, self.config.block_size - 1 - min(max_new_tokens, self.config.block_size // 2))
-        return [source[-room:] + [start] for source in sources]
+        """Prompts for replies to sources, lists of ids: each source, the newest part of a long one, then the ids `start`."""
+        room = self.reply_room(start, max_new_tokens)
+        return [source[-room:] + start for source in sources]
+
+    def reply_room(self, start, max_new_tokens):
+        """How many ids of a source there is room for, beside `start` and a reply."""
+        return max(1, self.config.block_size - len(start) - min(max_new_tokens, self.config.block_size // 2))
 
 
 class Seq2Seq(LanguageModel):
@@ -573,8 +577,13 @@ class Seq2Seq(LanguageModel):
         """See Generation: writing begins with `start`, and looks at the prompts."""
         if start is None:
             raise ValueError('an encoder-decoder needs the id that its targets begin with: start=tokenizer.start')
-        return [[start]] * len(prompts), {'memory': self.encode(*pad_left(prompts, self.decoder.wte.weight.device))}
+        start = [start] if isinstance(start, int) else list(start)
+        return [start] * len(prompts), {'memory': self.encode(*pad_left(prompts, self.decoder.wte.weight.device))}
 
     def reply_prompts(self, sources, start, max_new_tokens):
         """Prompts for replies to sources, lists of ids: each source, its newest part where it is too long."""
         return [source[-self.encoder.block_size:] for source in sources]
+
+    def reply_room(self, start, max_new_tokens):
+        """How many ids of a source there is room for."""
+        return self.encoder.block_size

@@ -1,6 +1,7 @@
 """What a model is worth: loss and accuracy over a whole split, and how its replies compare with those of people."""
 import torch
 
+from chat import reply_text, start_ids
 from configurator import UserError
 from device import autocast
 
@@ -46,29 +47,30 @@ def smoothed_batch_mean(model, data, where, precision, label_smoothing, size=32)
     return sum(losses) / len(losses)
 
 
-def write_replies(model, tok, data, count, max_new_tokens, num_beams=1, batch_size=32, **sampling):
-    """Replies to the first `count` pairs of data: a list of (source, reference, reply), all text. Greedy unless told otherwise.
+def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, batch_size=32, **sampling):
+    """Replies to `count` pairs of data, spread over it: a list of (source, reference, reply), all text, greedy unless told.
 
-    num_beams above 1: beam search. Pairs of like lengths are answered together.
+    style: the format of conversations (chat.py). num_beams above 1: beam search. Pairs of like lengths are answered together.
     """
     from tqdm import tqdm
     model.eval()
     tokens, out = data.tokens(), {}
     banned = set(tok.specials.values()) - {tok.end} | set(range(tok.vocab_size, model.config.vocab_size))
-    order = sorted(range(min(count, len(data.S))), key=lambda i: data.S[i])
+    start, N = start_ids(tok, style), len(data.S)
+    order = sorted({i * N // min(count, N) for i in range(min(count, N))}, key=lambda i: data.S[i])
     with tqdm(desc='writing replies', total=len(order), unit='reply', leave=False, disable=None, delay=2) as bar:
         for first in range(0, len(order), batch_size):
             members = order[first:first + batch_size]
             pairs = [[ids.tolist() for ids in data.pair(tokens, i)] for i in members]
-            prompts = model.reply_prompts([source for source, _ in pairs], tok.start, max_new_tokens)
-            told = {'start': tok.start, 'eot': tok.end, 'banned': banned}
+            prompts = model.reply_prompts([source for source, _ in pairs], start, max_new_tokens)
+            told = {'start': start, 'eot': tok.end, 'banned': banned}
             if num_beams > 1:
                 new = [found[0][0] for found in model.beam_search(prompts, max_new_tokens, num_beams, **told)]
             else:
                 written = list(model.stream(prompts, max_new_tokens, **told, **{'temperature': 0, **sampling}))
                 new = [[i for i in row if i >= 0] for row in torch.stack(written, dim=1).tolist()]
             for i, (source, target), ids in zip(members, pairs, new):
-                out[i] = tuple(tok.decode(part).strip() for part in (source, target, ids))
+                out[i] = tok.decode(source), reply_text(tok, style, target), reply_text(tok, style, ids)
             bar.update(len(members))
     return [out[i] for i in sorted(out)]
 

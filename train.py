@@ -97,6 +97,7 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
+from chat import PLAIN
 from configurator import ROOT, nearby
 from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
@@ -180,6 +181,7 @@ def open_split(split):
 
 
 pairs = meta['kind'] == 'pairs'
+style = meta.get('chat', PLAIN) if pairs else None  # how conversations are written
 if arch == 'seq2seq' and not pairs:
     raise UserError(f'{folder} is one stream of text, but an encoder-decoder learns from pairs: train a GPT on it (--arch=gpt, '
                     f'or config/shakespeare_char.py), or take a dataset of pairs (config/office_encdec.py)')
@@ -309,11 +311,11 @@ def in_words(loss):
 
 
 def write_sample(n):
-    """Print n tokens that the model writes now; of pairs, its replies to the first three of val."""
+    """Print n tokens that the model writes now; of pairs, three replies."""
     raw_model.eval()
     how = {'seed': seed, 'temperature': 0.8, 'top_k': 200}
     if pairs:
-        replies = write_replies(raw_model, tok, val_data, 3, min(n, 60), **how)
+        replies = write_replies(raw_model, tok, style, val_data, 3, min(n, 60), **how)
         text = '\n'.join(f'{source}\n  -> {reply}' for source, _, reply in replies)
     else:
         text = tok.decode(raw_model.generate([first_ids], n, eot=tok.end, **how)[0])
@@ -323,7 +325,7 @@ def write_sample(n):
 
 def save(*names):
     """Write the whole state of the run to these files of out_dir."""
-    run = {**checkpoint.model_state(raw_model, tok, saved_config, meta.get('chat')), **progress, 'seconds': elapsed(),
+    run = {**checkpoint.model_state(raw_model, tok, saved_config, style), **progress, 'seconds': elapsed(),
            'val_loss': val_loss, 'optimizers': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
     for name in names:
         checkpoint.save(out_dir / name, run)
@@ -388,7 +390,7 @@ if eval_only:
     score = evaluate(raw_model, val_data, where, precision)
     print(f'{told}loss {in_words(score["loss"])}, accuracy {score["accuracy"]:.2%} of {val_data.targets:,} target tokens')
     if pairs and eval_replies:
-        replies = write_replies(raw_model, tok, val_data, eval_replies, min(block_size // 2, 128), num_beams)
+        replies = write_replies(raw_model, tok, style, val_data, eval_replies, min(block_size // 2, 128), num_beams)
         print(*reply_scores(replies), sep='\n')
     raise SystemExit(0)
 for number in (signal.SIGINT, signal.SIGTERM):

@@ -165,9 +165,10 @@ def test_beam_over_ragged_batches():
         assert a[0][1] >= b[0][1] - 1e-6  # more beams never find less here
     assert all(5 not in ids for found in net.beam_search(SOURCES, 12, 4, eot=1, start=0, banned={5}) for ids, _ in found)
     for bad, says in (({'num_beams': 0}, 'num_beams must be at least 1, got 0'), ({'num_beams': 2, 'n_best': 3}, 'n_best must be at most num_beams'),
-                      ({'num_beams': 2, 'max_new_tokens': 17}, 'more than the model\'s block_size of 16')):
+                      ({'num_beams': 2, 'start': [0] * 17}, '17 tokens are more than the model\'s block_size of 16')):
         with pytest.raises(ValueError, match=says):
             net.beam_search(SOURCES, **{'max_new_tokens': 4, 'start': 0, **bad})
+    assert all(len(found[0][0]) in (16, found[0][0].index(1) + 1 if 1 in found[0][0] else 16) for found in net.beam_search(SOURCES, 99, 2, start=0, eot=1))
     with pytest.raises(ValueError, match='needs the id that its targets begin with'):
         net.generate(SOURCES, 3)
 
