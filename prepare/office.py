@@ -55,7 +55,7 @@ def pairs_of_files(src, tgt):
     """[(source, turns or None, target, number of the run)], and how many pairs were dropped because one side was blank."""
     sources, targets = read_lines(src), read_lines(tgt)
     if len(sources) != len(targets):
-        raise UserError(f'{src} has {len(sources):,} lines, {tgt} has {len(targets):,}: each line of one must answer the other\'s')
+        raise UserError(f'{src} has {len(sources):,} lines, {tgt} has {len(targets):,}: line n of one must answer the other\'s')
     pairs, run, before = [], 0, ''
     for source, target in zip(sources, targets):
         if source and target:
@@ -151,10 +151,7 @@ if empty := [side for side, some in sides.items() if not some]:
                     f'give more, or try --split=contiguous90')
 
 learnt = sides['train'] + (sides['val'] if tokenizer == 'char' else [])  # characters that val alone has must have ids
-try:
-    tok = make(tokenizer, [text for p in learnt for text in (p[0], p[2])], vocab_size=vocab_size, specials=('pad', 'bos', 'eos'))
-except ValueError as e:
-    raise UserError(str(e)) from None
+tok = make(tokenizer, [text for p in learnt for text in (p[0], p[2])], vocab_size, specials=('pad', 'bos', 'eos'))
 splits = {side: [(source_ids(tok, style, turns) if turns else source, target) for source, turns, target, _ in some]
           for side, some in sides.items()}
 source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files], 'moved_to_train': moved, 'dropped': blank}
