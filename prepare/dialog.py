@@ -30,8 +30,8 @@ vocab_size = 32000            # of what is trained; where the text is too small 
 name = 'dialog'               # the dataset is data/NAME
 data_dir: str | None = None   # where datasets live (None: data/ beside the scripts)
 daily_urls: tuple[str, ...] = (
-    'https://huggingface.co/datasets/roskoN/dailydialog/resolve/main', 'https://raw.githubusercontent.com/Ls-Dai/'
-    'Deep-Reinforcement-Learning-for-Dialogue-Generation-in-PyTorch/bae51b16e3e8c0ce4ffd70b75ecfc40fbeb8e7ee/data')  # mirrors
+    'https://raw.githubusercontent.com/Ls-Dai/Deep-Reinforcement-Learning-for-Dialogue-Generation-in-PyTorch/'
+    'bae51b16e3e8c0ce4ffd70b75ecfc40fbeb8e7ee/data', 'https://huggingface.co/datasets/roskoN/dailydialog/resolve/main')  # mirrors
 prosocial_urls: tuple[str, ...] = ('https://huggingface.co/datasets/allenai/prosocial-dialog/resolve/main',)  # mirrors
 configure(__file__, globals())
 
@@ -40,6 +40,9 @@ from tokenizer import make
 
 LICENCES = {'daily': 'DailyDialog (Li et al. 2017) is CC BY-NC-SA 4.0: not for commercial use',
             'prosocial': 'ProsocialDialog (Kim et al. 2022) is CC BY 4.0; it answers offensive lines, and so holds them'}
+SHA256 = {'train.zip': '6191257f8250da0e045bfd1d017645e15b2358df975ec4c5c431a5a1f99662a4',  # at the first of daily_urls
+          'validation.zip': 'f068cf7526a56ab5f26e99b74ce9edbc2766f7b060a3c6cef035920b0dd28153',
+          'test.zip': '5f9526a5ce4b8af4ca237aa3ff38cbf03becbc596c70b0974d7f5f9af2ea0615'}
 STYLE = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'you': 'User', 'me': 'Bot', 'reply': 'Bot: '}
 CHARACTERS = str.maketrans({'’': "'", '‘': "'", '′': "'", '“': '"', '”': '"', '。': ' . ', '、': ' , ', '\x7f': ' '})
 REPAIRS = [(re.compile(pattern), new) for pattern, new in (  # in this order
@@ -76,7 +79,10 @@ def find_file(corpus, split):
     file = ('validation' if split == 'valid' and corpus == 'daily' else split) + suffix
     urls = [f'{url}/{file}' for url in (daily_urls if corpus == 'daily' else prosocial_urls)]
     advice = f'Without a network, give a folder with --{corpus}=FOLDER, or leave {corpus} out with --corpora'
-    return download(urls, folder / corpus / file, None, advice)
+    path = download(urls, folder / corpus / file, None, advice)
+    if sha256_of(path) != SHA256.get(file, sha256_of(path)):  # roskoN has other zips of these dialogs: no error
+        print(f'{path} is another copy than the one that was tested: its sha256 differs')
+    return path
 
 
 def read_daily(path):

@@ -3,8 +3,8 @@ import csv
 import functools
 import http.server
 import json
-import os
 import random
+import re
 import shutil
 import threading
 import zipfile
@@ -78,7 +78,7 @@ def test_files_line_by_line(project, tmp_path):
         lines += [(written(said[max(0, i - 3):i]), f'answer {len(lines) + i}.') for i in range(1, len(said) + 1)]
     whole = list(lines)
     lines[5:5] = [('', ''), ('[BO] Nobody answers.', ''), ('', 'To nobody.')]
-    lines[40:40] = whole[40:40] = [('[BO] One\u2028line\x0bonly.', 'It is\u2028one.')]
+    lines[43:43] = whole[40:40] = [('[BO] One\u2028line\x0bonly.', 'It is\u2028one.')]
     (tmp_path / 'src.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(s for s, _ in lines).encode())  # and no line end after the last line
     (tmp_path / 'tgt.txt').write_bytes('\n'.join([t for _, t in lines] + ['']).encode())
     files = [f'--src={tmp_path / "src.txt"}', f'--tgt={tmp_path / "tgt.txt"}', '--character=zoe', '--tokenizer=byte']
@@ -108,7 +108,7 @@ def test_pairs_without_names_from_a_server_and_from_the_cache(project, server, t
     (tmp_path / 'd' / 'tgt.txt').write_text('\n'.join(f'reply {i} [laughs]' for i in range(50)), encoding='utf-8')
     out, _ = project.run('prepare/office.py', f'--urls={server}/gone', f'--urls={server}/d', '--tokenizer=char')
     meta, tok, splits = read(project.root / 'data' / 'office')
-    assert 'no [NAME] tags' in out and meta['chat']['turn'] == '{text}' and meta['pairs'] == {'train': 45, 'val': 5}
+    assert 'no [NAME] tags' in out and meta['chat']['turn'] == '{text}' and 3 <= meta['pairs']['val'] <= 7
     assert sorted(texts(tok, splits['train'] + splits['val'])) == sorted((f'question {i} {chr(0x4e00 + i)}', f'reply {i} [laughs]') for i in range(50))
     first = {p.name: p.read_bytes() for p in (project.root / 'data' / 'office').iterdir()}
     project.run('prepare/office.py', '--urls=http://127.0.0.1:9', '--tokenizer=char')  # what is there is used, without any network
@@ -133,7 +133,7 @@ def test_transcript(project, tmp_path):
         if row[3] == 7:
             row[1] = 1
     write_csv(tmp_path / 'lines.csv', rows)
-    project.run('prepare/office.py', f'--csv={tmp_path / "lines.csv"}', '--character=Zoe', '--context=3', '--tokenizer=byte')
+    project.run('prepare/office.py', f'--csv={tmp_path / "lines.csv"}', '--character=Zoe', '--context=3')  # with a BPE of its own
     meta, tok, splits = read(project.root / 'data' / 'office')
     scenes[7][0] = ('ANA', 'First, "second" third.')
     expected = [(scene[max(0, i - 3):i], line, n) for n, scene in enumerate(scenes) for i, (speaker, line) in enumerate(scene) if speaker == 'ZOE' and i]
@@ -154,7 +154,7 @@ def test_transcript(project, tmp_path):
     (['--src=two.txt', '--tgt=blank.txt'], 'not one pair with text on both sides'),
     (['--src=empty.txt', '--tgt=empty.txt'], 'not one pair with text on both sides'),
     (['--src=two.txt', '--tgt=latin.txt'], r'latin.txt is not UTF-8 text: byte 0x92 at position 4'),
-    (['--src=same.txt', '--tgt=same.txt'], r'nothing is left for val: 2 pairs .*--split=contiguous90'),
+    (['--src=same.txt', '--tgt=same.txt'], r'nothing is left for train: 2 pairs .*--split=contiguous90'),
     (['--csv=no.csv'], 'cannot read'),
     (['--csv=two.txt'], 'no column season, episode, scene, speaker, line; it has one'),
     (['--csv=good.csv', '--character=kim'], r'KIM never speaks in .*ANA \(2\), BO \(1\)'),
@@ -163,7 +163,6 @@ def test_transcript(project, tmp_path):
     (['--csv=good.csv', '--character=ana', '--tokenizer=wordy'], "no tokenizer 'wordy'"),
 ])
 def test_bad_input(project, args, said):
-    import re
     columns = ('season', 'episode', 'scene', 'speaker', 'line')
     for name, text in (('two.txt', 'one\ntwo\n'), ('three.txt', '1\n2\n3\n'), ('blank.txt', ' \n\n'), ('empty.txt', ''), ('same.txt', 'a\na b\n')):
         (project.root / name).write_text(text, encoding='utf-8')
@@ -179,10 +178,11 @@ def test_bad_input(project, args, said):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="GPT-2's encoding is not beside this checkout")
-def test_office_for_the_paper_shape(project, tmp_path):
-    shutil.copytree(SHARED / 'tiktoken_cache', tmp_path / 'cache')  # tiktoken deletes what it finds wrong
+def test_office_for_the_paper_shape(project, tmp_path, monkeypatch):
+    shutil.copytree(SHARED / 'tiktoken_cache', tmp_path / 'cache')  # a copy: tiktoken deletes what it finds wrong
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
     (project.root / 'a.txt').write_text('\n'.join(f'[BO] line {i} <|endoftext|>' for i in range(40)), encoding='utf-8')
-    project.run('prepare/office_gpt2.py', '--src=a.txt', '--tgt=a.txt', env={'TIKTOKEN_CACHE_DIR': str(tmp_path / 'cache')})
+    project.run('prepare/office_gpt2.py', '--src=a.txt', '--tgt=a.txt')
     meta, tok, splits = read(project.root / 'data' / 'office_gpt2')
     assert meta['vocab_size'] == 50_260 and {'pad', 'bos', 'eos'} <= set(tok.specials)
     assert ('[BO] line 3 <|endoftext|>',) * 2 in texts(tok, splits['train'] + splits['val'])
@@ -234,6 +234,13 @@ def test_dialogs(project, tmp_path, server):
     source, _ = splits['train'][1]
     assert source == chat.source_ids(tok, meta['chat'], [('Bot', clean[0]), ('User', clean[1])]) and meta['chat']['reply'] == 'Bot: '
 
+    out, _ = project.run('prepare/dialog.py', '--daily=daily', f'--prosocial={tmp_path}', '--name=sp', cwd=tmp_path)  # sentencepiece
+    meta, tok, again = read(project.root / 'data' / 'sp')
+    assert meta['tokenizer']['kind'] == 'sentencepiece' and texts(tok, again['train'])[-1] == ('User: I pushed him.', 'Bot: That hurts.')
+    source, target = again['train'][len(REPAIRED) - 2]  # who types the name of a special token has typed text
+    assert tok.decode(target) == 'Bot: Type <sep> or </s>, please.' and not set(target[:-1]) & set(tok.specials.values())
+    assert source.count(tok.specials['sep']) == 5 and source[0] == tok.specials['bos']
+
     (tmp_path / 'daily' / 'test.zip').write_bytes(b'no zip')
     for args, said in ((['--daily=daily', '--corpora=daily'], 'test.zip is not a zip'), (['--daily=.', '--corpora=daily'], 'there is no *train*.zip'),
                        (['--corpora=prosocial', '--prosocial_urls=http://127.0.0.1:9', '--data_dir=new'], '--prosocial=FOLDER'),
@@ -244,8 +251,14 @@ def test_dialogs(project, tmp_path, server):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the real dialogs are not beside this checkout')
-def test_real_dialogs(project):
-    project.run('prepare/dialog.py', f'--daily={SHARED / "dailydialog"}', f'--prosocial={SHARED / "prosocial"}', '--tokenizer=byte', '--context=1')
+def test_real_dialogs(project, tmp_path):
+    """ProsocialDialog's three files, and of DailyDialog the two small ones: validation to train on, test to validate with."""
+    write_zips(tmp_path, test=[['Good lamp !', 'It is .']])
+    for name, there in (('train', 'validation'), ('valid', 'test')):
+        shutil.copy(SHARED / 'dailydialog' / f'{there}.zip', tmp_path / f'{name}.zip')
+    project.run('prepare/dialog.py', f'--daily={tmp_path}', f'--prosocial={SHARED / "prosocial"}', '--tokenizer=byte', '--context=1')
     meta, tok, splits = read(project.root / 'data' / 'dialog')
-    assert meta['dropped']['val'] >= 69 and meta['dropped']['test'] >= 93 and meta['pairs'].keys() == {'train', 'val', 'test'}
-    assert not os.path.exists(project.root / 'data' / 'dialog' / 'daily')
+    assert 10_000 < meta['pairs']['train'] <= 4000 + 8069 - 1000 and 10_000 < meta['pairs']['val'] <= 4000 + 7740 - 1000
+    assert 480 < meta['pairs']['test'] <= 501 and 0 < meta['dropped']['train'] < 200 and 0 < meta['dropped']['val'] < 200
+    said = [tok.decode(target) for _, target in splits['train'][:6000]]  # of DailyDialog, which comes first
+    assert sum(' ,' in text or ' ?' in text or ' ’ ' in text for text in said) == 0 and sum("n't " in text for text in said) > 500
