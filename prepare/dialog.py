@@ -6,7 +6,8 @@ DailyDialog and ProsocialDialog as chat: '<s> User: Hi! <sep> Bot: Hello. <sep> 
     python prepare/dialog.py --corpora=daily                           one of them
 
 In DailyDialog every utterance but the first is a reply to learn, in ProsocialDialog every response is, not what provokes it. The
-official splits are kept; a dialog that occurs again, letter for letter, stays only where it is first: in train, val, then test.
+official splits are kept; a dialog that occurs again, letter for letter, stays only where it is first: in train, val, then test;
+and so does a pair that two splits have. meta.json counts what was dropped.
 """
 import json
 import re
@@ -134,9 +135,15 @@ for split, official in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
 learnt = [d for split in (splits if tokenizer == 'char' else ['train']) for d in splits[split]]  # char: val's need ids too
 tok = make(tokenizer, (text for dialog, _ in learnt for u in dialog for text in (u, f'User: {u}', f'Bot: {u}')), vocab_size,
            specials=('pad', 'bos', 'eos', 'sep'))
-splits = {split: [pair for dialog in tqdm(some, desc=f'{split}: dialogs', disable=None) for pair in pairs_of(*dialog)]
-          for split, some in splits.items()}
-source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files], 'dropped': dropped}
-write_pairs(folder, tok, splits, source, 'official, without dialogs that occur again', STYLE)
+known, pairs, dropped_pairs = set(), {}, {}
+for split, some in splits.items():
+    made = [pair for dialog in tqdm(some, desc=f'{split}: dialogs', disable=None) for pair in pairs_of(*dialog)]
+    keys = [hash((source.tobytes(), target.tobytes())) for source, target in made]
+    pairs[split] = [pair for pair, key in zip(made, keys) if key not in known]  # dialogs may begin as one of train does
+    dropped_pairs[split] = len(made) - len(pairs[split])
+    known.update(keys)
+source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files],
+          'dropped_dialogs': dropped, 'dropped_pairs': dropped_pairs}
+write_pairs(folder, tok, pairs, source, 'official, without the dialogs and pairs that an earlier split has', STYLE)
 print('\n'.join(LICENCES[corpus] for corpus in LICENCES if corpora in ('both', corpus)))
 print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))

@@ -9,8 +9,8 @@ A source is a conversation: '[PAM] Morning. [MICHAEL] Is it? [PAM] It is.', in t
 table every line of the character behind another line of its scene is a target, and the turns before it, the character's own among
 them, are the source; [stage directions] are left out, for nobody says them. Files may do without [NAME] tags.
 
-A tenth of the scenes (of files: of the runs of sources that extend or overlap each other), in blocks from all over, is for val; those
-in which a source extends one of train, or begins or equals it, move to train. meta.json counts them, and what a blank side dropped.
+A tenth of the scenes (of files: the runs of sources that extend or overlap each other), blocks from all over, is for val; those
+with a source that extends, begins or equals one of train move to train. meta.json counts them, and pairs with a blank side.
 """
 import csv as csv_files
 import io

@@ -160,18 +160,16 @@ def test_transcript(project, tmp_path):
     (['--csv=good.csv', '--character=kim'], r'KIM never speaks in .*ANA \(2\), BO \(1\)'),
     (['--csv=good.csv', '--context=0'], '--context must be at least 1'),
     (['--csv=short.csv'], 'short.csv, line 2: 2 fields, but the header names 5'),
-    (['--csv=good.csv', '--character=ana', '--tokenizer=wordy'], "no tokenizer 'wordy'"),
+    (['--csv=long.csv', '--character=ana', '--tokenizer=wordy'], "no tokenizer 'wordy'"),
 ])
 def test_bad_input(project, args, said):
     columns = ('season', 'episode', 'scene', 'speaker', 'line')
     for name, text in (('two.txt', 'one\ntwo\n'), ('three.txt', '1\n2\n3\n'), ('blank.txt', ' \n\n'), ('empty.txt', ''), ('same.txt', 'a\na b\n')):
         (project.root / name).write_text(text, encoding='utf-8')
     (project.root / 'latin.txt').write_bytes(b'one \x92\ntwo\n')
-    write_csv(project.root / 'good.csv', [(1, 1, s, w, l) for s in range(30) for w, l in (('Ana', f'hm {s}'), ('Bo', 'ho'), ('Ana', 'ha'))][:3], columns)
+    write_csv(project.root / 'good.csv', [(1, 1, 1, 'Ana', 'hm'), (1, 1, 1, 'Bo', 'ho'), (1, 1, 1, 'Ana', 'ha')], columns)
+    write_csv(project.root / 'long.csv', [(1, 1, n // 2, ('Bo', 'Ana')[n % 2], f'hm {n}') for n in range(60)], columns)
     write_csv(project.root / 'short.csv', [(1, 1)], columns)
-    if '--tokenizer=wordy' in args:
-        args = [*args, '--split=contiguous90']
-        write_csv(project.root / 'good.csv', [(1, 1, 1, 'Ana', f'hm {i}') for i in range(9)], columns)
     err = project.fails('prepare/office.py', *args)
     assert re.search(said, err), err
     assert not list(project.root.glob('data/*/*'))
@@ -210,7 +208,7 @@ REPAIRED = [
 
 def test_dialogs(project, tmp_path, server):
     talk = [[a for a, _ in REPAIRED], ['Hello there .', 'Oh , hello !'], ['HELLO there.', 'Oh, hello!'], ['Alone .']]
-    write_zips(tmp_path / 'daily', train=talk, validation=[['Oh .', 'Yes .'], talk[1]], test=[['Oh.', 'Yes.'], ['Oh .', 'No .', 'Why ?']])
+    write_zips(tmp_path / 'daily', train=talk, validation=[['Oh .', 'Yes .'], talk[1]], test=[['Oh.', 'Yes.'], ['Oh .', 'No .', 'Why ?'], [*talk[1], 'So early ?']])
     rows = [{'context': 'I took it.', 'response': 'Give it back.', 'dialogue_id': 3, 'episode_done': False},
             {'context': 'Why?', 'response': 'It is not yours.', 'dialogue_id': 3, 'episode_done': True},
             {'context': 'I pushed him.', 'response': 'That hurts.', 'dialogue_id': 4, 'episode_done': True}]
@@ -219,7 +217,7 @@ def test_dialogs(project, tmp_path, server):
     (tmp_path / 'test.json').write_text(json.dumps([{'context': 'a', 'response': 'b!'}, {'context': 'E', 'response': 'F'}]), encoding='utf-8')
     out, _ = project.run('prepare/dialog.py', f'--daily={tmp_path / "daily"}', f'--prosocial_urls={server}', '--tokenizer=byte', '--context=3')
     meta, tok, splits = read(project.root / 'data' / 'dialog')
-    assert 'CC BY-NC-SA' in out and set(tok.specials) == {'pad', 'bos', 'eos', 'sep'} and meta['dropped'] == {'train': 1, 'val': 1, 'test': 2}
+    assert 'CC BY-NC-SA' in out and set(tok.specials) == {'pad', 'bos', 'eos', 'sep'} and meta['dropped_dialogs'] == {'train': 1, 'val': 1, 'test': 2}
     bos, sep, eos = (tok.specials[n] for n in ('bos', 'sep', 'eos'))
 
     def pair(*said):
@@ -230,7 +228,8 @@ def test_dialogs(project, tmp_path, server):
     assert splits['train'] == [pair(*clean[max(0, i - 3):i + 1]) for i in range(1, len(clean))] + [pair('Hello there.', 'Oh, hello!')] + [
         pair('I took it.', 'Give it back.'), pair('I took it.', 'Give it back.', 'Why?', 'It is not yours.'), pair('I pushed him.', 'That hurts.')]
     assert splits['val'] == [pair('Oh.', 'Yes.'), pair('A', 'B'), pair('C', 'D')]
-    assert splits['test'] == [pair('Oh.', 'No.'), pair('Oh.', 'No.', 'Why?'), pair('E', 'F')]
+    assert splits['test'] == [pair('Oh.', 'No.'), pair('Oh.', 'No.', 'Why?'), pair('Hello there.', 'Oh, hello!', 'So early?'), pair('E', 'F')]
+    assert meta['dropped_pairs'] == {'train': 0, 'val': 0, 'test': 1}
     source, _ = splits['train'][1]
     assert source == chat.source_ids(tok, meta['chat'], [('Bot', clean[0]), ('User', clean[1])]) and meta['chat']['reply'] == 'Bot: '
 
@@ -259,6 +258,6 @@ def test_real_dialogs(project, tmp_path):
     project.run('prepare/dialog.py', f'--daily={tmp_path}', f'--prosocial={SHARED / "prosocial"}', '--tokenizer=byte', '--context=1')
     meta, tok, splits = read(project.root / 'data' / 'dialog')
     assert 10_000 < meta['pairs']['train'] <= 4000 + 8069 - 1000 and 10_000 < meta['pairs']['val'] <= 4000 + 7740 - 1000
-    assert 480 < meta['pairs']['test'] <= 501 and 0 < meta['dropped']['train'] < 200 and 0 < meta['dropped']['val'] < 200
+    assert 480 < meta['pairs']['test'] <= 501 and 0 < meta['dropped_dialogs']['train'] < 200 and 0 < meta['dropped_dialogs']['val'] < 200
     said = [tok.decode(target) for _, target in splits['train'][:6000]]  # of DailyDialog, which comes first
     assert sum(' ,' in text or ' ?' in text or ' ’ ' in text for text in said) == 0 and sum("n't " in text for text in said) > 500
