@@ -48,7 +48,7 @@ def read(folder):
 
 def texts(tok, pairs):
     """[(source, target)] as text. Each target must end with the end id."""
-    assert all(target[-1] == tok.end and tok.end not in target[:-1] for _, target in pairs)
+    assert all(target[-1] == tok.end and tok.end not in source + target[:-1] for source, target in pairs)
     return [(tok.decode(source), tok.decode(target)) for source, target in pairs]
 
 
@@ -89,8 +89,9 @@ def test_files_line_by_line(project, tmp_path):
     assert meta['dropped'] == 2 and meta['moved_to_train'] > 0 and 0.02 < len(val) / len(expected) < 0.15
     assert not leaks(train, val)
     starts = [i for i in range(1, len(expected)) if (expected[i - 1] in val) != (expected[i] in val)]
-    tails = [expected[i - 1][0][expected[i - 1][0].rfind(' [') + 1:] for i in starts]
-    assert len(starts) >= 8 and not any(expected[i][0].startswith(tail + ' ') for i, tail in zip(starts, tails))  # windows stay together
+    windows = [(expected[i - 1][0].split(' ['), expected[i][0]) for i in starts]  # turns of the source before, the source
+    assert len(starts) >= 8 and not any(source.startswith(' ['.join(turns[k:]) + ' ') or source.startswith('[' + ' ['.join(turns[k:]) + ' ')
+                                        for turns, source in windows for k in range(len(turns)))
     assert meta['chat'] == {'turn': '[{speaker}] {text}', 'between': ' ', 'begin': '', 'reply': '', 'me': 'ZOE', 'you': meta['chat']['you']}
     last = [s[s.rindex('[') + 1:s.rindex(']')] for s, _ in expected]
     assert meta['chat']['you'] == max(set(last), key=last.count)
