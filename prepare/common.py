@@ -86,19 +86,65 @@ def make_folder(folder):
         raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with --data_dir=…') from None
 
 
+def id_type(tokenizer):
+    """How the tokenizer's ids are written: nanoGPT's format."""
+    return np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
+
+
+def clear(folder):
+    """Make a dataset's folder, without meta.json: it does not count as a dataset until the new one is whole."""
+    make_folder(folder)
+    (folder / 'meta.json').unlink(missing_ok=True)
+
+
+def write_meta(folder, tokenizer, kind, counts, source, split, what='ids', **more):
+    """Write meta.json, the last file of a dataset, and say what was made: its `counts` of ids, or its `what` in meta.json."""
+    dtype = id_type(tokenizer).name
+    meta = {'format': FORMAT, 'kind': kind, 'dtype': dtype, 'vocab_size': tokenizer.vocab_size,
+            'tokenizer': tokenizer.to_dict(), 'counts': counts, **more, 'split': split, **source}
+    write_whole(folder / 'meta.json', lambda f: f.write(json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8')))
+    made = ' and '.join(f'{n:,} {name}' for name, n in meta.get(what, counts).items())
+    print(f'{folder}: {made} {what}, {tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype})')
+
+
 def write_stream(folder, tokenizer, train, val, source, split):
     """Write train.bin, val.bin and, when both are whole, meta.json; says what was made.
 
     train, val: arrays of ids. source: dict of what meta.json should say about where the text is from. split: how it was divided.
     """
-    dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
-    meta = {'format': FORMAT, 'kind': 'stream', 'dtype': dtype.name, 'vocab_size': tokenizer.vocab_size,
-            'tokenizer': tokenizer.to_dict(), 'counts': {'train': len(train), 'val': len(val)}, 'split': split, **source}
-    make_folder(folder)
-    (folder / 'meta.json').unlink(missing_ok=True)  # a dataset without it does not count as there
+    clear(folder)
     for name, ids in (('train', train), ('val', val)):
-        content = np.asarray(ids).astype(dtype).tobytes()
+        content = np.asarray(ids).astype(id_type(tokenizer)).tobytes()
         write_whole(folder / f'{name}.bin', lambda f, content=content: f.write(content))
-    write_whole(folder / 'meta.json', lambda f: f.write(json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8')))
-    print(f'{folder}: {len(train):,} train and {len(val):,} val ids, '
-          f'{tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype.name})')
+    write_meta(folder, tokenizer, 'stream', {'train': len(train), 'val': len(val)}, source, split)
+
+
+def write_pairs(folder, tokenizer, splits, source, split, chat=None):
+    """Write {split}.bin, {split}.idx and, when all are whole, meta.json; says what was made.
+
+    splits: {name: [(source, target)]}, each side a text or a list of ids. A target that is text gets the tokenizer's end id,
+    ids are taken as they are. source, split: as in write_stream. chat: how conversations are written (chat.py), if they are.
+    """
+    clear(folder)
+    counts = {name: write_pair_files(folder, tokenizer, name, pairs) for name, pairs in splits.items()}
+    more = {'pairs': {name: len(pairs) for name, pairs in splits.items()}} | ({'chat': chat} if chat else {})
+    write_meta(folder, tokenizer, 'pairs', counts, source, split, 'pairs', **more)
+
+
+def write_pair_files(folder, tokenizer, name, pairs):
+    """NAME.bin, the ids of all sources and targets, and NAME.idx, where each begins and the last ends. Returns how many ids."""
+    from tqdm import tqdm
+    dtype, starts = id_type(tokenizer), np.zeros(2 * len(pairs) + 1, dtype='<i8')
+
+    def write(f):
+        for first in tqdm(range(0, len(pairs), 1000), desc=f'{name}: thousand pairs', disable=None):
+            sides = [side for pair in pairs[first:first + 1000] for side in pair]
+            encoded = iter(tokenizer.encode_batch([side for side in sides if isinstance(side, str)]))
+            for i, side in enumerate(sides, 2 * first):
+                ids = np.asarray(next(encoded) if isinstance(side, str) else side).astype(dtype)
+                ids = np.append(ids, dtype.type(tokenizer.end)) if i % 2 and isinstance(side, str) else ids
+                starts[i + 1] = starts[i] + len(ids)
+                f.write(ids.tobytes())
+    write_whole(folder / f'{name}.bin', write)
+    write_whole(folder / f'{name}.idx', lambda f: f.write(starts.tobytes()))
+    return int(starts[-1])
