@@ -23,11 +23,12 @@ def sha256_of(path):
 def download(urls, path, sha256, advice):
     """Fetch the first of urls that gives a file with that sha256, to path; a file that is already there and right is kept.
 
-    A cut download goes on where it stopped (HTTP Range). Raises UserError, ending in `advice`, where no url works.
+    sha256 None: it is not known, the length that the server states is checked instead. A cut download goes on where it
+    stopped (HTTP Range). Raises UserError, ending in `advice`, where no url works.
     """
     path = Path(path)
     if path.is_file():
-        if sha256_of(path) == sha256:
+        if sha256 is None or sha256_of(path) == sha256:  # only what was whole has got this name
             return path
         print(f'{path} is not the file it should be (its sha256 differs): downloading it again')
     import requests
@@ -49,10 +50,10 @@ def download(urls, path, sha256, advice):
                     for block in r.iter_content(2**16):
                         f.write(block)
                         bar.update(len(block))
-            if sha256_of(part) == sha256:
+            if part.stat().st_size == total if sha256 is None else sha256_of(part) == sha256:
                 part.replace(path)
                 return path
-            failures.append(f'{url}: wrong sha256')
+            failures.append(f'{url}: wrong sha256' if sha256 else f'{url}: the length is not what the server stated')
             part.unlink()
         except requests.RequestException as e:
             code = getattr(e.response, 'status_code', None)
@@ -104,7 +105,8 @@ def write_meta(folder, tokenizer, kind, counts, source, split, what='ids', **mor
             'tokenizer': tokenizer.to_dict(), 'counts': counts, **more, 'split': split, **source}
     write_whole(folder / 'meta.json', lambda f: f.write(json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8')))
     made = ' and '.join(f'{n:,} {name}' for name, n in meta.get(what, counts).items())
-    print(f'{folder}: {made} {what}, {tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype})')
+    print(f'{folder}: {made} {what}, {tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype}'
+          + (': more than 65,536 take 4 bytes an id)' if dtype == 'uint32' else ')'))
 
 
 def write_stream(folder, tokenizer, train, val, source, split):

@@ -1,0 +1,186 @@
+"""
+Your own text as a dataset: files, whole folders, globs. A .txt, .md or .py file is a document, a line of .jsonl or .csv is one.
+
+    python prepare/text.py --input=novel.txt                                     then: python train.py --dataset=mine
+    python prepare/text.py --input=notes --input='mails/*.jsonl' --field=body --name=letters
+    python prepare/text.py --input=talk.csv --pairs --name=talk                  two columns: what is said, and the reply
+
+Whole documents go to val, by a hash of their text, and what is there twice is kept once: val holds nothing of train. Where
+there are too few documents for that, the last characters of all are val.
+"""
+import array
+import csv
+import glob
+import hashlib
+import json
+
+import numpy as np
+
+from common import UserError, dataset_folder, write_pairs
+from configurator import configure, find
+from corpus import read_documents, read_lines, train_texts, write_corpus
+from tokenizer import make
+
+input: tuple[str, ...] = ()   # a file, a folder or a glob; may be given several times
+name = 'mine'                 # of the dataset: it is written to data/NAME
+tokenizer = 'bpe'             # char, byte, bpe, sentencepiece, or one of tiktoken's, such as gpt2
+vocab_size = 2048             # of a bpe or sentencepiece, which are trained here; special tokens included
+separator: str | None = None  # what stands between documents in a text file, such as '<|endoftext|>' (None: the file is one)
+pairs = False                 # tables of two columns, a source and its target: for an encoder-decoder, or a GPT that replies
+field = ''                    # the field or column to read (none given: text, or source,target with --pairs)
+val = 0.1                     # the share of the text that is for validation
+data_dir: str | None = None   # where datasets live (None: data/ beside the scripts)
+configure(__file__, globals())
+
+TABLES = ('.jsonl', '.csv', '.tsv')
+KINDS = TABLES if pairs else ('.txt', '.md', '.py', *TABLES)
+FIELDS = (field or ('source,target' if pairs else 'text')).split(',')
+
+
+def find_files():
+    """The files that --input names, each once, those of a folder in the order of their names and without the hidden ones."""
+    files = {}
+    for given in input:
+        path = find(given)
+        if path.is_dir():
+            found = [p for p in path.rglob('*') if p.suffix.lower() in KINDS and '/.' not in f'/{p.relative_to(path).as_posix()}']
+        else:
+            found = [path] if path.exists() else [find(p) for p in glob.glob(given, recursive=True)]
+        found = {p.resolve(): p for p in sorted(found, key=lambda p: p.as_posix()) if p.is_file()}
+        if not found:
+            raise UserError(f'there is no {", ".join(KINDS)} file in {given}' if path.is_dir() else f'there is no file {given}')
+        files |= found
+    return list(files.values())
+
+
+def read_rows(path):
+    """The texts in the columns FIELDS of a table, a list for each row. Raises UserError that names the line."""
+    suffix, columns = path.suffix.lower(), None
+    if suffix == '.jsonl':
+        for number, line in enumerate(read_lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise UserError(f'{path}, line {number} is not JSON: {e}') from None
+            if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in FIELDS):
+                raise UserError(f'{path}, line {number} has no text in {" and ".join(FIELDS)}: {line[:80]}; '
+                                f'name what to read with --field=…')
+            yield [row[f] for f in FIELDS]
+        return
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader((line + '\n' for line in read_lines(path)), strict=True, **(
+        {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if suffix == '.tsv' else {}))  # in .tsv a quote is text
+    try:
+        for row in filter(None, rows):
+            if columns is None:
+                columns = [row.index(f) for f in FIELDS if f in row]
+                if len(columns) == len(FIELDS):
+                    continue
+                if field or not pairs:
+                    raise UserError(f'{path} has no column {" and ".join(f for f in FIELDS if f not in row)}, its first line '
+                                    f'names {", ".join(row)[:200]}; name what to read with --field=…')
+                print(f'{path} does not name {" and ".join(FIELDS)}: the first two columns are taken, from the first line on')
+                columns = [0, 1]
+            if len(row) <= max(columns):
+                raise UserError(f'{path}, line {rows.line_num} has {len(row)} columns instead of {max(columns) + 1} or more')
+            yield [row[c] for c in columns]
+    except csv.Error as e:
+        raise UserError(f'{path}, line {rows.line_num} is not {suffix}: {e}') from None
+
+
+def read_all():
+    """The documents of all files in pieces (see corpus.py)."""
+    for path in files:
+        if path.suffix.lower() in TABLES:
+            yield from ((text, True) for text, in read_rows(path) if text.strip())
+        else:
+            yield from read_documents(path, separator)
+
+
+def survey(pieces):
+    """Arrays of a 64-bit hash of each document's text and of its length in characters."""
+    keys, sizes, digest, size = array.array('Q'), array.array('Q'), hashlib.blake2b(digest_size=8), 0
+    for text, ends in pieces:
+        digest.update(text.encode('utf-8', 'surrogatepass'))
+        size += len(text)
+        if ends:
+            keys.append(int.from_bytes(digest.digest(), 'little'))
+            sizes.append(size)
+            digest, size = hashlib.blake2b(digest_size=8), 0
+    return np.array(keys, dtype=np.uint64), np.array(sizes, dtype=np.int64)
+
+
+def choose_val(keys, sizes):
+    """Which documents are val, a bool each: those with the lowest keys, the same keys together; none if they are too few."""
+    _, group = np.unique(keys, return_inverse=True)
+    totals, used = np.bincount(group, sizes), 0
+    chosen, wanted = np.zeros(len(totals), dtype=bool), val * totals.sum()
+    for i, size in enumerate(totals):
+        if used + size <= wanted:
+            chosen[i], used = True, used + size
+        if used > 0.9 * wanted:
+            break
+    return chosen[group] & (used > wanted / 2)
+
+
+def divided():
+    """(split, text, ends) for the pieces of all documents but the doubles."""
+    number, done = 0, 0
+    for text, ends in read_all():
+        if kept[number] and is_val.any():
+            yield 'val' if is_val[number] else 'train', text, ends
+        elif kept[number]:
+            cut = min(max(first_val - done, 0), len(text))
+            done += len(text)
+            if cut:
+                yield 'train', text[:cut], ends and cut == len(text)
+            if cut < len(text):
+                yield 'val', text[cut:], ends
+        number += ends
+
+
+if not input:
+    raise UserError('say what to read: --input=FILE, a folder or a glob')
+if not 0 < val < 1:
+    raise UserError(f'val must be a share between 0 and 1, got {val}')
+if name in ('', '.', '..') or set(name) & set('/\\:'):
+    raise UserError(f'name must do as the name of a folder, got {name!r}')
+if pairs and len(FIELDS) != 2:
+    raise UserError(f'with --pairs --field must name two columns, such as question,answer, got {field!r}')
+folder, files = dataset_folder(data_dir, name), find_files()
+source = {'source': ', '.join(input)}
+if pairs:
+    rows = [tuple(row) for path in files for row in read_rows(path)]
+    rows, read = list(dict.fromkeys(r for r in rows if all(map(str.strip, r)))), len(rows)
+    keys, sizes = survey((row[0], True) for row in rows)
+    is_val = choose_val(keys, sizes)
+    if len(rows) and not is_val.any():
+        is_val = keys == keys.max()
+    splits = {split: [row for row, v in zip(rows, is_val) if v == (split == 'val')] for split in ('train', 'val')}
+    if not splits['train']:
+        raise UserError(f'{", ".join(input)}: {len(rows)} pairs with different sources are too few to train on')
+    tok = make(tokenizer, (text for row in (rows if tokenizer == 'char' else splits['train']) for text in row), vocab_size,
+               ('pad', 'bos', 'eos'))
+    print(f'{len(rows):,} pairs; {read - len(rows):,} were there twice or had an empty side')
+    write_pairs(folder, tok, splits, source, f'pairs whose source is the same stay together, {val:.0%} val')
+else:
+    keys, sizes = survey(read_all())
+    kept = np.zeros(len(keys), dtype=bool)
+    kept[np.unique(keys, return_index=True)[1]] = True
+    sizes *= kept  # what is there twice counts once
+    characters = int(sizes.sum())
+    if characters < 20:
+        raise UserError(f'{", ".join(input)}: only {characters} characters of text, that is too little to train on')
+    is_val, first_val = choose_val(keys, sizes), int(characters * (1 - val))
+    split = (f'whole documents, by a hash of their text, {val:.0%} val' if is_val.any() else
+             f'first {1 - val:.0%} / last {val:.0%} of the characters, as there are too few documents to choose from')
+    documents, doubles = int(kept.sum()), int((~kept).sum())
+    print(f'{documents:,} documents of {characters:,} characters, {doubles:,} doubles left out; split: {split}')
+    # The alphabet of a char tokenizer is that of val too, which could not be written otherwise
+    tok = make(tokenizer, (text for text, _ in read_all()) if tokenizer == 'char' else train_texts([divided]), vocab_size,
+               () if tokenizer == 'char' else ('eot',))
+    source |= {'documents': documents, 'doubles': doubles, 'sha256_of_hashes': hashlib.sha256(keys.tobytes()).hexdigest()}
+    write_corpus(folder, tok, [divided], source, split, characters)
+print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))
