@@ -67,6 +67,7 @@ def read_documents(path, separator=None):
             if inside or text.strip():
                 yield text.strip('\n'), True
             inside = False
+        rest = rest.lstrip('\n') if separator and not inside else rest
         while len(rest) > 2 * PIECE:
             cut = rest.rfind(' ', 0, PIECE)
             while cut > 0 and not (rest[cut - 1].isalpha() and rest[cut + 1].isalpha()):
@@ -181,7 +182,7 @@ def write_corpus(folder, tokenizer, shards, source, split, characters=None):
                         save()
                         due = time.monotonic() + SAVE_EVERY
                 state['shard'], state['pieces'] = state['shard'] + 1, 0
-            save()
+                save()
         for name, part in parts.items():
             os.replace(part, folder / f'{name}.bin')
     except UnknownCharacters as e:

@@ -15,6 +15,7 @@ import hashlib
 import json
 
 import numpy as np
+from tqdm import tqdm
 
 from common import UserError, dataset_folder, write_pairs
 from configurator import configure, find
@@ -102,7 +103,7 @@ def read_all():
 def survey(pieces):
     """Arrays of a 64-bit hash of each document's text and of its length in characters."""
     keys, sizes, digest, size = array.array('Q'), array.array('Q'), hashlib.blake2b(digest_size=8), 0
-    for text, ends in pieces:
+    for text, ends in tqdm(pieces, desc='reading', unit=' pieces', disable=None):
         digest.update(text.encode('utf-8', 'surrogatepass'))
         size += len(text)
         if ends:
@@ -147,8 +148,8 @@ if not 0 < val < 1:
     raise UserError(f'val must be a share between 0 and 1, got {val}')
 if name in ('', '.', '..') or set(name) & set('/\\:'):
     raise UserError(f'name must do as the name of a folder, got {name!r}')
-if pairs and len(FIELDS) != 2:
-    raise UserError(f'with --pairs --field must name two columns, such as question,answer, got {field!r}')
+if len(FIELDS) != 1 + pairs:
+    raise UserError(f'field must be {"two names, such as question,answer" if pairs else "one name"}, got {field!r}')
 folder, files = dataset_folder(data_dir, name), find_files()
 source = {'source': ', '.join(input)}
 if pairs:
