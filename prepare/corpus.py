@@ -84,6 +84,14 @@ def hugging_face(endpoint, dataset):
     return f'{endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"}/datasets/{dataset}/resolve/main/'
 
 
+def size_of(path):
+    """Bytes of a file. Raises UserError where it is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}') from None
+
+
 def train_texts(shards):
     """The first train texts of shards (see write_corpus), SAMPLE characters of them: what a tokenizer is trained on."""
     size = 0

@@ -3,13 +3,12 @@ FineWeb-Edu: web pages that teach something. The sample of 10 billion (GPT-2) to
 
 Reading them takes one more package: pip install pyarrow. Their sha256 is not known to us, so their lengths are checked.
 """
-import os
 import zlib
 from pathlib import Path
 
 from common import UserError, dataset_folder, download
 from configurator import configure
-from corpus import hugging_face, train_texts, write_corpus
+from corpus import hugging_face, size_of, train_texts, write_corpus
 from tokenizer import make
 
 shards = 1                      # how many of the 14 files
@@ -50,6 +49,6 @@ def pages(file):
 files = input or [f'{i:03}_00000.parquet' for i in range(shards)]
 parts = [pages(file) for file in files]
 tok = make(tokenizer, train_texts(parts), vocab_size)
-source = {'source': 'HuggingFaceFW/fineweb-edu, sample 10BT', 'files': {f: os.path.getsize(f) if input else None for f in files}}
+source = {'source': 'HuggingFaceFW/fineweb-edu, sample 10BT', 'files': {f: size_of(f) if input else None for f in files}}
 write_corpus(folder, tok, parts, source, f'a hash of its text puts about 1 page in {val_every:,} into val')
 print('next: python train.py --dataset=fineweb_edu' + (f' --data_dir={data_dir}' if data_dir else ''))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common import dataset_folder, download
 from configurator import configure
-from corpus import hugging_face, read_documents, train_texts, write_corpus
+from corpus import hugging_face, read_documents, size_of, train_texts, write_corpus
 from tokenizer import make
 
 input: str | None = None     # a folder with local copies of the two files (None: download them)
@@ -24,6 +24,7 @@ folder = dataset_folder(data_dir, 'tinystories')
 url = hugging_face(endpoint, 'roneneldan/TinyStories')
 paths = {split: Path(input) / file if input else download([url + file], folder / file, None, ADVICE)
          for split, file in FILES.items()}
+sizes = {split: size_of(path) for split, path in paths.items()}
 
 
 def stories(split):
@@ -33,6 +34,5 @@ def stories(split):
 
 shards = [stories(split) for split in FILES]
 tok = make(tokenizer, train_texts(shards), vocab_size)
-source = {'source': 'roneneldan/TinyStories', **{path.name: path.stat().st_size for path in paths.values()}}
-write_corpus(folder, tok, shards, source, 'the official one', sum(path.stat().st_size for path in paths.values()))
+write_corpus(folder, tok, shards, {'source': 'roneneldan/TinyStories', 'bytes': sizes}, 'the official one', sum(sizes.values()))
 print('next: python train.py --dataset=tinystories' + (f' --data_dir={data_dir}' if data_dir else ''))
