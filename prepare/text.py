@@ -12,6 +12,7 @@ import array
 import csv
 import glob
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -55,40 +56,33 @@ def find_files():
 
 
 def read_rows(path):
-    """The texts in the columns FIELDS of a table, a list for each row. Raises UserError that names the line."""
-    suffix, columns = path.suffix.lower(), None
-    if suffix == '.jsonl':
-        for number, line in enumerate(read_lines(path), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f'{path}, line {number} is not JSON: {e}') from None
+    """The texts in FIELDS of each row of a table, as lists. Raises UserError that names the line."""
+    number, suffix = 0, path.suffix.lower()
+
+    def lines():
+        nonlocal number
+        for line in read_lines(path):
+            number += 1
+            yield line + '\n'
+    try:
+        if suffix == '.jsonl':
+            rows = (json.loads(line) for line in lines() if line.strip())
+        else:
+            csv.field_size_limit(2**31 - 1)
+            style = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if suffix == '.tsv' else {'strict': True}
+            table = csv.reader(lines(), **style)
+            header = next(table, [])
+            if pairs and not field and not set(FIELDS) <= set(header):
+                print(f'{path} does not name {" and ".join(FIELDS)}: the first two columns are taken, from the first line on')
+                table, header = itertools.chain([header], table), FIELDS
+            rows = (dict(zip(header, row)) for row in table if row)
+        for row in rows:
             if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in FIELDS):
-                raise UserError(f'{path}, line {number} has no text in {" and ".join(FIELDS)}: {line[:80]}; '
+                raise UserError(f'{path}, line {number} has no text in {" and ".join(FIELDS)}: {str(row)[:100]}; '
                                 f'name what to read with --field=…')
             yield [row[f] for f in FIELDS]
-        return
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader((line + '\n' for line in read_lines(path)), strict=True, **(
-        {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if suffix == '.tsv' else {}))  # in .tsv a quote is text
-    try:
-        for row in filter(None, rows):
-            if columns is None:
-                columns = [row.index(f) for f in FIELDS if f in row]
-                if len(columns) == len(FIELDS):
-                    continue
-                if field or not pairs:
-                    raise UserError(f'{path} has no column {" and ".join(f for f in FIELDS if f not in row)}, its first line '
-                                    f'names {", ".join(row)[:200]}; name what to read with --field=…')
-                print(f'{path} does not name {" and ".join(FIELDS)}: the first two columns are taken, from the first line on')
-                columns = [0, 1]
-            if len(row) <= max(columns):
-                raise UserError(f'{path}, line {rows.line_num} has {len(row)} columns instead of {max(columns) + 1} or more')
-            yield [row[c] for c in columns]
-    except csv.Error as e:
-        raise UserError(f'{path}, line {rows.line_num} is not {suffix}: {e}') from None
+    except (csv.Error, json.JSONDecodeError, RecursionError) as e:
+        raise UserError(f'{path}, line {number} is not {"JSON" if suffix == ".jsonl" else suffix}: {e}') from None
 
 
 def read_all():
@@ -130,7 +124,7 @@ def divided():
     """(split, text, ends) for the pieces of all documents but the doubles."""
     number, done = 0, 0
     for text, ends in read_all():
-        if kept[number] and is_val.any():
+        if kept[number] and by_documents:
             yield 'val' if is_val[number] else 'train', text, ends
         elif kept[number]:
             cut = min(max(first_val - done, 0), len(text))
@@ -175,7 +169,8 @@ else:
     if characters < 20:
         raise UserError(f'{", ".join(input)}: only {characters} characters of text, that is too little to train on')
     is_val, first_val = choose_val(keys, sizes), int(characters * (1 - val))
-    split = (f'whole documents, by a hash of their text, {val:.0%} val' if is_val.any() else
+    by_documents = bool(is_val.any())
+    split = (f'whole documents, by a hash of their text, {val:.0%} val' if by_documents else
              f'first {1 - val:.0%} / last {val:.0%} of the characters, as there are too few documents to choose from')
     documents, doubles = int(kept.sum()), int((~kept).sum())
     print(f'{documents:,} documents of {characters:,} characters, {doubles:,} doubles left out; split: {split}')

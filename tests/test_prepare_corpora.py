@@ -158,9 +158,9 @@ def test_pairs(project, tmp_path):
         assert meta['pairs'][split] == len(found[split])
     assert sorted(found['train'] + found['val']) == sorted(rows[:60]) and 4 <= len(found['val']) <= 6
     assert not {s for s, _ in found['train']} & {s for s, _ in found['val']}
-    assert 'no column q' in project.fails('prepare/text.py', f'--input={tmp_path / "a.csv"}', '--pairs', '--field=q,target')
+    assert 'line 2 has no text in q and target' in project.fails('prepare/text.py', f'--input={tmp_path / "a.csv"}', '--pairs', '--field=q,target')
     (tmp_path / 'b.tsv').write_text('hello\tyou\n\nhello\n', encoding='utf-8')
-    assert 'line 3 has 1 columns' in project.fails('prepare/text.py', f'--input={tmp_path / "b.tsv"}', '--pairs')
+    assert 'line 3 has no text in source and target' in project.fails('prepare/text.py', f'--input={tmp_path / "b.tsv"}', '--pairs')
     (tmp_path / 'b.tsv').write_text('hello\tyou\n', encoding='utf-8')
     assert 'too few' in project.fails('prepare/text.py', f'--input={tmp_path / "b.tsv"}', '--pairs', '--tokenizer=byte')
 
@@ -169,9 +169,9 @@ BAD = {  # what to type: what is said. Files are made below
     '': 'say what to read: --input=FILE', '--input=nowhere.txt': 'there is no file nowhere.txt', '--input=*.foo': 'there is no file *.foo',
     '--input=empty': 'there is no .txt, .md, .py, .jsonl, .csv, .tsv file in empty', '--input=void.txt': 'only 0 characters',
     '--input=binary.txt': 'binary.txt looks binary: byte 0x00 at position 3', '--input=latin.txt': 'latin.txt is not UTF-8 text: byte 0xe9 at position 3',
-    '--input=json.jsonl': 'json.jsonl, line 3 is not JSON', '--input=field.jsonl': 'field.jsonl, line 2 has no text in text: {"words": "x"}',
+    '--input=json.jsonl': 'json.jsonl, line 3 is not JSON', '--input=field.jsonl': 'field.jsonl, line 2 has no text in text: {\'words\': \'x\'}; name what to read with --field',
     '--input=field.jsonl --field=text,words': 'field must be one name', '--input=good.txt --pairs --field=q': 'field must be two names',
-    '--input=table.csv': 'table.csv has no column text, its first line names a, b', '--input=quote.csv': 'quote.csv, line 3 is not .csv',
+    '--input=table.csv': "table.csv, line 2 has no text in text: {'a': '1', 'b': '2'}; name what", '--input=quote.csv': 'quote.csv, line 3 is not .csv',
     '--input=good.txt --vocab_size=256': '256', '--input=good.txt --tokenizer=gpt5': 'sentencepiece', '--input=good.txt --val=1': 'between 0 and 1, got 1.0',
     '--input=good.txt --name=a/b': "got 'a/b'", '--input=good.txt --pairs': 'good.txt',
 }
