@@ -14,6 +14,7 @@ import glob
 import hashlib
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -136,47 +137,45 @@ def divided():
         number += ends
 
 
-if not input:
-    raise UserError('say what to read: --input=FILE, a folder or a glob')
-if not 0 < val < 1:
-    raise UserError(f'val must be a share between 0 and 1, got {val}')
-if name in ('', '.', '..') or set(name) & set('/\\:'):
-    raise UserError(f'name must do as the name of a folder, got {name!r}')
-if len(FIELDS) != 1 + pairs:
-    raise UserError(f'field must be {"two names, such as question,answer" if pairs else "one name"}, got {field!r}')
+for wrong, sentence in ((not input, 'say what to read: --input=FILE, a folder or a glob'),
+                        (not 0 < val < 1, f'val must be a share between 0 and 1, got {val}'),
+                        (Path(name).name != name or name in ('', '..'), f'name must do as the name of a folder, got {name!r}'),
+                        (len(FIELDS) != 1 + pairs, f'field must be {"two names, such as q,a" if pairs else "one name"}, '
+                                                   f'got {field!r}')):
+    if wrong:
+        raise UserError(sentence)
 folder, files = dataset_folder(data_dir, name), find_files()
 source = {'source': ', '.join(input)}
 if pairs:
-    rows = [tuple(row) for path in files for row in read_rows(path)]
-    rows, read = list(dict.fromkeys(r for r in rows if all(map(str.strip, r)))), len(rows)
+    read = [tuple(row) for path in files for row in read_rows(path)]
+    rows = list(dict.fromkeys(row for row in read if all(map(str.strip, row))))
+    print(f'{len(rows):,} pairs; {len(read) - len(rows):,} were there twice or had an empty side')
     keys, sizes = survey((row[0], True) for row in rows)
     is_val = choose_val(keys, sizes)
-    if len(rows) and not is_val.any():
-        is_val = keys == keys.max()
+    is_val = is_val if is_val.any() or not rows else keys == keys.max()
     splits = {split: [row for row, v in zip(rows, is_val) if v == (split == 'val')] for split in ('train', 'val')}
     if not splits['train']:
-        raise UserError(f'{", ".join(input)}: {len(rows)} pairs with different sources are too few to train on')
-    tok = make(tokenizer, (text for row in (rows if tokenizer == 'char' else splits['train']) for text in row), vocab_size,
-               ('pad', 'bos', 'eos'))
-    print(f'{len(rows):,} pairs; {read - len(rows):,} were there twice or had an empty side')
-    write_pairs(folder, tok, splits, source, f'pairs whose source is the same stay together, {val:.0%} val')
+        raise UserError(f'{", ".join(input)}: too few pairs to train on: it takes two with different sources, at least')
+    texts = (text for row in (rows if tokenizer == 'char' else splits['train']) for text in row)
+    tok = make(tokenizer, texts, vocab_size, ('pad', 'bos', 'eos'))
+    write_pairs(folder, tok, splits, source, f'{val:.0%} val, by a hash of the source: pairs with the same one stay together')
 else:
     keys, sizes = survey(read_all())
     kept = np.zeros(len(keys), dtype=bool)
     kept[np.unique(keys, return_index=True)[1]] = True
     sizes *= kept  # what is there twice counts once
-    characters = int(sizes.sum())
+    documents, doubles, characters = int(kept.sum()), int((~kept).sum()), int(sizes.sum())
     if characters < 20:
         raise UserError(f'{", ".join(input)}: only {characters} characters of text, that is too little to train on')
     is_val, first_val = choose_val(keys, sizes), int(characters * (1 - val))
     by_documents = bool(is_val.any())
-    split = (f'whole documents, by a hash of their text, {val:.0%} val' if by_documents else
+    split = (f'{val:.0%} val, whole documents by a hash of their text' if by_documents else
              f'first {1 - val:.0%} / last {val:.0%} of the characters, as there are too few documents to choose from')
-    documents, doubles = int(kept.sum()), int((~kept).sum())
     print(f'{documents:,} documents of {characters:,} characters, {doubles:,} doubles left out; split: {split}')
-    # The alphabet of a char tokenizer is that of val too, which could not be written otherwise
-    tok = make(tokenizer, (text for text, _ in read_all()) if tokenizer == 'char' else train_texts([divided]), vocab_size,
-               () if tokenizer == 'char' else ('eot',))
+    if tokenizer == 'char':  # it must know the characters of val too, which could not be written otherwise
+        tok = make(tokenizer, (text for text, _ in read_all()))
+    else:
+        tok = make(tokenizer, train_texts([divided]), vocab_size, ('eot',))
     source |= {'documents': documents, 'doubles': doubles, 'sha256_of_hashes': hashlib.sha256(keys.tobytes()).hexdigest()}
     write_corpus(folder, tok, [divided], source, split, characters)
 print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))
