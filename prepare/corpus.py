@@ -1,0 +1,203 @@
+"""
+What the scripts for text of any size share: reading it piece by piece, and tokenizing it in bounded memory.
+
+A piece is (text, ends): a document is one piece or, where it is long, several; `ends` marks the last of them.
+"""
+import codecs
+import collections
+import hashlib
+import io
+import itertools
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from common import UserError, clear, id_type, write_meta
+from files import lock, write_whole
+from tokenizer import UnknownCharacters
+
+PIECE = 2**20        # characters: longer documents are cut, and so many are tokenized at a time
+SAMPLE = 50_000_000  # characters, at most, that a tokenizer is trained on
+SAVE_EVERY = 5       # seconds of work that a stop can cost
+
+
+def read_blocks(path):
+    """The text of a UTF-8 file in blocks of PIECE bytes; line ends become \\n, a byte order mark goes.
+
+    Raises UserError with the file's name, and the place of a byte that is not text.
+    """
+    decoder, done, block = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8-sig')(), translate=True), 0, b'-'
+    try:
+        with open(path, 'rb') as f:
+            while block:
+                block = f.read(PIECE)
+                text = decoder.decode(block, final=not block)
+                if '\0' in text:
+                    raise UserError(f'{path} looks binary: byte 0x00 at position {done + block.find(0):,}; leave it out')
+                done += len(block)
+                yield text
+    except UnicodeDecodeError as e:
+        where = f'byte {e.object[e.start]:#04x} at position {done + len(block) - len(e.object) + e.start:,}'
+        raise UserError(f'{path} is not UTF-8 text: {where}; save it as UTF-8, or leave it out') from None
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}') from None
+
+
+def read_lines(path):
+    """The lines of a UTF-8 file, without their ends. Raises UserError as read_blocks() does."""
+    rest = ''
+    for block in read_blocks(path):
+        *lines, rest = (rest + block).split('\n')
+        yield from lines
+    if rest:
+        yield rest
+
+
+def read_documents(path, separator=None):
+    """Pieces of a text file: one document or, with a separator, as many as it separates; blank ones are left out.
+
+    Where a space stands between two letters every tokenizer may be stopped and started again, and gives the same ids: long
+    documents are cut there.
+    """
+    rest, inside = '', False  # what is read but not given yet, and whether a part of its document is
+    for block in read_blocks(path):
+        *whole, rest = (rest + block).split(separator) if separator else [rest + block]
+        for text in whole:
+            if inside or text.strip():
+                yield text.strip('\n'), True
+            inside = False
+        rest = rest.lstrip('\n') if separator and not inside else rest
+        while len(rest) > 2 * PIECE:
+            cut = rest.rfind(' ', 0, PIECE)
+            while cut > 0 and not (rest[cut - 1].isalpha() and rest[cut + 1].isalpha()):
+                cut = rest.rfind(' ', 0, cut)
+            cut = cut if cut > 0 else PIECE
+            yield rest[:cut], False
+            rest, inside = rest[cut:], True
+    if inside or rest.strip():
+        yield rest.strip('\n') if separator else rest, True
+
+
+def hugging_face(endpoint, dataset):
+    """The address of a dataset's files: endpoint is that of a mirror, or None."""
+    return f'{endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"}/datasets/{dataset}/resolve/main/'
+
+
+def size_of(path):
+    """Bytes of a file. Raises UserError where it is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}') from None
+
+
+def train_texts(shards):
+    """The first train texts of shards (see write_corpus), SAMPLE characters of them: what a tokenizer is trained on."""
+    size = 0
+    for split, text, _ in itertools.chain.from_iterable(shard() for shard in shards):
+        if split == 'train':
+            yield text[:SAMPLE - size]
+            size += len(text)
+        if size >= SAMPLE:
+            return
+
+
+def in_order(pool, function, items, ahead):
+    """map() on a pool's threads that takes items only as they are needed: `ahead` of them are under way."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def chunks(pieces):
+    """Lists of pieces that come to PIECE characters or a little more."""
+    chunk, size = [], 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece[1])
+        if size >= PIECE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def write_corpus(folder, tokenizer, shards, source, split, characters=None):
+    """Tokenize into train.bin and val.bin and, when both are whole, write meta.json. Memory does not grow with the text.
+
+    shards: functions that each give an iterator of (split, text, ends): pieces that say where they go, the same at every call.
+    source, split: as in write_stream. characters: how many there are, where that is known. A call that was stopped goes on
+    where it was if tokenizer, source and split are the same: source must tell one text from another.
+    """
+    from tqdm import tqdm
+    clear(folder)
+    try:
+        claim = lock(folder)
+    except UserError:
+        raise UserError(f'another process is preparing {folder}: wait for it, or choose another --data_dir=…') from None
+    dtype, progress, start = id_type(tokenizer), folder / '.progress.json', time.monotonic()
+    key = hashlib.sha256(json.dumps([tokenizer.to_dict(), source, split]).encode()).hexdigest()
+    state = {'key': key, 'shard': 0, 'pieces': 0, 'characters': 0, 'counts': {'train': 0, 'val': 0}}
+    parts = {name: folder / f'{name}.bin.tmp' for name in state['counts']}
+    if progress.is_file():
+        old = json.loads(progress.read_text(encoding='utf-8'))
+        there = {name: part.stat().st_size if part.is_file() else -1 for name, part in parts.items()}
+        if old['key'] == key and all(there[name] >= n * dtype.itemsize for name, n in old['counts'].items()):
+            state = old
+            print(f'going on after {sum(state["counts"].values()):,} ids that an earlier run has made')
+    new, seconds, before = 0, 1, sum(state['counts'].values())
+
+    def encode(chunk):
+        """A chunk's bytes for each file, its number of pieces and of characters."""
+        made = {name: [] for name in parts}
+        for name, text, ends in chunk:
+            made[name].append(tokenizer.encode_to_numpy(text).astype(dtype).tobytes())
+            if ends and tokenizer.end is not None:
+                made[name].append(dtype.type(tokenizer.end).tobytes())
+        return {name: b''.join(ids) for name, ids in made.items()}, len(chunk), sum(len(text) for _, text, _ in chunk)
+
+    def save():
+        """What was written up to here is not done again."""
+        for f in files.values():
+            f.flush()
+            os.fsync(f.fileno())
+        write_whole(progress, lambda f: f.write(json.dumps(state).encode()))
+
+    threads, due = min(os.cpu_count() or 1, 16), start + SAVE_EVERY
+    bar = tqdm(total=characters, initial=state['characters'], unit='char', unit_scale=True, desc=folder.name, disable=None)
+    try:
+        with open(parts['train'], 'ab') as train, open(parts['val'], 'ab') as val, ThreadPoolExecutor(threads) as pool, bar:
+            files = {'train': train, 'val': val}
+            for name, f in files.items():
+                f.truncate(state['counts'][name] * dtype.itemsize)
+            for shard in shards[state['shard']:]:
+                pieces = itertools.islice(shard(), state['pieces'], None)
+                for made, number, size in in_order(pool, encode, chunks(pieces), 2 * threads):
+                    for name, content in made.items():
+                        files[name].write(content)
+                        state['counts'][name] += len(content) // dtype.itemsize
+                    state['pieces'] += number
+                    state['characters'] += size
+                    new, seconds = sum(state['counts'].values()) - before, time.monotonic() - start
+                    bar.set_postfix_str(f'{new / seconds:,.0f} tok/s', refresh=False)
+                    bar.update(size)
+                    if time.monotonic() > due:
+                        save()
+                        due = time.monotonic() + SAVE_EVERY
+                state['shard'], state['pieces'] = state['shard'] + 1, 0
+                save()
+        for name, part in parts.items():
+            os.replace(part, folder / f'{name}.bin')
+    except UnknownCharacters as e:
+        raise UserError(f'{e}; --tokenizer=byte knows every character') from None
+    except OSError as e:
+        raise UserError(f'cannot write in {folder}: {e.strerror}; free some space, then the same command goes on') from None
+    print(f'{new:,} ids in {seconds:.1f} s, {new / seconds:,.0f} tok/s')
+    write_meta(folder, tokenizer, 'stream', state['counts'], source, split)
+    progress.unlink()
+    claim.close()
