@@ -27,12 +27,12 @@ def write_whole(path, write):
         raise UserError(f'cannot write {path}: {why}; free some space or choose another folder') from None
 
 
-def make_folder(folder):
-    """Make a folder where it is missing. Raises UserError where that can't be."""
+def make_folder(folder, knob='--data_dir=…'):
+    """Make a folder where it is missing. Raises UserError where that can't be: knob is how another place is chosen."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with --data_dir=…') from None
+        raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with {knob}') from None
 
 
 def lock(folder):
@@ -62,11 +62,12 @@ def sha256_of(path):
 def download(urls, path, sha256, advice):
     """Fetch the first of urls that gives a file with that sha256, to path; a file that is already there and right is kept.
 
+    sha256 None: none is known, a file is right when it is as long as the server says.
     A cut download goes on where it stopped (HTTP Range). Raises UserError, ending in `advice`, where no url works.
     """
     path = Path(path)
     if path.is_file():
-        if sha256_of(path) == sha256:
+        if sha256 in (None, sha256_of(path)):
             return path
         print(f'{path} is not the file it should be (its sha256 differs): downloading it again')
     import requests
@@ -88,7 +89,7 @@ def download(urls, path, sha256, advice):
                     for block in r.iter_content(2**16):
                         f.write(block)
                         bar.update(len(block))
-            if sha256_of(part) == sha256:
+            if sha256 in (None, sha256_of(part)):
                 part.replace(path)
                 return path
             failures.append(f'{url}: wrong sha256')
