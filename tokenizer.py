@@ -14,9 +14,16 @@ checkpoint, so a model can't lose it.
     >>> from_dict(tok.to_dict()).decode([1, 3, 2, 0])
     'hole'
 """
+import base64
 import codecs
+import functools
+import heapq
+import io
+import json
 import re
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 
@@ -117,15 +124,11 @@ class Tokenizer:
         return np.array([len(token) for token in self.tokens], dtype=np.int64)
 
     def listing(self):
-        """The vocabulary to read: a line an id, with its token quoted as in Python, or its name where it is special."""
-        names, lines = {i: f'<{name}>' for name, i in self.specials.items()}, []
-        for i, token in enumerate(self.tokens):
-            try:
-                shown = names.get(i) or repr(token.decode('utf-8'))
-            except UnicodeDecodeError:
-                shown = repr(token)  # a part of a character
-            lines.append(f'{i:6}  {shown}\n')
-        return ''.join(lines)
+        """The vocabulary to read: a line an id, the token as Python would quote it, or its name where it is special."""
+        shown = [repr(token.decode('utf-8', 'backslashreplace')) for token in self.tokens]
+        for name, i in self.specials.items():
+            shown[i] = f'<{name}>'
+        return ''.join(f'{i:6}  {token}\n' for i, token in enumerate(shown))
 
 
 class CharTokenizer(Tokenizer):
@@ -184,7 +187,7 @@ class TiktokenTokenizer(Tokenizer):
         except (OSError, ValueError) as e:  # what requests raises is an OSError too
             raise UserError(f'cannot download the files of the encoding {name} ({type(e).__name__}): without a network, set the '
                             f'environment variable TIKTOKEN_CACHE_DIR to a folder that has them') from None
-        self.name, self.ranks = name, self.encoding._mergeable_ranks
+        self.name, self.ranks, self.split = name, self.encoding._mergeable_ranks, self.encoding._pat_str
         theirs = {text.strip('<|>').replace('endoftext', 'eot'): i for text, i in self.encoding._special_tokens.items()}
         tokens = [b''] * self.encoding.n_vocab  # some numbers mean nothing
         for token, i in self.ranks.items():
@@ -214,6 +217,167 @@ class TiktokenTokenizer(Tokenizer):
     def to_dict(self):
         return {'kind': 'tiktoken', 'name': self.name, 'specials': self.added}
 
+    @functools.cached_property
+    def merges(self):
+        """The merges behind the tokens, in order, such as 'Ġt he': the last two parts that earlier ones make of each token."""
+        found = []
+        for token in sorted(self.ranks, key=self.ranks.get):
+            parts = [token[i:i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                i = min(range(len(parts) - 1), key=lambda i: self.ranks.get(parts[i] + parts[i + 1], self.vocab_size))
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            found += [' '.join(map(printable, parts))] if len(parts) == 2 else []
+        return found
+
+    def tokenizer_json(self):
+        """What Hugging Face's tokenizer.json should say, as str. Their libraries take a typed <|endoftext|> for the token."""
+        specials = {'<|endoftext|>' if name == 'eot' else f'<|{name}|>': i for name, i in self.specials.items()}
+        split = re.sub(r'(\d})\+', r'\1', self.split).replace('$', r'\z')  # {1,3}+ and $ mean something else to their library
+        level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+        flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
+        return json.dumps({
+            'version': '1.0', 'added_tokens': [{'id': i, 'content': text, **flags} for text, i in specials.items()],
+            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [
+                {'type': 'Split', 'pattern': {'Regex': split}, 'behavior': 'Isolated', 'invert': False}, level]},
+            'decoder': level,
+            'model': {'type': 'BPE', 'vocab': {printable(token): i for token, i in self.ranks.items()} | specials,
+                      'merges': self.merges}}, ensure_ascii=False, indent=1)
+
+
+class BpeTokenizer(TiktokenTokenizer):
+    """Our own byte-level BPE: 256 bytes, a token a merge, then the special tokens. tiktoken's library does the encoding.
+
+    merges: list of str, the two tokens to join, printable: 'h e', 'Ġt he'. One is easy to read and a line of JSON, as in
+    GPT-2's own file, and ids follow from their order. Raises ValueError where one joins what is not there, or gives nothing new.
+    """
+    kind, split = 'bpe', GPT2_SPLIT
+
+    def __init__(self, merges, specials=('eot',)):
+        import tiktoken
+        names = {PRINTABLE[b]: bytes([b]) for b in range(256)}
+        for n, merge in enumerate(merges):
+            left, _, right = merge.partition(' ')
+            if left not in names or right not in names or left + right in names:
+                raise ValueError(f'merge {n} of the bpe tokenizer, {merge!r}, does not join two earlier tokens to a new one')
+            names[left + right] = names[left] + names[right]
+        self.merges, self.ranks = merges, {token: i for i, token in enumerate(names.values())}
+        self.encoding = tiktoken.Encoding('bpe', pat_str=self.split, mergeable_ranks=self.ranks, special_tokens={})
+        Tokenizer.__init__(self, list(self.ranks), specials)
+
+    @classmethod
+    def train(cls, texts, vocab_size, specials=('eot',)):
+        """Learn merges from an iterable of str, which is read once and not kept. Raises UserError.
+
+        Of pairs that are equally frequent, the one with the smaller ids is joined first, whatever the order of the texts.
+        """
+        import regex
+        from tqdm import tqdm
+        own = 256 + len(specials)
+        if vocab_size < own:
+            raise UserError(f'a bpe vocabulary of {vocab_size:,} is too small: bytes and special tokens alone are {own}')
+        find, seen = regex.compile(cls.split).findall, Counter()
+        for block in tqdm(blocks(texts, 2**20), desc='counting words', unit=' blocks', disable=None):
+            seen.update(find(block))
+        # A word is a str with a character an id, so that str.replace() is the merge. Endless words come in parts: every merge
+        # in a word goes through all of it. where: pair to the words that have it, or had it
+        words, times, pairs, where = [], [], Counter(), defaultdict(list)
+        for word, n in seen.items():
+            for part in blocks([word.encode('utf-8', 'replace').decode('latin-1')], 256):
+                for a, b in zip(part, part[1:]):
+                    pairs[a + b] += n
+                    where[a + b].append(len(words))
+                words.append(part)
+                times.append(n)
+        names, merges, bar = [PRINTABLE[b] for b in range(256)], [], tqdm(total=vocab_size - own, desc='merges', disable=None)
+        heap = [(-n, pair) for pair, n in pairs.items()]  # the most frequent first; a count that fell meanwhile is put back
+        heapq.heapify(heap)
+        while heap and len(merges) < vocab_size - own:
+            n, pair = heapq.heappop(heap)
+            if -n != pairs[pair]:
+                heapq.heappush(heap, (-pairs[pair], pair))
+                continue
+            if n > -2:  # nothing else occurs twice
+                break
+            merges.append(' '.join(names[ord(c)] for c in pair))
+            new, born = chr(len(names)), set()
+            names.append(merges[-1].replace(' ', ''))
+            for i in set(where.pop(pair)):
+                old, n = words[i], times[i]
+                words[i] = word = old.replace(pair, new)
+                if word != old:
+                    for a, b in zip(old, old[1:]):
+                        pairs[a + b] -= n
+                    for a, b in zip(word, word[1:]):
+                        pairs[a + b] += n
+                        if a == new or b == new:
+                            where[a + b].append(i)
+                            born.add(a + b)
+            for pair in born:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            bar.update()
+        bar.close()
+        if len(merges) < vocab_size - own:
+            print(f'a bpe vocabulary of {vocab_size:,} is too high for this text: made {own + len(merges):,}')
+        return cls(merges, specials)
+
+    def to_dict(self):
+        return {'kind': 'bpe', 'split': 'gpt2', 'merges': self.merges, 'specials': list(self.specials)}
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A model of Google's sentencepiece, its bytes inside the dict. What is not in its vocabulary is spelled in bytes."""
+    kind = 'sentencepiece'
+
+    def __init__(self, model):
+        """model: the bytes of a .model file; its control symbols are the special tokens. Raises ValueError."""
+        import sentencepiece
+        try:
+            self.model, self.sp = model, sentencepiece.SentencePieceProcessor(model_proto=model or b'?')
+        except RuntimeError:
+            raise ValueError('the model of the sentencepiece tokenizer is damaged') from None
+        pieces, specials = [self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())], {}
+        for i, piece in enumerate(pieces):
+            if self.sp.is_control(i) or self.sp.is_unknown(i):
+                specials[piece.strip('<>')] = i
+            pieces[i] = bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else piece.replace('▁', ' ').encode('utf-8')
+        super().__init__([b'' if i in specials.values() else piece for i, piece in enumerate(pieces)])
+        self.specials = specials
+
+    @classmethod
+    def train(cls, texts, vocab_size, specials=(), algorithm='bpe'):
+        """Learn from an iterable of str. algorithm: bpe or unigram. Raises UserError."""
+        import sentencepiece
+        Tokenizer([], specials)  # are they names?
+        lines = list(blocks((line for block in blocks(texts, 2**20) for line in mend(block).splitlines()), 1000))
+        try:
+            model = io.BytesIO()
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=model, model_type=algorithm, vocab_size=vocab_size, minloglevel=2,
+                # whatever goes in comes out again: no normalising, no space put before, none taken away, bytes for the rest
+                normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True,
+                allow_whitespace_only_pieces=True, unk_id=0, bos_id=-1, eos_id=-1, control_symbols=[f'<{s}>' for s in specials])
+            return cls(model.getvalue())
+        except RuntimeError as e:
+            most, least = re.search(r'too high.* (\d+)', str(e)), re.search(r'smaller than.*vs (\d+)', str(e))
+            if least:
+                raise UserError(f'a sentencepiece vocabulary of {vocab_size:,} is too small: this text and the special tokens '
+                                f'need at least {int(least[1]):,}') from None
+            if not most or int(most[1]) >= vocab_size:
+                raise UserError(f'sentencepiece cannot learn from this: {str(e).split("] ")[-1] or "there is no text"}') from None
+        print(f'a sentencepiece vocabulary of {vocab_size:,} is too high for this text: made {int(most[1]):,}')
+        return cls.train(lines, int(most[1]), specials, algorithm)
+
+    def encode_to_numpy(self, text):
+        """str to uint32 array. Lone surrogates are encoded as U+FFFD."""
+        # Line by line: no piece goes on after a line break, and a long text at once would cost the library time and memory.
+        # The library would take ▁ for a space, so we spell it
+        low = [self.sp.piece_to_id(f'<0x{b:02X}>') for b in '▁'.encode()]
+        parts = re.findall('▁|[^▁\n]+\n?|\n', mend(text))
+        return np.fromiter(chain.from_iterable(low if part == '▁' else self.sp.encode(part) for part in parts), dtype=np.uint32)
+
+    def to_dict(self):
+        return {'kind': 'sentencepiece', 'model': base64.b64encode(self.model).decode('ascii')}
+
 
 def make(name, texts=None, vocab_size=None, specials=()):
     """A new tokenizer: char, byte, bpe, sentencepiece, sentencepiece_unigram or the name of one of tiktoken's encodings.
@@ -225,6 +389,10 @@ def make(name, texts=None, vocab_size=None, specials=()):
         return CharTokenizer.train((c for text in texts for c in set(text)), specials)
     if name == 'byte':
         return ByteTokenizer(specials or ('eot',))
+    if name == 'bpe':
+        return BpeTokenizer.train(texts, vocab_size, specials or ('eot',))
+    if name in ('sentencepiece', 'sentencepiece_unigram'):
+        return SentencePieceTokenizer.train(texts, vocab_size, specials, 'unigram' if name.endswith('unigram') else 'bpe')
     return TiktokenTokenizer(name, specials)
 
 
@@ -243,6 +411,10 @@ def from_dict(d):
             return ByteTokenizer(specials)
         if kind == 'tiktoken':
             return TiktokenTokenizer(d['name'], specials)
+        if kind == 'bpe' and d['split'] == 'gpt2' and isinstance(d['merges'], list):
+            return BpeTokenizer(d['merges'], specials)
+        if kind == 'sentencepiece':
+            return SentencePieceTokenizer(base64.b64decode(d['model']))
     except (KeyError, TypeError, AttributeError):
         raise ValueError('not the description of a tokenizer') from None
     raise ValueError(f'unknown kind of tokenizer {kind!r}: this version knows char, byte, bpe, tiktoken and sentencepiece')
