@@ -7,7 +7,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import ROOT, UserError, nearby
-from files import FORMAT, download, make_folder, sha256_of, write_whole  # noqa: F401  scripts take them from here
+from files import FORMAT, download, make_folder, sha256_of, write_whole
+
+SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+SHAKESPEARE_URLS = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+                    'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt',
+                    'https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt')
 
 
 def read_text(path):
@@ -19,6 +24,16 @@ def read_text(path):
     except UnicodeDecodeError as e:
         where = f'byte {e.object[e.start]:#04x} at position {e.start:,}'
         raise UserError(f'{path} is not UTF-8 text: {where}; save it as UTF-8') from None
+
+
+def input_text(path, urls, sha256, folder):
+    """(text, what meta.json should say about its source): of a local file or, where path is None, downloaded into folder."""
+    path = path or download(urls, folder / 'input.txt', sha256, 'Without a network, give a local copy with --input=FILE, '
+                            'or train on the default dataset: python train.py')
+    text = read_text(path)
+    if len(text) < 20:
+        raise UserError(f'{path} has only {len(text)} characters: that is too little to train on')
+    return text, {'source': str(path), 'sha256': sha256_of(path)}
 
 
 def dataset_folder(data_dir, name):
