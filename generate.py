@@ -101,7 +101,7 @@ class Generation:
         """Generate, a token at a time: yields max_new_tokens times a (B,) int64 tensor, -1 in rows that have ended.
 
         prompts: B sequences of token ids, of any lengths, none empty; for a Seq2Seq they are sources, and start is the id (or
-        the ids) that its targets begin with. eot: the id that ends a row (it is still yielded). banned: ids that are never chosen.
+        the ids) that its targets begin with. eot: the id that ends a row (it is still yielded). banned: ids never chosen.
         sampling: the knobs of next_token(). use_cache=False gives the same tokens, slowly.
         Raises ValueError on an empty prompt, an id outside the vocabulary, or a sampling knob out of its range.
         """

@@ -47,8 +47,8 @@ from tokenizer import UnknownCharacters
 SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 PRESETS = {'focused': {'temperature': 0.5, 'top_k': 20, 'top_p': 0.9, 'min_p': None, 'repetition_penalty': 1.1, 'num_beams': 1},
            'balanced': {'temperature': 0.8, 'top_k': 50, 'top_p': 0.95, 'min_p': None, 'repetition_penalty': 1.1, 'num_beams': 1},
-           'creative': {'temperature': 1.1, 'top_k': 200, 'top_p': 0.98, 'min_p': None, 'repetition_penalty': 1.0, 'num_beams': 1},
-           'greedy': {'temperature': 0.0, 'top_k': None, 'top_p': None, 'min_p': None, 'repetition_penalty': 1.0, 'num_beams': 1}}
+           'creative': {'temperature': 1.1, 'top_k': 200, 'top_p': 0.98, 'min_p': None, 'repetition_penalty': 1, 'num_beams': 1},
+           'greedy': {'temperature': 0.0, 'top_k': None, 'top_p': None, 'min_p': None, 'repetition_penalty': 1, 'num_beams': 1}}
 
 
 def check(settings, named):

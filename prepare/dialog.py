@@ -44,7 +44,8 @@ LICENCES = {'daily': 'DailyDialog (Li et al. 2017) is CC BY-NC-SA 4.0: not for c
 SHA256 = {'train.zip': '6191257f8250da0e045bfd1d017645e15b2358df975ec4c5c431a5a1f99662a4',  # at the first of daily_urls
           'validation.zip': 'f068cf7526a56ab5f26e99b74ce9edbc2766f7b060a3c6cef035920b0dd28153',
           'test.zip': '5f9526a5ce4b8af4ca237aa3ff38cbf03becbc596c70b0974d7f5f9af2ea0615'}
-STYLE = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'you': 'User', 'me': 'Bot', 'reply': 'Bot: '}
+STYLE = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'turns': context,
+         'you': 'User', 'me': 'Bot', 'reply': 'Bot: '}
 CHARACTERS = str.maketrans({'’': "'", '‘': "'", '′': "'", '“': '"', '”': '"', '。': ' . ', '、': ' , ', '\x7f': ' '})
 REPAIRS = [(re.compile(pattern), new) for pattern, new in (  # in this order
     (r"(\w) ?' ?(s|t|m|d|re|ve|ll|Ve|Re|Ll)\b", lambda m: f"{m[1]}'{m[2].lower()}"),  # I ' m, we ' Ve

@@ -136,7 +136,8 @@ if not pairs:
 
 partners = Counter(turns[-1][0] for _, turns, _, _ in pairs if turns and turns[-1][0] != character)
 style = {'turn': '[{speaker}] {text}' if partners else '{text}', 'between': ' ', 'begin': '',
-         'you': partners.most_common(1)[0][0] if partners else 'You', 'me': character if partners else 'Reply', 'reply': ''}
+         'turns': max(len(turns or [0]) for _, turns, _, _ in pairs), 'you': partners.most_common(1)[0][0] if partners else 'You',
+         'me': character if partners else 'Reply', 'reply': ''}
 if not partners:
     print('no [NAME] tags in the sources: each is taken as it stands')
 if split == 'blocks':
