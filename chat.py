@@ -6,9 +6,11 @@ A format is a dict that travels in meta.json and in checkpoints:
     turn      how a turn is written: '[{speaker}] {text}' or '{speaker}: {text}'
     between   text between turns, or the name of a special token in brackets: '<sep>'
     begin     the same, before the first turn
+    turns     at most so many are in a source, the last ones
     you, me   whom the person and the model speak as
     reply     what the model's own turn begins with ('Bot: '): it is written, not sampled
 """
+PLAIN = {'turn': '{text}', 'between': '', 'begin': '', 'turns': 1, 'you': 'you', 'me': 'model', 'reply': ''}  # of any pairs
 
 
 def piece_ids(tok, piece):
@@ -23,10 +25,20 @@ def source_ids(tok, style, turns, max_tokens=None):
     Whole turns leave, the oldest first, until at most max_tokens are left; of a newest turn that is longer alone, its end stays.
     """
     begin, ids = piece_ids(tok, style['begin']), []
-    for number, (speaker, text) in enumerate(reversed(turns)):
+    for number, (speaker, text) in enumerate(reversed(turns[-style['turns']:])):
         turn = tok.encode(style['turn'].format(speaker=speaker, text=text))
         turn += piece_ids(tok, style['between']) if number else []
         if max_tokens is not None and len(begin) + len(turn) + len(ids) > max_tokens:
-            return begin + (ids or turn[len(begin) - max_tokens:])
+            return begin + (ids or turn[-max(1, max_tokens - len(begin)):])
         ids = turn + ids
     return begin + ids
+
+
+def start_ids(tok, style):
+    """What a reply begins with: the id between source and target, then the format's `reply`."""
+    return [tok.start] + tok.encode(style['reply'])
+
+
+def reply_text(tok, style, ids):
+    """A whole target, or what was written after start_ids(), as the bare text of the reply."""
+    return tok.decode(ids).removeprefix(style['reply']).strip()

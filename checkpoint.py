@@ -11,7 +11,9 @@ import torch
 import tokenizer
 from configurator import UserError
 from files import FORMAT, write_whole
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
+
+KINDS = {'gpt': (GPT, GPTConfig), 'seq2seq': (Seq2Seq, Seq2SeqConfig)}
 
 
 def save(path, state):
@@ -30,7 +32,7 @@ def load(path):
         whole = zipfile.is_zipfile(path) and 'weights_only' in str(e)
         why = 'it holds code, which is never loaded' if whole else 'it is cut short or something else'
         raise UserError(f'{path} is not a checkpoint of pocketGPT: {why}') from None
-    parts = {'format': int, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
+    parts = {'format': int, 'kind': str, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(part), kind) for part, kind in parts.items()):
         raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing')
     if state['format'] > FORMAT:
@@ -39,16 +41,20 @@ def load(path):
 
 
 def build(state, path, **overrides):
-    """(GPT in eval mode, tokenizer) from a loaded checkpoint; overrides: fields of GPTConfig that do not change its shape."""
+    """(model in eval mode, tokenizer) from a loaded checkpoint; overrides: fields of its config that do not change its shape."""
+    if state['kind'] not in KINDS:
+        raise UserError(f'{path} holds a {state["kind"]!r}, this version knows {", ".join(KINDS)}')
+    Model, Config = KINDS[state['kind']]
     try:
-        model = GPT(GPTConfig(**{**state['model_args'], **overrides}))
+        model = Model(Config(**{**state['model_args'], **overrides}))
         model.load_state_dict(state['model'])
         return model.eval(), tokenizer.from_dict(state['tokenizer'])
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f'{path} does not fit together: {str(e).splitlines()[-1].strip()}') from None
 
 
-def model_state(model, tok, config):
-    """The part of a checkpoint that sample.py needs."""
-    return {'kind': 'gpt', 'model_args': asdict(model.config), 'model': model.state_dict(),
-            'tokenizer': tok.to_dict(), 'config': config}
+def model_state(model, tok, config, chat=None):
+    """The part of a checkpoint that sample.py needs. chat: the format of conversations (chat.py), None: it has none."""
+    kind = next(kind for kind, (Model, _) in KINDS.items() if isinstance(model, Model))
+    return {'kind': kind, 'model_args': asdict(model.config), 'model': model.state_dict(), 'tokenizer': tok.to_dict(),
+            'config': config, 'chat': chat}

@@ -101,7 +101,7 @@ def describe(kind):
     if get_origin(kind) in (Union, types.UnionType):
         return ' or '.join(describe(k) for k in get_args(kind))
     if get_origin(kind) is tuple:
-        return 'text (may be given several times)'
+        return 'text (may be given several times)' if get_args(kind)[0] is str else 'whole numbers with commas between'
     return {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}[kind]
 
 
@@ -120,10 +120,11 @@ def convert(value, kind):
                 return choice
         raise ValueError
     if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        if isinstance(value, str) and item is int:  # 2000,10000
+            value = value.strip('()[] ').split(',') if value.strip('()[] ') else ()
         value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else (None,)
-        if not all(isinstance(v, str) for v in value):
-            raise ValueError
-        return value
+        return tuple(convert(v, item) for v in value)
     if kind is str:
         if not isinstance(value, str):
             raise ValueError

@@ -3,8 +3,10 @@ Reading data/NAME: token files, their meta.json, and batches that are a pure fun
 
     data/NAME/meta.json             what is there: kind, dtype, vocab_size, the tokenizer, counts, where it came from
     data/NAME/{train,val}.bin       raw little-endian ids: uint16 where vocab_size <= 65,536, else uint32 (nanoGPT's format)
+    data/NAME/{train,val}.idx       kind pairs: int64 offsets into the .bin, where each source and each target begins, and the end
 """
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +44,9 @@ def read_meta(folder):
         meta = json.loads(path.read_text(encoding='utf-8'))
         fields = {'format': int, 'kind': str, 'dtype': str, 'vocab_size': int, 'tokenizer': dict, 'counts': dict}
         bad = [f for f, kind in fields.items() if not isinstance(meta[f], kind)]
-        bad += ['kind'] if meta['kind'] != 'stream' else []
+        bad += ['kind'] if meta['kind'] not in ('stream', 'pairs') else []
         bad += [f'counts.{s}' for s in ('train', 'val') if not isinstance(meta['counts'][s], int)]
+        bad += ['pairs'] if meta['kind'] == 'pairs' and not isinstance(meta['pairs'], dict) else []
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
     except (ValueError, KeyError, TypeError, RecursionError) as e:
@@ -81,11 +84,11 @@ def mix(x, key):
     return x ^ x >> np.uint64(31)
 
 
-class Stream:
-    """One split of a token stream. Raises UserError where the file does not match meta.json or is shorter than block_size."""
+class Tokens:
+    """One split of a dataset: a file of ids. Raises UserError where it does not match meta.json."""
 
-    def __init__(self, folder, meta, split, block_size):
-        self.path, self.T, self.vocab_size = Path(folder) / f'{split}.bin', block_size, meta['vocab_size']
+    def __init__(self, folder, meta, split):
+        self.path, self.vocab_size = Path(folder) / f'{split}.bin', meta['vocab_size']
         self.dtype = np.dtype(meta['dtype']).newbyteorder('<')
         try:
             size = self.path.stat().st_size
@@ -95,10 +98,6 @@ class Stream:
         if size != self.n * self.dtype.itemsize:
             raise UserError(f'{self.path} has {size:,} bytes, but meta.json speaks of {self.n:,} ids of {self.dtype.itemsize} '
                             f'bytes: the file is cut short or not from this dataset; prepare it again')
-        least = block_size + 1 if split == 'train' else 2
-        if self.n < least:
-            raise UserError(f'{self.path} has only {self.n:,} ids, but --block_size={block_size} needs {least:,}: '
-                            f'use more text or a smaller --block_size')
         self.loaded = self.check(np.fromfile(self.path, dtype=self.dtype)) if size <= IN_MEMORY else None
 
     def tokens(self):
@@ -112,6 +111,27 @@ class Stream:
                             f'prepare the dataset again')
         return ids
 
+    def frequencies(self):
+        """(vocab_size,) int64: how often each id occurs."""
+        tokens, counts = self.tokens(), np.zeros(self.vocab_size, dtype=np.int64)
+        for i in range(0, self.n, 2**24):
+            counts += np.bincount(self.check(tokens[i:i + 2**24]), minlength=self.vocab_size)
+        return counts
+
+
+class Stream(Tokens):
+    """One split of a token stream, in windows of block_size. Raises UserError where the file is shorter than that."""
+
+    def __init__(self, folder, meta, split, block_size, batch_size=1):
+        super().__init__(folder, meta, split)
+        self.T, self.batch_size = block_size, batch_size
+        self.targets = self.n - 1  # in a whole pass: nobody predicts the first id
+        self.epoch = max(1, self.n // self.T - 1)  # windows of one
+        least = block_size + 1 if split == 'train' else 2
+        if self.n < least:
+            raise UserError(f'{self.path} has only {self.n:,} ids, but --block_size={block_size} needs {least:,}: '
+                            f'use more text or a smaller --block_size')
+
     def windows(self, tokens, starts):
         """(B, T + 1) int64: the ids from each start on."""
         rows = tokens[np.asarray(starts, dtype=np.int64)[:, None] + np.arange(self.T + 1)]
@@ -120,7 +140,7 @@ class Stream:
     def starts(self, seed, first, count):
         """Where the samples first … first + count - 1 of the run begin. An epoch visits every window once, in an order of
         its own; where the windows are cut moves from epoch to epoch."""
-        n = max(1, self.n // self.T - 1)  # windows an epoch, whatever the offset
+        n = self.epoch  # windows, whatever the offset
         sample = np.arange(first, first + count, dtype=np.uint64)
         starts = np.empty(count, dtype=np.uint64)
         for epoch in range(first // n, (first + count - 1) // n + 1):
@@ -130,7 +150,11 @@ class Stream:
             starts[here] = permute(sample[here] % np.uint64(n), n, key % 2**32) * np.uint64(self.T) + np.uint64(offset)
         return starts
 
-    def batches(self, seed, step, batch_size, micro_batches, rank=0, world=1):
+    def steps(self, epochs, micro_batches):
+        """How many steps so many epochs are."""
+        return math.ceil(epochs * self.epoch / (self.batch_size * micro_batches))
+
+    def batches(self, seed, step, micro_batches, rank=0, world=1):
         """The micro-batches of a step that fall to this rank: dicts of (batch_size, T) int64 tensors idx and targets.
 
         A pure function of its arguments. Together the ranks see samples step * G to (step + 1) * G - 1 of the run, with
@@ -138,13 +162,12 @@ class Stream:
         """
         tokens = self.tokens()
         for m in range(rank, micro_batches, world):
-            rows = self.windows(tokens, self.starts(seed, (step * micro_batches + m) * batch_size, batch_size))
+            rows = self.windows(tokens, self.starts(seed, (step * micro_batches + m) * self.batch_size, self.batch_size))
             yield {'idx': rows[:, :-1], 'targets': rows[:, 1:]}
 
-    def eval_batches(self, max_tokens):
+    def eval_batches(self):
         """The whole split once, in order, without overlap: dicts as from batches(); the last window is shorter."""
-        tokens, whole = self.tokens(), (self.n - 1) // self.T
-        B = max(1, max_tokens // self.T)
+        tokens, whole, B = self.tokens(), (self.n - 1) // self.T, self.batch_size
         for first in range(0, whole, B):
             rows = self.windows(tokens, np.arange(first, min(first + B, whole)) * self.T)
             yield {'idx': rows[:, :-1], 'targets': rows[:, 1:]}
@@ -153,8 +176,120 @@ class Stream:
             yield {'idx': rest[:, :-1], 'targets': rest[:, 1:]}
 
     def count_bytes(self, byte_lengths):
-        """Bytes of UTF-8 text behind all ids but the first, which nobody predicts. byte_lengths: see Tokenizer."""
+        """Bytes of UTF-8 text behind all targets. byte_lengths: see Tokenizer."""
         tokens, total = self.tokens(), 0
         for i in range(1, self.n, 2**24):
             total += int(byte_lengths[self.check(tokens[i:i + 2**24])].sum())
         return total
+
+
+def group(lengths, budget):
+    """Batches of pairs of like lengths: a list of index arrays. lengths: (N, d) int, the columns that a pair takes in d tensors.
+
+    No batch computes more than budget columns, padding included, but for a pair that is longer alone. What is too much is cut
+    where it is widest, the dimension that wastes most, so padding stays rare in all of them: a k-d tree's way.
+    """
+    done, todo = [], [np.arange(len(lengths))]
+    while todo:
+        members = todo.pop()
+        here = lengths[members]
+        if len(members) == 1 or len(members) * here.max(axis=0).sum() <= budget:
+            done.append(members)
+            continue
+        order = np.argsort(here[:, (here.max(axis=0) - here).sum(axis=0).argmax()], kind='stable')
+        cost = here.sum(axis=1)[order].cumsum()
+        parts = max(2, math.ceil(cost[-1] / (0.94 * budget)))  # so many batches, nearly full ones, will come out of it
+        half = int(np.searchsorted(cost, cost[-1] * (parts // 2) / parts).clip(1, len(members) - 1))
+        todo += [members[order[half:]], members[order[:half]]]
+    return done
+
+
+class Pairs(Tokens):
+    """One split of sources and targets, in batches of like lengths that compute at most batch_tokens columns.
+
+    For a Seq2Seq (src_block_size given) a batch is src, src_pad, idx and targets, with `start` in front of each target; for a
+    GPT it is idx and targets: source, start, target in one row, the loss on the target alone. Too long a source loses its oldest
+    ids, too long a target its end. Raises UserError where the files do not match.
+    """
+
+    def __init__(self, folder, meta, split, start, block_size, src_block_size=None, batch_tokens=4096):
+        super().__init__(folder, meta, split)
+        path, N = self.path.with_suffix('.idx'), meta.get('pairs', {}).get(split)
+        try:
+            self.offsets = np.fromfile(path, dtype='<i8')
+        except OSError as e:
+            raise UserError(f'cannot read {path}: {e.strerror}; prepare the dataset again') from None
+        if N is None or N < 1 or len(self.offsets) != 2 * N + 1 or self.offsets[0] != 0 or self.offsets[-1] != self.n \
+                or (np.diff(self.offsets) < 1).any():
+            raise UserError(f'{path} does not fit {self.path} and meta.json: prepare the dataset again')
+        if start is None:
+            raise UserError(f'the tokenizer of {folder} has no special id to begin a target with: prepare the dataset again')
+        self.start, self.joined = start, src_block_size is None
+        S, T = np.diff(self.offsets).reshape(-1, 2).T  # (N,) each
+        if self.joined:  # one row holds both, of the source at least what half of it holds
+            self.T = np.minimum(T, block_size - np.minimum(S, block_size // 2))
+            self.S = np.minimum(S, block_size - self.T)
+            lengths = (self.S + self.T)[:, None]
+        else:
+            self.S, self.T = np.minimum(S, src_block_size), np.minimum(T, block_size)
+            lengths = np.stack((self.S, self.T), axis=1)
+        self.cut = int((S > self.S).sum()), int((T > self.T).sum())  # how many sources and targets were shortened
+        self.targets, self.groups = int(self.T.sum()), group(lengths, batch_tokens)
+        self.epoch = len(self.groups)
+        computed = sum(len(g) * int(lengths[g].max(axis=0).sum()) for g in self.groups)
+        self.padding = 1 - int(lengths.sum()) / computed  # the share of computed columns that is not text
+
+    def pair(self, tokens, i):
+        """(source, target) of pair i as int64 arrays, cut to what the model takes."""
+        a, b = self.offsets[2 * i + 1] - self.S[i], self.offsets[2 * i + 1] + self.T[i]
+        ids = self.check(tokens[a:b]).astype(np.int64)
+        return ids[:self.S[i]], ids[self.S[i]:]
+
+    def batch(self, tokens, members):
+        """The batch of these pairs, padded with id 0 and target -1: sources at the left, the rest at the right."""
+        S, T = int(self.S[members].max()), int(self.T[members].max())
+        if self.joined:
+            S, T = 0, int((self.S + self.T)[members].max())
+        src = torch.zeros(len(members), S, dtype=torch.int64)
+        idx = torch.zeros(len(members), T, dtype=torch.int64)
+        targets = torch.full((len(members), T), -1)
+        for row, i in enumerate(members):
+            source, target = map(torch.from_numpy, self.pair(tokens, i))
+            s = len(source) if self.joined else 0  # where the target begins in its row
+            if self.joined:
+                idx[row, :s] = source
+            else:
+                src[row, S - len(source):] = source
+            idx[row, s], idx[row, s + 1:s + len(target)] = self.start, target[:-1]
+            targets[row, s:s + len(target)] = target
+        batch = {'idx': idx, 'targets': targets}
+        if not self.joined:
+            batch['src'], pad = src, torch.from_numpy(S - self.S[members])
+            if pad.any():
+                batch['src_pad'] = pad
+        return batch
+
+    def steps(self, epochs, micro_batches):
+        """How many steps so many epochs are."""
+        return math.ceil(epochs * self.epoch / micro_batches)
+
+    def batches(self, seed, step, micro_batches, rank=0, world=1):
+        """The micro-batches of a step that fall to this rank; see the class. A pure function of its arguments.
+
+        The groups of like lengths are the same in every epoch, their order is not.
+        """
+        tokens = self.tokens()
+        for m in range(step * micro_batches + rank, (step + 1) * micro_batches, world):
+            key = int(mix(m // self.epoch, seed)[0]) % 2**32
+            yield self.batch(tokens, self.groups[int(permute(np.array([m % self.epoch]), self.epoch, key)[0])])
+
+    def eval_batches(self):
+        """The whole split once, in groups of like lengths."""
+        tokens = self.tokens()
+        for members in self.groups:
+            yield self.batch(tokens, members)
+
+    def count_bytes(self, byte_lengths):
+        """Bytes of UTF-8 text behind all targets. byte_lengths: see Tokenizer."""
+        tokens = self.tokens()
+        return sum(int(byte_lengths[self.pair(tokens, i)[1]].sum()) for i in range(len(self.S)))

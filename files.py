@@ -1,4 +1,5 @@
-"""Files that are whole or not there, folders that one process writes to, and the version of our formats."""
+"""Files that are whole or not there, downloads, folders that one process writes to, and the version of our formats."""
+import hashlib
 import os
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def write_whole(path, write):
         raise UserError(f'cannot write {path}: {why}; free some space or choose another folder') from None
 
 
+def make_folder(folder, knob='--data_dir=…'):
+    """Make a folder where it is missing. Raises UserError where that can't be: knob is how another place is chosen."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with {knob}') from None
+
+
 def lock(folder):
     """Claim a folder for this process: an open file to hold on to. Raises UserError where another process has it."""
     f = open(Path(folder) / '.lock', 'w')
@@ -39,3 +48,55 @@ def lock(folder):
     except OSError:
         raise UserError(f'another run is writing to {folder}: wait for it, or choose another place with --out_dir=…') from None
     return f
+
+
+def sha256_of(path):
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(urls, path, sha256, advice):
+    """Fetch the first of urls that gives a file with that sha256, to path; a file that is already there and right is kept.
+
+    sha256 None: none is known, a file is right when it is as long as the server says.
+    A cut download goes on where it stopped (HTTP Range). Raises UserError, ending in `advice`, where no url works.
+    """
+    path = Path(path)
+    if path.is_file():
+        if sha256 is None or sha256_of(path) == sha256:  # only what was whole has got this name
+            return path
+        print(f'{path} is not the file it should be (its sha256 differs): downloading it again')
+    import requests
+    from tqdm import tqdm
+    part, failures = path.with_name(path.name + '.part'), []
+    make_folder(path.parent)
+    for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
+        try:
+            have = part.stat().st_size if part.is_file() else 0
+            headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})  # bytes as they are on disk
+            with requests.get(url, stream=True, timeout=30, headers=headers) as r:
+                if r.status_code == 416:  # what we have is longer than the file: start anew
+                    part.unlink()
+                r.raise_for_status()
+                have = have if r.status_code == 206 else 0
+                total = int(r.headers['Content-Length']) + have if 'Content-Length' in r.headers else None
+                bar = tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None)
+                with open(part, 'ab' if have else 'wb') as f, bar:
+                    for block in r.iter_content(2**16):
+                        f.write(block)
+                        bar.update(len(block))
+            if total in (None, part.stat().st_size) if sha256 is None else sha256_of(part) == sha256:
+                part.replace(path)
+                return path
+            failures.append(f'{url}: ' + ('wrong sha256' if sha256 else 'the length is not what the server stated'))
+            part.unlink()
+        except requests.RequestException as e:
+            code = getattr(e.response, 'status_code', None)
+            failures.append(f'{url}: ' + (f'status {code}' if code else type(e).__name__))
+        except OSError as e:
+            raise UserError(f'cannot write {part}: {e.strerror}') from None
+    raise UserError(f'could not download {path.name} ({"; ".join(dict.fromkeys(failures))}). {advice}')

@@ -1,12 +1,14 @@
 """
 The models of pocketGPT, in one file: read it from top to bottom.
 
-    GPTConfig   every shape and switch; its defaults are GPT-2's architecture
-    Attention   multi-head self-attention, with an optional key-value cache
-    MLP, Block  the rest of a Transformer layer
-    GPT         embeddings, a stack of blocks, a head; loss, generation
+    GPTConfig, Seq2SeqConfig   every shape and switch; the defaults are GPT-2's architecture and the 2017 paper's
+    Attention                  multi-head attention, of a text on itself or on another, with an optional key-value cache
+    MLP, Block, Stack          the rest of a Transformer: layers, and a pile of them on top of embeddings
+    Head, AdaptiveHead         from the last layer to logits or to a loss
+    GPT                        one stack that reads and goes on: decoder-only
+    Seq2Seq                    one stack that reads a source, one that writes a target: encoder-decoder
 
-References:
+How they write text is in generate.py. References:
   GPT-2      Radford et al. 2019, and https://github.com/openai/gpt-2/blob/master/src/model.py
   Attention  Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
   rotary     Su et al. 2021,      https://arxiv.org/abs/2104.09864
@@ -14,6 +16,7 @@ References:
   QK-norm    Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
   ReLU^2     So et al. 2021,      https://arxiv.org/abs/2109.08668
   SwiGLU     Shazeer 2020,        https://arxiv.org/abs/2002.05202
+  adaptive softmax  Grave et al. 2017, https://arxiv.org/abs/1609.04309
 """
 import math
 from dataclasses import dataclass
@@ -24,11 +27,14 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from generate import Generation, pad_left
+
 CHOICES = {  # what the switches of GPTConfig that are names may be
     'pos': ('learned', 'sinusoidal', 'rotary'),
     'norm': ('layernorm', 'rmsnorm'),
     'norm_position': ('pre', 'post'),
     'act': ('gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'),
+    'init': ('gpt2', 'xavier'),
 }
 
 
@@ -43,15 +49,20 @@ class GPTConfig:
     n_inner: int | None = None       # width of the MLP's hidden layer; None: 4 * n_embd
     dropout: float = 0.0             # on embeddings and on what each block adds to the residual stream
     attn_dropout: float = 0.0        # on attention weights
-    bias: bool = True                # biases in Linear and LayerNorm
-    pos: str = 'learned'             # learned, sinusoidal or rotary
+    bias: bool = True                # biases in Linear and LayerNorm, but for these two:
+    attn_bias: bool | None = None    # in the projections of attention; None: as bias
+    head_bias: bool = False          # in the head
+    pos: str = 'learned'             # learned, sinusoidal (on embeddings times sqrt(n_embd)) or rotary
     norm: str = 'layernorm'          # layernorm or rmsnorm
     norm_position: str = 'pre'       # pre: x + f(norm(x)), GPT-2's; post: norm(x + f(x)), the 2017 paper's
     act: str = 'gelu'                # gelu (tanh form, GPT-2's), gelu_erf (nanoGPT's), relu, relu2 or swiglu
     qk_norm: bool = False            # normalise queries and keys in each head
     tie_weights: bool = True         # the head shares the token embedding
+    init: str = 'gpt2'               # gpt2: normal(0, 0.02); xavier: uniform by fan, embeddings normal(0, n_embd^-1/2)
     zero_init: bool = False          # projections into the residual stream start at zero
     softcap: float = 0.0             # logits = softcap * tanh(logits / softcap); 0: off
+    cutoffs: tuple = ()              # adaptive softmax: how many of the most frequent ids go in the first, second … cluster
+    div_value: float = 4.0           # … each next cluster is that much narrower
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
 
     def __post_init__(self):
@@ -67,8 +78,38 @@ class GPTConfig:
             problems.append(f'rotary positions need an even n_embd / n_head, got {self.n_embd // self.n_head}')
         if self.n_inner is not None and self.n_inner < 1:
             problems.append(f'n_inner must be at least 1 or None, got {self.n_inner}')
+        self.cutoffs = tuple(self.cutoffs)
+        if self.cutoffs:
+            if not (all(isinstance(n, int) for n in self.cutoffs) and list(self.cutoffs) == sorted(set(self.cutoffs))
+                    and 0 < self.cutoffs[0] and self.cutoffs[-1] < self.vocab_size and self.div_value >= 1):
+                problems.append(f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s {self.vocab_size}, '
+                                f'and div_value at least 1, got {self.cutoffs} and {self.div_value}')
+            if without := [name for name in ('tie_weights', 'softcap', 'head_bias') if getattr(self, name)]:
+                problems.append(f'cutoffs (adaptive softmax) don\'t go with {", ".join(without)}: switch one of the two off')
         if problems:
             raise ValueError('; '.join(problems))
+
+
+@dataclass
+class Seq2SeqConfig(GPTConfig):
+    """Shape and switches of an encoder-decoder. The defaults are the base model of the 2017 paper, with norms in front."""
+    block_size: int = 256            # tokens of a target
+    src_block_size: int | None = None  # tokens of a source; None: as block_size
+    n_layer: int = 6                 # of the decoder
+    n_encoder_layer: int | None = None  # None: as n_layer
+    n_head: int = 8
+    n_embd: int = 512
+    pos: str = 'sinusoidal'
+    act: str = 'relu'
+    tie_weights: bool = False
+    tie_source: bool = True          # source and target share their embedding
+    init: str = 'xavier'
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('src_block_size', 'n_encoder_layer'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1 or None, got {getattr(self, name)}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,49 +193,77 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Preallocated keys and values of all layers, for B rows and up to T positions; `len` columns are filled."""
+    """Preallocated keys and values of all layers, for B rows and up to T positions; `len` columns are filled.
+
+    memory: {layer: (k, v)} of cross-attention, computed once a source.
+    """
 
     def __init__(self, c, B, T, device, dtype):
         shape = (c.n_layer, B, c.n_head, T, c.n_embd // c.n_head)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.size, self.len = T, 0
+        self.size, self.len, self.memory = T, 0, {}
 
     def append(self, layer, k, v):
         """Store k, v (B, H, T, D) behind what is there; returns all keys and values so far, (B, H, len + T, D)."""
-        end = self.len + k.size(2)  # GPT.forward moves `len` once every layer has written its columns
+        end = self.len + k.size(2)  # Stack.forward moves `len` once every layer has written its columns
         self.k[layer, :, :, self.len:end] = k
         self.v[layer, :, :, self.len:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def select(self, rows, memory=True):
+        """Go on with these rows, (N,) int64: some may be gone, some there several times. memory=False leaves that as it is."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if memory:
+            self.memory = {layer: (k[rows], v[rows]) for layer, (k, v) in self.memory.items()}
+
 
 class Attention(nn.Module):
-    """Multi-head attention of x on itself and, with a cache, on what came before."""
+    """Multi-head attention: of x on itself and, with a cache, on what came before; or (cross) of x on a memory."""
 
-    def __init__(self, c, layer=0):
+    def __init__(self, c, layer=0, cross=False):
         super().__init__()
         self.layer, self.n_head, self.qk_norm = layer, c.n_head, c.qk_norm
-        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)  # q, k and v in one product
-        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        bias = c.bias if c.attn_bias is None else c.attn_bias
+        if cross:
+            self.c_q = nn.Linear(c.n_embd, c.n_embd, bias=bias)
+            self.c_kv = nn.Linear(c.n_embd, 2 * c.n_embd, bias=bias)
+        else:
+            self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=bias)  # q, k and v in one product
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=bias)
         self.attn_dropout = Dropout(c.attn_dropout)
         self.resid_dropout = Dropout(c.dropout)
 
-    def forward(self, x, mask=None, rope=None, cache=None):
-        """x: (B, T, C); mask: see attend(), None = causal; rope: (cos, sin) or None; returns (B, T, C)."""
+    def heads(self, x, norm=False):
+        """(B, T, n * D) to (B, T, n, D), the D of each head normalised where that is asked for."""
+        x = x.view(*x.shape[:2], -1, self.c_proj.in_features // self.n_head)
+        return F.layer_norm(x, x.shape[-1:]) if norm and self.qk_norm else x
+
+    def forward(self, x, mask=None, causal=False, rope=None, cache=None, memory=None):
+        """x: (B, T, C); mask, causal: see attend(); rope: (cos, sin) or None; memory: (B, S, C) to attend to instead of x.
+
+        Returns (B, T, C).
+        """
         B, T, C = x.shape
-        qk, v = self.c_attn(x).split((2 * C, C), dim=2)
-        qk = qk.view(B, T, 2 * self.n_head, C // self.n_head)  # queries and keys share norm and rotation: one pass
-        if self.qk_norm:
-            qk = F.layer_norm(qk, qk.shape[-1:])
-        if rope is not None:
-            qk = rotate(qk, *rope)
-        q, k = qk.transpose(1, 2).chunk(2, dim=1)                            # (B, H, T, D) each
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        causal = mask is None and T > 1  # a single new token may see everything
+        if memory is None:
+            qk, v = self.c_attn(x).split((2 * C, C), dim=2)
+            qk = self.heads(qk, norm=True)                     # queries and keys share norm and rotation: one pass
+            if rope is not None:
+                qk = rotate(qk, *rope)
+            q, k = qk.transpose(1, 2).chunk(2, dim=1)          # (B, H, T, D) each
+            v = self.heads(v).transpose(1, 2)                  # (B, H, T, D)
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)
+        else:
+            q = self.heads(self.c_q(x), norm=True).transpose(1, 2)
+            if cache is not None and self.layer in cache.memory:
+                k, v = cache.memory[self.layer]
+            else:
+                k, v = self.c_kv(memory).chunk(2, dim=2)
+                k, v = self.heads(k, norm=True).transpose(1, 2), self.heads(v).transpose(1, 2)  # (B, H, S, D)
+                if cache is not None:
+                    cache.memory[self.layer] = k, v
         y = attend(q, k, v, mask, causal, self.attn_dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class MLP(nn.Module):
@@ -222,254 +291,299 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream."""
+    """Attention, cross-attention where there is a source, MLP: each added to the residual stream."""
 
-    def __init__(self, c, layer):
+    def __init__(self, c, layer, cross=False):
         super().__init__()
         self.pre = c.norm_position == 'pre'
         self.ln_1, self.attn = make_norm(c), Attention(c, layer)
+        if cross:
+            self.ln_x, self.cross = make_norm(c), Attention(c, layer, cross=True)
         self.ln_2, self.mlp = make_norm(c), MLP(c)
 
-    def forward(self, x, mask=None, rope=None, cache=None):
-        if self.pre:
-            x = x + self.attn(self.ln_1(x), mask, rope, cache)
-            return x + self.mlp(self.ln_2(x))
-        x = self.ln_1(x + self.attn(x, mask, rope, cache))
-        return self.ln_2(x + self.mlp(x))
+    def add(self, x, norm, f, *args):
+        """The residual stream with f added, the norm in front of f or behind the sum."""
+        return x + f(norm(x), *args) if self.pre else norm(x + f(x, *args))
+
+    def forward(self, x, mask=None, causal=False, rope=None, cache=None, memory=None, memory_mask=None):
+        x = self.add(x, self.ln_1, self.attn, mask, causal, rope, cache)
+        if memory is not None:
+            x = self.add(x, self.ln_x, self.cross, memory_mask, False, None, cache, memory)
+        return self.add(x, self.ln_2, self.mlp)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# loss
+class Stack(nn.Module):
+    """Embeddings, positions and a pile of blocks: GPT has one, Seq2Seq two."""
 
-MAX_LOGITS = 2**24  # held at a time: 64 MB in float32
-
-
-def slice_loss(x, weight, targets, label_smoothing, softcap):
-    """Summed cross-entropy of x (N, C) through a head (V, C) against targets (N,); -1 is ignored."""
-    logits = F.linear(x, weight).float()  # (N, V)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=label_smoothing, reduction='sum')
-
-
-def head_loss(x, weight, targets, label_smoothing=0.0, softcap=0.0):
-    """slice_loss() of x (B, T, C) and targets (B, T), in slices where all logits would be more than MAX_LOGITS.
-
-    The backward pass computes each slice's logits anew (an eighth more time in the head), so no (B*T, V) tensor is ever held.
-    """
-    x, targets, rows = x.flatten(0, 1), targets.flatten(), max(1, MAX_LOGITS // weight.size(0))
-    if x.size(0) <= rows:
-        return slice_loss(x, weight, targets, label_smoothing, softcap)
-    return sum(checkpoint(slice_loss, xi, weight, ti, label_smoothing, softcap, use_reentrant=False, preserve_rng_state=False)
-               for xi, ti in zip(x.split(rows), targets.split(rows)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# sampling
-
-def next_token(logits, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-               banned=None, generator=None):
-    """Choose one token a row. logits: (B, V) float; returns (B,) int64.
-
-    temperature 0 is greedy. top_k keeps exactly that many; top_p the smallest set whose mass reaches it (the token that
-    crosses the line stays); min_p those at least that share of the likeliest. repetition_penalty > 1 lowers every token
-    in seen, (B, V) bool, whatever its sign (Keskar et al. 2019). banned: (V,) bool, never chosen. The filters act in this order:
-    banned, penalty, temperature, top_k, top_p, min_p. No host sync, and no torch.multinomial: argmax(p / Exp(1)) draws from p.
-    """
-    logits = logits.float()
-    if banned is not None:
-        logits = logits.masked_fill(banned, -math.inf)
-    if repetition_penalty != 1.0:
-        lowered = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, lowered, logits)
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    index = None  # of the sorted candidates, where anything had to be sorted
-    if top_k is not None or top_p is not None:
-        logits, index = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1)  # descending
-    p = F.softmax(logits, dim=-1)
-    if top_p is not None:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # mass before this token; the first always stays
-        p = p / p.sum(-1, keepdim=True)
-    if min_p is not None:
-        p = p.masked_fill(p < min_p * p.max(dim=-1, keepdim=True).values, 0)
-    choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)
-    return choice if index is None else index.gather(-1, choice[:, None])[:, 0]
-
-
-def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, **_):
-    """Raise ValueError where a sampling setting is out of its range."""
-    for name, value, ok, want in (
-            ('temperature', temperature, temperature >= 0, '0 (greedy) or more'),
-            ('top_k', top_k, top_k is None or top_k >= 1, 'at least 1, or None'),
-            ('top_p', top_p, top_p is None or 0 < top_p <= 1, 'above 0 and at most 1, or None'),
-            ('min_p', min_p, min_p is None or 0 <= min_p <= 1, 'from 0 to 1, or None'),
-            ('repetition_penalty', repetition_penalty, repetition_penalty > 0, 'above 0 (1 is off)')):
-        if not ok:
-            raise ValueError(f'{name} must be {want}, got {value}')
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the model
-
-class GPT(nn.Module):
-    """Decoder-only Transformer with GPT-2's layout and parameter names."""
-
-    def __init__(self, config):
+    def __init__(self, c, n_layer, block_size, causal=True, cross=False):
         super().__init__()
-        c = self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(c.vocab_size, c.n_embd),
-            drop=Dropout(c.dropout),
-            h=nn.ModuleList(Block(c, i) for i in range(c.n_layer)),
-        ))
+        self.config, self.block_size, self.causal = c, block_size, causal
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == 'learned':
-            self.transformer.wpe = nn.Embedding(c.block_size, c.n_embd)
+            self.wpe = nn.Embedding(block_size, c.n_embd)
+        self.drop = Dropout(c.dropout)
+        self.h = nn.ModuleList(Block(c, i, cross) for i in range(n_layer))
         if c.norm_position == 'pre':  # post-norm blocks end with a norm of their own
-            self.transformer.ln_f = make_norm(c)
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        if c.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
-        angles = position_angles(c.block_size, c.n_embd if c.pos == 'sinusoidal' else c.n_embd // c.n_head)
+            self.ln_f = make_norm(c)
+        angles = position_angles(block_size, c.n_embd if c.pos == 'sinusoidal' else c.n_embd // c.n_head)
         if c.pos == 'sinusoidal':  # (block_size, C): sines, then cosines
             self.register_buffer('sinusoid', torch.cat((angles.sin(), angles.cos()), dim=1)[:, :c.n_embd], persistent=False)
         elif c.pos == 'rotary':    # (block_size, 1, D / 2): the 1 is for the heads
             self.register_buffer('cos', angles.cos()[:, None], persistent=False)
             self.register_buffer('sin', angles.sin()[:, None], persistent=False)
-        self.apply(self._init_weights)
+
+    def forward(self, idx, cache=None, pad=None, memory=None, memory_mask=None, last_only=False):
+        """idx: (B, T) int64; returns (B, T, C), with last_only (B, 1, C).
+
+        cache: KVCache; idx continues what it holds. pad: (B,) int64, how many columns at the left of each row are padding.
+        memory, memory_mask: an encoder's output (B, S, C) and which of it may be seen, (B, 1, 1, S) bool or None.
+        Raises ValueError where cache and idx together are longer than block_size.
+        """
+        c, (B, T), past = self.config, idx.shape, cache.len if cache is not None else 0
+        if past + T > self.block_size:
+            raise ValueError(f'{past + T} tokens are more than the model\'s block_size of {self.block_size}')
+        col = torch.arange(past, past + T, device=idx.device)                              # (T,)
+        pos = col if pad is None else (col - pad[:, None]).clamp(min=0)                    # (T,) or (B, T)
+        mask = None
+        if not self.causal:
+            mask = source_mask(pad, T)
+        elif pad is not None or (past and T > 1):  # otherwise plain causal attention, or one token that sees all
+            key = torch.arange(past + T, device=idx.device)                                # (S,)
+            mask = key <= col[:, None]                                                     # (T, S)
+            if pad is not None:  # padding is seen by nobody but itself: no row may be empty
+                mask = mask & (key >= pad[:, None, None]) | (key == col[:, None])          # (B, T, S)
+            mask = mask.expand(B, T, past + T)[:, None]                                    # (B, 1, T, S)
+        x = self.wte(idx)  # (B, T, C)
+        if c.pos == 'learned':
+            x = x + self.wpe(pos)
+        elif c.pos == 'sinusoidal':
+            x = x * math.sqrt(c.n_embd) + self.sinusoid[pos].to(x.dtype)  # scaled as in the paper, or the sines drown the tokens
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in bf16 too: half the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        rope = (self.cos[pos].to(x.dtype), self.sin[pos].to(x.dtype)) if c.pos == 'rotary' else None
+        x = self.drop(x)
+        causal = self.causal and mask is None and T > 1
+        for block in self.h:
+            if c.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, mask, causal, rope, None, memory, memory_mask, use_reentrant=False)
+            else:
+                x = block(x, mask, causal, rope, cache, memory, memory_mask)
+        if cache is not None:
+            cache.len += T
+        x = x[:, -1:] if last_only else x
+        return self.ln_f(x) if c.norm_position == 'pre' else x
+
+
+def source_mask(pad, S):
+    """(B, 1, 1, S) bool, True = not padding, for rows whose first pad (B,) columns are; None for None."""
+    return None if pad is None else (torch.arange(S, device=pad.device) >= pad[:, None])[:, None, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# heads: logits and loss
+
+MAX_LOGITS = 2**24  # held at a time: 64 MB in float32
+
+
+def slice_loss(head, x, targets, label_smoothing):
+    """Summed cross-entropy of x (N, C) through a Head against targets (N,); -1 is ignored."""
+    return F.cross_entropy(head(x).float(), targets, ignore_index=-1, label_smoothing=label_smoothing, reduction='sum')
+
+
+def slice_score(head, x, targets, _=None):
+    """(2,) float: slice_loss() without smoothing, and how many targets were the likeliest."""
+    logits = head(x).float()
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+    return torch.stack((loss, (logits.argmax(dim=-1) == targets).sum().float()))
+
+
+def in_slices(f, head, V, x, targets, label_smoothing=0.0):
+    """Sum of f over slices of x (N, C) and targets (N,), where all logits would be more than MAX_LOGITS.
+
+    The backward pass computes each slice's logits anew (a third more time in the head): no (N, V) tensor is ever held.
+    """
+    rows = max(1, MAX_LOGITS // V)
+    if x.size(0) <= rows:
+        return f(head, x, targets, label_smoothing)
+    return sum(checkpoint(f, head, xi, ti, label_smoothing, use_reentrant=False, preserve_rng_state=False)
+               for xi, ti in zip(x.split(rows), targets.split(rows)))
+
+
+class Head(nn.Linear):
+    """From the last layer to logits, or to the loss without ever holding all of them."""
+
+    def __init__(self, c):
+        super().__init__(c.n_embd, c.vocab_size, bias=c.head_bias)
+        self.softcap = c.softcap
+
+    def forward(self, x):
+        """x: (..., C); returns logits (..., V) in the precision of the product."""
+        logits = super().forward(x)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def loss(self, x, targets, label_smoothing=0.0):
+        """slice_loss() of x (N, C) and targets (N,)."""
+        return in_slices(slice_loss, self, self.out_features, x, targets, label_smoothing)
+
+
+class AdaptiveHead(nn.Module):
+    """Adaptive softmax: frequent ids at full width, rare ones in clusters that are narrower and seldom computed.
+
+    rank: (V,) int64 buffer, the place of each id when ids are ordered by frequency; train.py counts.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(c.n_embd, c.vocab_size, list(c.cutoffs), c.div_value)
+        self.register_buffer('rank', torch.arange(c.vocab_size))
+
+    def forward(self, x):
+        """x: (..., C); returns log-probabilities (..., V): logits as good as any."""
+        with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
+            return self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank].view(*x.shape[:-1], -1)
+
+    def loss(self, x, targets, label_smoothing=0.0):
+        """The same as Head.loss. Raises ValueError for label smoothing, which this head can't do."""
+        if label_smoothing:
+            raise ValueError('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
+        real = targets >= 0
+        with torch.autocast(x.device.type, enabled=False):
+            return -self.softmax(x[real].float(), self.rank[targets[real]]).output.sum()
+
+
+def make_head(c):
+    """The head that config `c` asks for."""
+    return AdaptiveHead(c) if c.cutoffs else Head(c)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the models
+
+class LanguageModel(Generation, nn.Module):
+    """What GPT and Seq2Seq share: a head, initial weights, and how loss and logits are given back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
 
     def _init_weights(self, module):
-        """GPT-2's: normal(0, 0.02), biases 0, projections into the residual stream scaled down with depth."""
+        """GPT-2's: normal(0, 0.02), biases 0, projections into the residual stream scaled down with depth. Or Xavier's."""
+        c = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            if c.init == 'gpt2':
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, (nn.Embedding, Head)):  # fairseq's: of unit size once the embedding is scaled
+                nn.init.normal_(module.weight, std=c.n_embd ** -0.5)
+            else:
+                nn.init.xavier_uniform_(module.weight)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, (Attention, MLP)):  # apply() visits children first, so this comes last
-            std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+        if isinstance(module, Attention) and c.init == 'xavier':  # q, k and v are matrices of their own
+            for weight in (module.c_q.weight, module.c_kv.weight) if hasattr(module, 'c_q') else (module.c_attn.weight,):
+                for part in weight.split(c.n_embd):
+                    nn.init.xavier_uniform_(part)
+        if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):  # apply() visits children first
+            std = 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
             nn.init.normal_(module.c_proj.weight, std=std)
-        if module is self and self.config.zero_init and not self.config.tie_weights:
-            nn.init.zeros_(self.lm_head.weight)
+        if isinstance(module, Head) and c.zero_init and not c.tie_weights:
+            nn.init.zeros_(module.weight)
 
     def num_params(self):
-        """Number of parameters; a tied head counts once."""
+        """Number of parameters; shared ones count once."""
         return sum(p.numel() for p in self.parameters())
+
+    def finish(self, x, targets, label_smoothing, reduction):
+        """(logits, None) of the last layer x (B, T, C), or (None, loss) where there are targets (B, T)."""
+        if targets is None:
+            return self.lm_head(x), None
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if reduction == 'score':
+            return None, in_slices(slice_score, self.lm_head, self.config.vocab_size, x, targets)
+        loss = self.lm_head.loss(x, targets, label_smoothing)
+        return None, loss if reduction == 'sum' else loss / (targets != -1).sum()
+
+    def new_cache(self, B, T):
+        """An empty KVCache for B rows of up to T tokens."""
+        p = next(self.parameters())
+        return KVCache(self.config, B, T, p.device, p.dtype)
+
+
+class GPT(LanguageModel):
+    """Decoder-only Transformer with GPT-2's layout and parameter names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = Stack(config, config.n_layer, config.block_size)
+        self.lm_head = make_head(config)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init_weights)
 
     def forward(self, idx, targets=None, cache=None, pad=None, label_smoothing=0.0, reduction='mean', last_only=False):
         """idx: (B, T) int64; returns (logits, None), or (None, loss) where targets (B, T) are given, -1 = no target.
 
         logits: (B, T, V), with last_only (B, 1, V), in the precision that the model runs in. loss: float32 scalar, the mean or
         the sum (reduction) over targets; logits are not returned with it because at large V they are never all held.
-        cache: KVCache; idx continues what it holds. pad: (B,) int64, how many columns at the left of each row are padding.
-        Raises ValueError where cache and idx together are longer than block_size.
+        reduction='score': (2,) instead, the sum and the number of targets that were the likeliest.
+        cache, pad: see Stack.
         """
-        c, (B, T), past = self.config, idx.shape, cache.len if cache is not None else 0
-        if past + T > c.block_size:
-            raise ValueError(f'{past + T} tokens are more than the model\'s block_size of {c.block_size}')
-        col = torch.arange(past, past + T, device=idx.device)                              # (T,)
-        pos = col if pad is None else (col - pad[:, None]).clamp(min=0)                    # (T,) or (B, T)
-        mask = None
-        if pad is not None or (past and T > 1):  # otherwise plain causal attention, or one token that sees all
-            key = torch.arange(past + T, device=idx.device)                                # (S,)
-            mask = key <= col[:, None]                                                     # (T, S)
-            if pad is not None:  # padding is seen by nobody but itself: no row may be empty
-                mask = mask & (key >= pad[:, None, None]) | (key == col[:, None])          # (B, T, S)
-            mask = mask.expand(B, T, past + T)[:, None]                                    # (B, 1, T, S)
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if c.pos == 'learned':
-            x = x + self.transformer.wpe(pos)
-        elif c.pos == 'sinusoidal':
-            x = x * math.sqrt(c.n_embd) + self.sinusoid[pos].to(x.dtype)  # scaled as in the paper, or the sines drown the tokens
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream in bf16 too: half the memory traffic
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        rope = (self.cos[pos].to(x.dtype), self.sin[pos].to(x.dtype)) if c.pos == 'rotary' else None
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            if c.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, rope, use_reentrant=False)
-            else:
-                x = block(x, mask, rope, cache)
-        if cache is not None:
-            cache.len += T
-        if last_only:
-            x = x[:, -1:]
-        if c.norm_position == 'pre':
-            x = self.transformer.ln_f(x)
-        if targets is not None:
-            loss = head_loss(x, self.lm_head.weight, targets, label_smoothing, c.softcap)
-            return None, loss if reduction == 'sum' else loss / (targets != -1).sum()
-        logits = self.lm_head(x)
-        return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits, None
+        return self.finish(self.transformer(idx, cache, pad, last_only=last_only), targets, label_smoothing, reduction)
 
-    def window(self, n):
-        """How many of n tokens the model looks at when it writes the next one.
+    def begin(self, prompts, start=None):
+        """See Generation: writing goes on from the prompts."""
+        return prompts, {}
 
-        All of them up to block_size. Then the oldest leave a quarter of the context at a time: positions shift when a token
-        leaves, so every cached key must be computed anew, and this way that is paid once in block_size / 4 tokens.
+    def reply_prompts(self, sources, start, max_new_tokens):
+        """Prompts for replies to sources, lists of ids: each source, the newest part of a long one, then the ids `start`."""
+        room = self.reply_room(start, max_new_tokens)
+        return [source[-room:] + start for source in sources]
+
+    def reply_room(self, start, max_new_tokens):
+        """How many ids of a source there is room for, beside `start` and a reply."""
+        return max(1, self.config.block_size - len(start) - min(max_new_tokens, self.config.block_size // 2))
+
+
+class Seq2Seq(LanguageModel):
+    """Encoder-decoder Transformer: the encoder reads a whole source, the decoder writes a target and looks at what was read."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.encoder = Stack(c, c.n_encoder_layer or c.n_layer, c.src_block_size or c.block_size, causal=False)
+        self.decoder = Stack(c, c.n_layer, c.block_size, cross=True)
+        self.lm_head = make_head(c)
+        if c.tie_source:
+            self.encoder.wte.weight = self.decoder.wte.weight
+        if c.tie_weights:
+            self.lm_head.weight = self.decoder.wte.weight
+        self.apply(self._init_weights)
+
+    def encode(self, src, src_pad=None):
+        """src: (B, S) int64; src_pad: (B,) int64, how many columns at the left of each row are padding, None: none.
+
+        Returns what decoding needs of it: ((B, S, C), mask). Raises ValueError where S is more than src_block_size.
         """
-        T = self.config.block_size
-        step = max(1, T // 4)
-        return n if n <= T else n - math.ceil((n - T) / step) * step
+        return self.encoder(src, pad=src_pad), source_mask(src_pad, src.size(1))
 
-    @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, eot=None, seed=None, banned=None, use_cache=True, **sampling):
-        """Generate, a token at a time: yields max_new_tokens times a (B,) int64 tensor, -1 in rows that have ended.
+    def forward(self, idx, targets=None, src=None, src_pad=None, memory=None, cache=None, pad=None, label_smoothing=0.0,
+                reduction='mean', last_only=False):
+        """idx: (B, T) int64, what the decoder has written so far, a start id first; src (B, S): the source, or memory: encode()'s
+        result. Everything else is as in GPT.forward; a row's padding at its right needs no mask, only targets of -1."""
+        memory, memory_mask = self.encode(src, src_pad) if memory is None else memory
+        x = self.decoder(idx, cache, pad, memory, memory_mask, last_only)
+        return self.finish(x, targets, label_smoothing, reduction)
 
-        prompts: B sequences of token ids, of any lengths, none empty. eot: the id that ends a row (it is still yielded).
-        banned: ids that are never chosen. sampling: the knobs of next_token(). use_cache=False gives the same tokens, slowly.
-        Raises ValueError on an empty prompt, an id outside the vocabulary, or a sampling knob out of its range.
-        """
-        check_sampling(**sampling)
-        device, V = self.lm_head.weight.device, self.config.vocab_size
-        lengths = [len(p) for p in prompts]
-        if not lengths or min(lengths) == 0:
-            raise ValueError('a prompt needs at least one token')
-        B, end = len(lengths), max(lengths)
-        idx = torch.zeros(B, end + max_new_tokens, dtype=torch.long)
-        for row, p in zip(idx, prompts):  # every row ends at the same column, so they all grow at the same place
-            row[end - len(p):end] = torch.as_tensor(p)
-        if bad := idx[(idx < 0) | (idx >= V)].tolist():
-            raise ValueError(f'the prompt has token id {bad[0]}, but the model knows only 0 to {V - 1}')
-        seen = None
-        if sampling.get('repetition_penalty', 1.0) != 1.0:
-            seen = torch.zeros(B, V, dtype=torch.bool)
-            for row, p in zip(seen, prompts):
-                row[torch.as_tensor(p)] = True
-            seen = seen.to(device)
-        banned = torch.tensor([i in banned for i in range(V)], device=device) if banned else None
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        idx, done, cache = idx.to(device), torch.zeros(B, dtype=torch.bool, device=device), None
-        for step in range(max_new_tokens):
-            if cache is not None and cache.len < cache.size:
-                new = idx[:, end - 1:end]
-            else:  # the first step, or the window is full: read each row's window from its start
-                windows = [self.window(n + step) for n in lengths]
-                W = max(windows)
-                new = idx[:, end - W:end]
-                pad = torch.tensor([W - w for w in windows], device=device) if min(windows) < W else None
-                if use_cache:
-                    cache = KVCache(self.config, B, min(W + max_new_tokens - step, self.config.block_size), device,
-                                    self.lm_head.weight.dtype)
-            logits, _ = self(new, cache=cache, pad=pad, last_only=True)  # (B, 1, V)
-            token = next_token(logits[:, -1], seen, banned=banned, generator=generator, **sampling)  # (B,)
-            idx[:, end] = token
-            end += 1
-            if seen is not None:
-                seen.scatter_(1, token[:, None], True)
-            yield torch.where(done, -1, token)
-            if eot is not None:
-                done |= token == eot
-                if (device.type == 'cpu' or step % 16 == 15) and done.all():  # asking a GPU makes it wait: rarely
-                    return
+    def begin(self, prompts, start):
+        """See Generation: writing begins with `start`, and looks at the prompts."""
+        if start is None:
+            raise ValueError('an encoder-decoder needs the id that its targets begin with: start=tokenizer.start')
+        start = [start] if isinstance(start, int) else list(start)
+        return [start] * len(prompts), {'memory': self.encode(*pad_left(prompts, self.decoder.wte.weight.device))}
 
-    def generate(self, idx, max_new_tokens, eot=None, **kwargs):
-        """stream(), collected. idx: a (B, T) tensor, gives (B, T + new) like nanoGPT's, rows that ended early filled with eot;
-        or a list of lists of ids, gives a list of lists, each up to its eot. Keywords: see stream().
+    def reply_prompts(self, sources, start, max_new_tokens):
+        """Prompts for replies to sources, lists of ids: each source, its newest part where it is too long."""
+        return [source[-self.encoder.block_size:] for source in sources]
 
-            model.generate(torch.tensor([[1, 2, 3]]), 20, temperature=0.8, top_k=50)
-        """
-        new = list(self.stream(idx, max_new_tokens, eot=eot, **kwargs))  # of (B,)
-        new = torch.stack(new, dim=1) if new else torch.zeros(len(idx), 0, dtype=torch.long)
-        if torch.is_tensor(idx):
-            return torch.cat((idx, torch.where(new < 0, eot or 0, new).to(idx.device)), dim=1)
-        return [list(p) + [t for t in row if t >= 0] for p, row in zip(idx, new.tolist())]
+    def reply_room(self, start, max_new_tokens):
+        """How many ids of a source there is room for."""
+        return self.encoder.block_size

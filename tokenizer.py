@@ -355,7 +355,7 @@ class SentencePieceTokenizer(Tokenizer):
                 sentence_iterator=iter(lines), model_writer=model, model_type=algorithm, vocab_size=vocab_size, minloglevel=2,
                 # whatever goes in comes out again: no normalising, no space put before, none taken away, bytes for the rest
                 normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True,
-                allow_whitespace_only_pieces=True, unk_id=0, bos_id=-1, eos_id=-1, control_symbols=[f'<{s}>' for s in specials])
+                allow_whitespace_only_pieces=True, required_chars='▁', bos_id=-1, eos_id=-1, control_symbols=[f'<{s}>' for s in specials])
             return cls(model.getvalue())
         except RuntimeError as e:
             most, least = re.search(r'too high.* (\d+)', str(e)), re.search(r'smaller than.*vs (\d+)', str(e))

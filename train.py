@@ -1,5 +1,5 @@
 """
-Train a GPT on a dataset of data/NAME, on whatever this machine has.
+Train a GPT or an encoder-decoder on a dataset of data/NAME, on whatever this machine has.
 
     python train.py                                                  little over a minute on two CPU cores, no download
     python train.py config/shakespeare_char.py --dropout=0.1         a config file, then overrides
@@ -15,28 +15,39 @@ data_dir: str | None = None        # where datasets live (None: data/ beside thi
 dataset = 'stdlib'                 # data/NAME; where it is missing, prepare/NAME.py is run
 init_from: Literal['scratch', 'resume'] = 'scratch'  # start anew, or go on from out_dir/last.pt
 resume = False                     # the same as --init_from=resume
-# Model: see GPTConfig in model.py
-block_size = 128                   # tokens of context
-n_layer = 3
+# Model: see GPTConfig and Seq2SeqConfig in model.py
+arch: Literal['gpt', 'seq2seq'] = 'gpt'  # gpt: decoder-only; seq2seq: encoder-decoder, for datasets of pairs
+block_size = 128                   # tokens of context; of a seq2seq's targets
+src_block_size: int | None = None  # of a seq2seq's sources (None: as block_size)
+n_layer = 3                        # of a seq2seq: in the decoder
+n_encoder_layer: int | None = None  # in its encoder (None: as n_layer)
 n_head = 2
 n_embd = 160
 n_inner: int | None = None         # width of the MLP's hidden layer (None: 4 * n_embd)
 dropout = 0.0                      # on what blocks add to the residual stream; for long runs on little text: 0.1 to 0.2
 attn_dropout = 0.0                 # on attention weights
 bias = False                       # biases in Linear and LayerNorm
+attn_bias: bool | None = None      # in the projections of attention (None: as bias)
+head_bias = False                  # in the head
 pos: Literal['learned', 'sinusoidal', 'rotary'] = 'rotary'
 norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'
 norm_position: Literal['pre', 'post'] = 'pre'
 act: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'relu2'
 qk_norm = True                     # normalise queries and keys in each head
 tie_weights = False                # the head shares the token embedding
+tie_source = True                  # a seq2seq's source and target share theirs
+init: Literal['gpt2', 'xavier'] = 'gpt2'  # initial weights
 zero_init = True                   # projections into the residual stream start at zero
 softcap = 0.0                      # bound logits to ± this (0: off)
+cutoffs: tuple[int, ...] = ()      # adaptive softmax, for large vocabularies: --cutoffs=2000,10000 makes three clusters
+div_value = 4.0                    # … each cluster is that much narrower than the one before
 gradient_checkpointing = False     # recompute blocks in the backward pass: less memory, about a third more time
 # Batches and length
-batch_size = 16                    # sequences in a micro-batch
+batch_size = 16                    # windows of a stream in a micro-batch
+batch_tokens = 4096                # of a dataset of pairs: sources and targets in a micro-batch, padding included
 gradient_accumulation_steps = 1    # micro-batches a step
-max_iters = 800                    # steps in all
+max_iters = 800                    # steps in all …
+max_epochs: float | None = None    # … or so many times the whole dataset
 seed = 1337                        # of initial weights, order of data, dropout
 # Optimizer
 optimizer: Literal['muon', 'adamw'] = 'muon'  # muon: for the matrices in the blocks, AdamW for the rest
@@ -53,8 +64,12 @@ warmup_iters = 20
 lr_decay_iters: int | None = None  # the step at which min_lr is reached (None: max_iters)
 min_lr = 0.0                       # of learning_rate; Muon's falls in proportion
 # Evaluation
-eval_interval = 200                # steps between evaluations: each is a whole pass over val.bin, and saves last.pt
+eval_interval = 200                # steps between evaluations (0: once an epoch); each passes over all of val, and saves last.pt
 eval_only = False                  # evaluate out_dir/best.pt and stop
+eval_split: Literal['val', 'test', 'train'] = 'val'  # … on this
+eval_replies = 200                 # … and, for pairs, compare so many replies with those of people: BLEU, chrF (0: none)
+num_beams = 1                      # … written greedily, or by beam search
+eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # … the latter as some published runs count: see scores.py
 patience = 0                       # stop after so many evaluations without a better one (0: never)
 log_interval = 50                  # steps between lines
 sample_tokens = 0                  # length of a sample after each evaluation (there is always one at the end)
@@ -82,12 +97,13 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
+from chat import PLAIN
 from configurator import ROOT, nearby
-from data import Stream, ensure_prepared, read_meta
+from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
 from files import lock, write_whole
-from model import GPT, GPTConfig
 from muon import Muon
+from scores import evaluate, reply_scores, smoothed_batch_mean, to_device, write_replies
 
 resume = resume or init_from == 'resume'
 configs = [Path(a).stem for a in sys.argv[1:] if not a.startswith('--')]
@@ -102,14 +118,16 @@ if resume or eval_only:
                         + ('' if eval_only else ', or leave --resume away to start anew'))
     state = checkpoint.load(path)
     saved, changed, refused = state['config'], [], []
-    for key in sorted(config.keys() & saved.keys() - {'out_dir', 'init_from', 'resume', 'eval_only'}):
+    here = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split', 'eval_replies', 'num_beams', 'eval_protocol'}
+    for key in sorted(config.keys() & saved.keys() - here):  # what is asked for here and now is not the run's
         now = globals()[key]
         if explicit.get(key) != 'command line':  # a run goes on as it was, unless it is told otherwise here and now
             globals()[key] = saved[key]
             if resume and key in explicit and now != saved[key]:
                 print(f'{explicit[key]} says {key}={now}, the run was started with {saved[key]}: kept; --{key}={now} changes it')
         elif now != saved[key] and key != 'data_dir':
-            fixed = key in {'dataset', 'optimizer', *state['model_args']} - {'dropout', 'attn_dropout', 'gradient_checkpointing'}
+            free = {'dropout', 'attn_dropout', 'gradient_checkpointing'}
+            fixed = key in {'arch', 'dataset', 'optimizer', *state['model_args']} - free
             (refused if fixed else changed).append(f'{key} {saved[key]} -> {now}')
     if refused:
         raise UserError(f'a run can\'t go on with another {", ".join(refused)}: '
@@ -118,18 +136,24 @@ if resume or eval_only:
         print(f'changed since {path} was written: {", ".join(changed)}; the run goes on, but not as it would have')
 
 problems = []
-for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
+for name in ('max_iters', 'batch_size', 'batch_tokens', 'gradient_accumulation_steps', 'log_interval', 'num_beams'):
     if globals()[name] < 1:
         problems.append(f'{name} must be at least 1, got {globals()[name]}')
-for name in ('seed', 'patience', 'warmup_iters', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip'):
+for name in ('seed', 'patience', 'eval_interval', 'eval_replies', 'warmup_iters', 'learning_rate', 'muon_lr', 'min_lr',
+             'weight_decay', 'grad_clip'):
     if not globals()[name] >= 0:
         problems.append(f'{name} must be at least 0, got {globals()[name]}')
 for name in ('beta1', 'beta2', 'muon_momentum', 'label_smoothing'):
     if not 0 <= globals()[name] < 1:
         problems.append(f'{name} must be from 0 to below 1, got {globals()[name]}')
-model_args = {name: globals()[name] for name in GPTConfig.__dataclass_fields__ if name in config}
+if max_epochs is not None and not max_epochs > 0:
+    problems.append(f'max_epochs must be above 0 or None, got {max_epochs}')
+if label_smoothing and cutoffs:
+    problems.append('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
+Model, Config = checkpoint.KINDS[arch]
+model_args = {name: globals()[name] for name in Config.__dataclass_fields__ if name in config}
 try:
-    GPTConfig(vocab_size=1, **model_args)
+    Config(vocab_size=2**62, **model_args)
 except ValueError as e:
     problems.append(str(e))
 if problems:
@@ -148,7 +172,29 @@ except ValueError as e:
 if state is not None and state['tokenizer'] != tok.to_dict():
     raise UserError(f'the tokenizer of {path} is not that of {folder}: '
                     f'start a new run with another --out_dir, or restore the dataset')
-train_data, val_data = Stream(folder, meta, 'train', block_size), Stream(folder, meta, 'val', block_size)
+def open_split(split):
+    """One split of the dataset, as this model reads it."""
+    if meta['kind'] == 'pairs':
+        source = (src_block_size or block_size) if arch == 'seq2seq' else None
+        return Pairs(folder, meta, split, tok.start, block_size, source, batch_tokens)
+    return Stream(folder, meta, split, block_size, batch_size)
+
+
+pairs = meta['kind'] == 'pairs'
+style = meta.get('chat', PLAIN) if pairs else None  # how conversations are written
+if arch == 'seq2seq' and not pairs:
+    raise UserError(f'{folder} is one stream of text, but an encoder-decoder learns from pairs: train a GPT on it (--arch=gpt, '
+                    f'or config/shakespeare_char.py), or take a dataset of pairs (config/office_encdec.py)')
+unused = 'batch_size' if pairs else 'batch_tokens'
+if unused in explicit and state is None:
+    raise UserError(f'{unused} ({explicit[unused]}) means nothing for {folder}, which holds {"pairs" if pairs else "a stream"}: '
+                    f'set --{"batch_tokens" if pairs else "batch_size"} instead')
+if eval_split not in meta['counts']:
+    raise UserError(f'{folder} has no {eval_split} split: it has {", ".join(meta["counts"])}')
+train_data, val_data = open_split('train'), open_split(eval_split if eval_only else 'val')
+if max_epochs is not None and (explicit.get('max_iters') != 'command line' or explicit.get('max_epochs') == 'command line'):
+    max_iters = train_data.steps(max_epochs, gradient_accumulation_steps)
+eval_interval = eval_interval or train_data.steps(1, gradient_accumulation_steps)
 val_bytes = val_data.count_bytes(tok.byte_lengths())
 try:
     first_ids = tok.prompt(sample_start)
@@ -174,7 +220,14 @@ if not eval_only:
 
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA, where float32 products are left
-raw_model = model = GPT(GPTConfig(vocab_size=meta['vocab_size'], **model_args)).to(where)
+try:
+    raw_model = model = Model(Config(vocab_size=meta['vocab_size'], **model_args))
+except ValueError as e:  # cutoffs beyond the vocabulary
+    raise UserError(str(e)) from None
+if cutoffs and state is None:  # its clusters are of frequent and of rare ids: count them
+    order = torch.from_numpy(train_data.frequencies()).argsort(descending=True, stable=True)
+    raw_model.lm_head.rank[order] = torch.arange(len(order))
+model.to(where)
 matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and '.h.' in name] if optimizer == 'muon' else []
 others = [p for p in model.parameters() if all(p is not m for m in matrices)]
 optimizers = [torch.optim.AdamW([{'params': [p for p in others if p.ndim >= 2], 'weight_decay': weight_decay},
@@ -187,12 +240,12 @@ peaks = [[group['lr'] for group in o.param_groups] for o in optimizers]  # each 
 scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
 # How far the run is; all of it is in each checkpoint
-progress = {'step': 0, 'seconds': 0.0, 'best': math.inf, 'bad_evals': 0, 'evaluated': 0, 'loss_sum': 0.0, 'loss_tokens': 0,
-            'grad_norm': 0.0}
+progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best': math.inf, 'bad_evals': 0, 'evaluated': 0, 'loss_sum': 0.0,
+            'loss_tokens': 0, 'grad_norm': 0.0}
 if state is not None:
     try:
         model.load_state_dict(state['model'])
-        progress = {key: state[key] for key in progress}
+        progress = {key: state.get(key, 0) if key == 'tokens' else state[key] for key in progress}  # (older files have none)
         if resume:
             for o, saved in zip(optimizers, state['optimizers'], strict=True):
                 settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in o.param_groups]
@@ -207,16 +260,15 @@ if state is not None:
 
 def forward(batch):
     """Summed loss of a batch that lies on the CPU, computed on the device."""
-    batch = {key: t.to(where) for key, t in batch.items()}
     with autocast(where, precision):
-        return model(**batch, label_smoothing=label_smoothing if model.training else 0.0, reduction='sum')[1]
+        return model(**to_device(batch, where), label_smoothing=label_smoothing, reduction='sum')[1]
 
 
 engine = 'eager'
 if compile is True or compile == 'auto' and where.type == 'cuda':
     model, engine = torch.compile(model), 'compiled'
     try:  # it compiles at the first call: do that here, where going without is still easy
-        forward(next(train_data.batches(seed, 0, batch_size, 1))).backward()
+        forward(next(train_data.batches(seed, 0, 1))).backward()
     except Exception as e:
         if compile is True:
             said = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
@@ -231,17 +283,20 @@ def expected_memory():
     """Bytes for weights, gradients, optimizer and the activations of one micro-batch: an estimate, good to about a third."""
     e = 4 if precision == torch.float32 else 2
     states = sum(p.numel() for p in others) * 18 + sum(p.numel() for p in matrices) * 14  # weight, gradient, moments, bf16 copy
-    scores = 3 * n_head * block_size if where.type == 'cpu' and block_size <= 1024 else 0  # attend() keeps them on a CPU
+    longest = min(block_size, batch_tokens) if pairs else block_size
+    scores = 3 * n_head * longest if where.type == 'cpu' and longest <= 1024 else 0  # attend() keeps them on a CPU
     layer = e * (12 * n_embd + 3 * (n_inner or 4 * n_embd) + scores)
     token = e * n_layer * n_embd + layer * (1 if gradient_checkpointing else n_layer)
-    head = min(batch_size * block_size * meta['vocab_size'], 2**24) * (8 + e)
-    return states + batch_size * block_size * token + head + (5e8 if where.type == 'cpu' else 0)
+    tokens = batch_tokens if pairs else batch_size * block_size
+    head = min(tokens * meta['vocab_size'], 2**24) * (8 + e)
+    return states + tokens * token + head + (5e8 if where.type == 'cpu' else 0)
 
 
-tokens_per_step = batch_size * gradient_accumulation_steps * block_size
-print(f'{raw_model.num_params() / 1e6:.2f} M parameters, {tokens_per_step:,} tokens a step, {train_data.n:,} to learn from; '
-      f'{where} in {str(precision).removeprefix("torch.")} ({why}), {engine}; '
-      f'about {expected_memory() / 1e9:.1f} GB of memory', flush=True)
+size = (f'{len(train_data.S):,} pairs to learn from, {train_data.padding:.1%} padding, {train_data.cut[0]:,} sources and '
+        f'{train_data.cut[1]:,} targets cut to fit' if pairs else
+        f'{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {train_data.n:,} to learn from')
+print(f'{raw_model.num_params() / 1e6:.2f} M parameters, {size}; {where} in {str(precision).removeprefix("torch.")} ({why}), '
+      f'{engine}; about {expected_memory() / 1e9:.1f} GB of memory', flush=True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation, samples, files
@@ -249,44 +304,29 @@ print(f'{raw_model.num_params() / 1e6:.2f} M parameters, {tokens_per_step:,} tok
 stop = None  # the name of the signal that asked us to stop
 
 
-@torch.no_grad()
-def evaluate():
-    """Mean loss in nats a token over the whole of val.bin: windows of block_size, in order, without overlap.
-
-    None where a signal came in between.
-    """
-    from tqdm import tqdm
-    model.eval()
-    total = count = 0
-    with tqdm(desc='evaluating', total=val_data.n - 1, unit='tok', unit_scale=True, leave=False, disable=None, delay=2) as bar:
-        for batch in val_data.eval_batches(batch_size * block_size):
-            total += forward(batch).item()
-            count += (batch['targets'] != -1).sum().item()
-            bar.update(count - bar.n)
-            if stop:
-                break
-    model.train()
-    return None if stop else total / count
-
-
 def in_words(loss):
     """A loss in nats a token, with what else people call it."""
-    bits = loss / math.log(2) * (val_data.n - 1) / val_bytes if val_bytes else math.nan
+    bits = loss / math.log(2) * val_data.targets / val_bytes if val_bytes else math.nan
     return f'{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits a byte)'
 
 
 def write_sample(n):
-    """Print n tokens that the model writes now."""
+    """Print n tokens that the model writes now; of pairs, three replies."""
     raw_model.eval()
-    ids = raw_model.generate([first_ids], n, eot=tok.specials.get('eot'), seed=seed, temperature=0.8, top_k=200)[0]
+    how = {'seed': seed, 'temperature': 0.8, 'top_k': 200}
+    if pairs:
+        replies = write_replies(raw_model, tok, style, val_data, 3, min(n, 60), **how)
+        text = '\n'.join(f'{source}\n  -> {reply}' for source, _, reply in replies)
+    else:
+        text = tok.decode(raw_model.generate([first_ids], n, eot=tok.end, **how)[0])
     raw_model.train()
-    print('-' * 80 + f'\n{tok.decode(ids)}\n' + '-' * 80, flush=True)
+    print('-' * 80 + f'\n{text}\n' + '-' * 80, flush=True)
 
 
 def save(*names):
     """Write the whole state of the run to these files of out_dir."""
-    run = {**checkpoint.model_state(raw_model, tok, saved_config), **progress, 'seconds': elapsed(), 'val_loss': val_loss,
-           'optimizers': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
+    run = {**checkpoint.model_state(raw_model, tok, saved_config, style), **progress, 'seconds': elapsed(),
+           'val_loss': val_loss, 'optimizers': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
     for name in names:
         checkpoint.save(out_dir / name, run)
 
@@ -342,7 +382,16 @@ def ask_to_stop(number, frame):
 
 
 if eval_only:
-    print(f'{path} (step {progress["step"]}): val loss {in_words(evaluate())}')
+    told = f'{path} (step {progress["step"]}): {eval_split} '
+    if eval_protocol == 'smoothed_batch_mean' and pairs:
+        mean = smoothed_batch_mean(raw_model, val_data, where, precision, label_smoothing)
+        print(f'{told}loss with smoothing {label_smoothing}, mean over batches of 32 in file order: {mean:.4f}')
+        raise SystemExit(0)
+    score = evaluate(raw_model, val_data, where, precision)
+    print(f'{told}loss {in_words(score["loss"])}, accuracy {score["accuracy"]:.2%} of {val_data.targets:,} target tokens')
+    if pairs and eval_replies:
+        replies = write_replies(raw_model, tok, style, val_data, eval_replies, min(block_size // 2, 128), num_beams)
+        print(*reply_scores(replies), sep='\n')
     raise SystemExit(0)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, ask_to_stop)
@@ -379,14 +428,17 @@ def diverged(**what):
                      f'lower --learning_rate and --muon_lr or raise --warmup_iters; {kept}')
 
 
-step = first_step = log_step = progress['step']
+step = first_step = progress['step']
+log_tokens = progress['tokens']
 t_start = t_log = time.perf_counter()
 log_rows, val_loss, speed = read_log(), None, 0.0
 model.train()
 print(f'step {step} of {max_iters}; checkpoints go to {out_dir}', flush=True)
 while True:
     finished = step >= max_iters or bool(patience and progress['bad_evals'] >= patience)
-    if (finished or step % eval_interval == 0) and step > progress['evaluated'] and (val_loss := evaluate()) is not None:
+    if (finished or step % eval_interval == 0) and step > progress['evaluated'] and (
+            score := evaluate(model, val_data, where, precision, lambda: stop)) is not None:
+        val_loss = score['loss']
         if not math.isfinite(val_loss):
             raise diverged(**{'validation loss': val_loss})
         better = val_loss < progress['best']
@@ -394,13 +446,13 @@ while True:
         progress.update(evaluated=step, best=min(progress['best'], val_loss), loss_sum=0.0, loss_tokens=0,
                         bad_evals=0 if better else progress['bad_evals'] + 1)
         print(f'step {step}: train {train_loss:.4f}, val {in_words(val_loss)}' + ', the best so far' * better, flush=True)
-        log_rows.append([step, step * tokens_per_step, f'{elapsed():.2f}', f'{train_loss:.5f}', f'{val_loss:.5f}', f'{lr:.3e}',
+        log_rows.append([step, progress['tokens'], f'{elapsed():.2f}', f'{train_loss:.5f}', f'{val_loss:.5f}', f'{lr:.3e}',
                          f'{progress["grad_norm"]:.4f}', f'{speed:.0f}'])
         write_log(log_rows)  # in this order: wherever a crash comes, resuming from last.pt makes good what is missing
         save(*(['best.pt', 'last.pt'] if better else ['last.pt']))
         if sample_tokens:
             write_sample(sample_tokens)
-        t_log, log_step = time.perf_counter(), step
+        t_log, log_tokens = time.perf_counter(), progress['tokens']
         continue  # it may have been one evaluation too many without progress
     if finished or stop:
         break
@@ -409,7 +461,7 @@ while True:
     for o, rates in zip(optimizers, peaks):
         for group, peak in zip(o.param_groups, rates):
             group['lr'] = peak * lr_factor(step)
-    batches = list(train_data.batches(seed, step, batch_size, gradient_accumulation_steps))
+    batches = list(train_data.batches(seed, step, gradient_accumulation_steps))
     n = sum((batch['targets'] != -1).sum().item() for batch in batches)
     step_loss = torch.zeros((), device=where)
     for batch in batches:
@@ -427,15 +479,15 @@ while True:
         o.zero_grad(set_to_none=True)
     scaler.update()
     step += 1
-    progress.update(step=step, grad_norm=grad_norm, loss_sum=progress['loss_sum'] + step_loss * n,
+    progress.update(step=step, tokens=progress['tokens'] + n, grad_norm=grad_norm, loss_sum=progress['loss_sum'] + step_loss * n,
                     loss_tokens=progress['loss_tokens'] + n)
     if step % log_interval == 0 or step == first_step + 1:
         now = time.perf_counter()
-        speed = tokens_per_step * (step - log_step) / (now - t_log)
+        speed = (progress['tokens'] - log_tokens) / (now - t_log)  # of target tokens
         left = (now - t_start) / (step - first_step) * (max_iters - step)
         print(f'step {step}: loss {step_loss:.4f}, lr {learning_rate * lr_factor(step - 1):.2e}, {speed:,.0f} tokens/s, '
               f'{timedelta(seconds=int(left))} left', flush=True)
-        t_log, log_step = now, step
+        t_log, log_tokens = now, progress['tokens']
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the end

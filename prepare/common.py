@@ -1,5 +1,4 @@
 """What the scripts in this folder share: downloading, and writing a dataset. They import it before anything of the project's."""
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -8,64 +7,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import ROOT, UserError, nearby
-from files import FORMAT, write_whole
+from files import FORMAT, download, make_folder, sha256_of, write_whole
 
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 SHAKESPEARE_URLS = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
                     'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt',
                     'https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt')
-
-
-def sha256_of(path):
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def download(urls, path, sha256, advice):
-    """Fetch the first of urls that gives a file with that sha256, to path; a file that is already there and right is kept.
-
-    sha256 None: it is not known, the length that the server states is checked instead. A cut download goes on where it
-    stopped (HTTP Range). Raises UserError, ending in `advice`, where no url works.
-    """
-    path = Path(path)
-    if path.is_file():
-        if sha256 is None or sha256_of(path) == sha256:  # only what was whole has got this name
-            return path
-        print(f'{path} is not the file it should be (its sha256 differs): downloading it again')
-    import requests
-    from tqdm import tqdm
-    part, failures = path.with_name(path.name + '.part'), []
-    make_folder(path.parent)
-    for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
-        try:
-            have = part.stat().st_size if part.is_file() else 0
-            headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})  # bytes as they are on disk
-            with requests.get(url, stream=True, timeout=30, headers=headers) as r:
-                if r.status_code == 416:  # what we have is longer than the file: start anew
-                    part.unlink()
-                r.raise_for_status()
-                have = have if r.status_code == 206 else 0
-                total = int(r.headers['Content-Length']) + have if 'Content-Length' in r.headers else None
-                bar = tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None)
-                with open(part, 'ab' if have else 'wb') as f, bar:
-                    for block in r.iter_content(2**16):
-                        f.write(block)
-                        bar.update(len(block))
-            if part.stat().st_size == total if sha256 is None else sha256_of(part) == sha256:
-                part.replace(path)
-                return path
-            failures.append(f'{url}: wrong sha256' if sha256 else f'{url}: the length is not what the server stated')
-            part.unlink()
-        except requests.RequestException as e:
-            code = getattr(e.response, 'status_code', None)
-            failures.append(f'{url}: ' + (f'status {code}' if code else type(e).__name__))
-        except OSError as e:
-            raise UserError(f'cannot write {part}: {e.strerror}') from None
-    raise UserError(f'could not download {path.name} ({"; ".join(dict.fromkeys(failures))}). {advice}')
 
 
 def read_text(path):
@@ -92,14 +39,6 @@ def input_text(path, urls, sha256, folder):
 def dataset_folder(data_dir, name):
     """data_dir/NAME; data_dir None: beside the scripts."""
     return nearby(Path(data_dir or ROOT / 'data') / name)
-
-
-def make_folder(folder):
-    """Make a folder where it is missing. Raises UserError where that can't be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with --data_dir=…') from None
 
 
 def id_type(tokenizer):

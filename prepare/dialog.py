@@ -6,7 +6,8 @@ DailyDialog and ProsocialDialog as chat: '<s> User: Hi! <sep> Bot: Hello. <sep> 
     python prepare/dialog.py --corpora=daily                           one of them
 
 In DailyDialog every utterance but the first is a reply to learn, in ProsocialDialog every response is, not what provokes it. The
-official splits are kept; a dialog that occurs again, letter for letter, stays only where it is first: in train, val, then test.
+official splits are kept; a dialog that occurs again, letter for letter, stays only where it is first: in train, val, then test;
+and so does a pair that two splits have. meta.json counts what was dropped.
 """
 import json
 import re
@@ -30,8 +31,8 @@ vocab_size = 32000            # of what is trained; where the text is too small 
 name = 'dialog'               # the dataset is data/NAME
 data_dir: str | None = None   # where datasets live (None: data/ beside the scripts)
 daily_urls: tuple[str, ...] = (
-    'https://huggingface.co/datasets/roskoN/dailydialog/resolve/main', 'https://raw.githubusercontent.com/Ls-Dai/'
-    'Deep-Reinforcement-Learning-for-Dialogue-Generation-in-PyTorch/bae51b16e3e8c0ce4ffd70b75ecfc40fbeb8e7ee/data')  # mirrors
+    'https://raw.githubusercontent.com/Ls-Dai/Deep-Reinforcement-Learning-for-Dialogue-Generation-in-PyTorch/'
+    'bae51b16e3e8c0ce4ffd70b75ecfc40fbeb8e7ee/data', 'https://huggingface.co/datasets/roskoN/dailydialog/resolve/main')  # mirrors
 prosocial_urls: tuple[str, ...] = ('https://huggingface.co/datasets/allenai/prosocial-dialog/resolve/main',)  # mirrors
 configure(__file__, globals())
 
@@ -40,7 +41,11 @@ from tokenizer import make
 
 LICENCES = {'daily': 'DailyDialog (Li et al. 2017) is CC BY-NC-SA 4.0: not for commercial use',
             'prosocial': 'ProsocialDialog (Kim et al. 2022) is CC BY 4.0; it answers offensive lines, and so holds them'}
-STYLE = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'you': 'User', 'me': 'Bot', 'reply': 'Bot: '}
+SHA256 = {'train.zip': '6191257f8250da0e045bfd1d017645e15b2358df975ec4c5c431a5a1f99662a4',  # at the first of daily_urls
+          'validation.zip': 'f068cf7526a56ab5f26e99b74ce9edbc2766f7b060a3c6cef035920b0dd28153',
+          'test.zip': '5f9526a5ce4b8af4ca237aa3ff38cbf03becbc596c70b0974d7f5f9af2ea0615'}
+STYLE = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'turns': context,
+         'you': 'User', 'me': 'Bot', 'reply': 'Bot: '}
 CHARACTERS = str.maketrans({'’': "'", '‘': "'", '′': "'", '“': '"', '”': '"', '。': ' . ', '、': ' , ', '\x7f': ' '})
 REPAIRS = [(re.compile(pattern), new) for pattern, new in (  # in this order
     (r"(\w) ?' ?(s|t|m|d|re|ve|ll|Ve|Re|Ll)\b", lambda m: f"{m[1]}'{m[2].lower()}"),  # I ' m, we ' Ve
@@ -76,7 +81,10 @@ def find_file(corpus, split):
     file = ('validation' if split == 'valid' and corpus == 'daily' else split) + suffix
     urls = [f'{url}/{file}' for url in (daily_urls if corpus == 'daily' else prosocial_urls)]
     advice = f'Without a network, give a folder with --{corpus}=FOLDER, or leave {corpus} out with --corpora'
-    return download(urls, folder / corpus / file, None, advice)
+    path = download(urls, folder / corpus / file, None, advice)
+    if sha256_of(path) != SHA256.get(file, sha256_of(path)):  # roskoN has other zips of these dialogs: no error
+        print(f'{path} is another copy than the one that was tested: its sha256 differs')
+    return path
 
 
 def read_daily(path):
@@ -128,9 +136,15 @@ for split, official in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
 learnt = [d for split in (splits if tokenizer == 'char' else ['train']) for d in splits[split]]  # char: val's need ids too
 tok = make(tokenizer, (text for dialog, _ in learnt for u in dialog for text in (u, f'User: {u}', f'Bot: {u}')), vocab_size,
            specials=('pad', 'bos', 'eos', 'sep'))
-splits = {split: [pair for dialog in tqdm(some, desc=f'{split}: dialogs', disable=None) for pair in pairs_of(*dialog)]
-          for split, some in splits.items()}
-source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files], 'dropped': dropped}
-write_pairs(folder, tok, splits, source, 'official, without dialogs that occur again', STYLE)
+known, pairs, dropped_pairs = set(), {}, {}
+for split, some in splits.items():
+    made = [pair for dialog in tqdm(some, desc=f'{split}: dialogs', disable=None) for pair in pairs_of(*dialog)]
+    keys = [hash((source.tobytes(), target.tobytes())) for source, target in made]
+    pairs[split] = [pair for pair, key in zip(made, keys) if key not in known]  # dialogs may begin as one of train does
+    dropped_pairs[split] = len(made) - len(pairs[split])
+    known.update(keys)
+source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files],
+          'dropped_dialogs': dropped, 'dropped_pairs': dropped_pairs}
+write_pairs(folder, tok, pairs, source, 'official, without the dialogs and pairs that an earlier split has', STYLE)
 print('\n'.join(LICENCES[corpus] for corpus in LICENCES if corpora in ('both', corpus)))
 print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))

@@ -9,8 +9,8 @@ A source is a conversation: '[PAM] Morning. [MICHAEL] Is it? [PAM] It is.', in t
 table every line of the character behind another line of its scene is a target, and the turns before it, the character's own among
 them, are the source; [stage directions] are left out, for nobody says them. Files may do without [NAME] tags.
 
-A tenth of the scenes (of files: of the runs of sources that extend or overlap each other) is val, in blocks from all over; those
-in which a source begins like one of train, or is one, move to train. meta.json counts them, and pairs dropped for a blank side.
+A tenth of the scenes (of files: the runs of sources that extend or overlap each other), blocks from all over, is for val; those
+with a source that extends, begins or equals one of train move to train. meta.json counts them, and pairs with a blank side.
 """
 import csv as csv_files
 import io
@@ -136,7 +136,8 @@ if not pairs:
 
 partners = Counter(turns[-1][0] for _, turns, _, _ in pairs if turns and turns[-1][0] != character)
 style = {'turn': '[{speaker}] {text}' if partners else '{text}', 'between': ' ', 'begin': '',
-         'you': partners.most_common(1)[0][0] if partners else 'You', 'me': character if partners else 'Reply', 'reply': ''}
+         'turns': max(len(turns or [0]) for _, turns, _, _ in pairs), 'you': partners.most_common(1)[0][0] if partners else 'You',
+         'me': character if partners else 'Reply', 'reply': ''}
 if not partners:
     print('no [NAME] tags in the sources: each is taken as it stands')
 if split == 'blocks':

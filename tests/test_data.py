@@ -11,10 +11,10 @@ from configurator import UserError
 from data import Stream, permute, read_meta
 
 
-def stream(tmp_path, ids, block_size, vocab_size=None, split='train', dtype='uint16'):
+def stream(tmp_path, ids, block_size, vocab_size=None, split='train', dtype='uint16', batch_size=3):
     np.asarray(ids).astype('<' + {'uint16': 'u2', 'uint32': 'u4'}[dtype]).tofile(tmp_path / f'{split}.bin')
     meta = {'vocab_size': vocab_size or int(np.max(ids)) + 1, 'dtype': dtype, 'counts': {split: len(ids)}}
-    return Stream(tmp_path, meta, split, block_size)
+    return Stream(tmp_path, meta, split, block_size, batch_size)
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
@@ -47,7 +47,7 @@ def test_batches_are_pure_and_ranks_share_them(tmp_path):
     s = stream(tmp_path, np.arange(1000) % 50, 10)
 
     def step(i, seed=1, **kwargs):
-        return torch.cat([torch.stack((b['idx'], b['targets'])) for b in s.batches(seed, i, 3, 4, **kwargs)], dim=1)
+        return torch.cat([torch.stack((b['idx'], b['targets'])) for b in s.batches(seed, i, 4, **kwargs)], dim=1)
     first = step(5)
     assert first.shape == (2, 12, 10) and first.dtype == torch.int64
     assert torch.equal(first[0, :, 1:], first[1, :, :-1])
@@ -61,7 +61,7 @@ def test_batches_are_pure_and_ranks_share_them(tmp_path):
 @pytest.mark.parametrize('n, T', [(1000, 10), (1001, 10), (1009, 10), (7, 10), (2, 10), (11, 10)])
 def test_evaluation_sees_every_target_once(tmp_path, n, T):
     s = stream(tmp_path, np.arange(n), T, split='val')
-    batches = list(s.eval_batches(max_tokens=35))
+    batches = list(s.eval_batches())
     targets = torch.cat([b['targets'].flatten() for b in batches])
     assert targets.tolist() == list(range(1, n))
     assert all(torch.equal(b['idx'] + 1, b['targets']) for b in batches)
@@ -73,7 +73,7 @@ def test_large_files_are_mapped_and_give_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'IN_MEMORY', 100)
     mapped = stream(tmp_path, ids, 16, dtype='uint32')
     assert mapped.loaded is None and whole.loaded is not None and whole.loaded.max() > 65_536
-    for a, b in zip(list(whole.batches(0, 3, 4, 2)) + list(whole.eval_batches(64)), list(mapped.batches(0, 3, 4, 2)) + list(mapped.eval_batches(64))):
+    for a, b in zip(list(whole.batches(0, 3, 2)) + list(whole.eval_batches()), list(mapped.batches(0, 3, 2)) + list(mapped.eval_batches())):
         assert torch.equal(a['idx'], b['idx']) and torch.equal(a['targets'], b['targets'])
     lengths = np.arange(70_000)
     assert mapped.count_bytes(lengths) == int(ids[1:].sum())
@@ -85,7 +85,7 @@ def test_ids_outside_the_vocabulary(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'IN_MEMORY', 1)  # a mapped file is checked as it is read
     with pytest.raises(UserError, match='train.bin has id'):
         for i in range(20):
-            list(stream(tmp_path, np.arange(50), 4, vocab_size=40).batches(0, i, 4, 1))
+            list(stream(tmp_path, np.arange(50), 4, vocab_size=40).batches(0, i, 1))
 
 
 def test_files_that_do_not_match(tmp_path):
@@ -102,11 +102,11 @@ def test_files_that_do_not_match(tmp_path):
 
 
 @pytest.mark.parametrize('text, said', [
-    ('', 'JSONDecodeError'), ('pairs', 'wrong at kind'), ('[]', 'TypeError'), ('{"format": 1}', "KeyError: 'kind'"), ('[' * 100_000, 'RecursionError'), (None, 'wrong at vocab_size'),
+    ('', 'JSONDecodeError'), ('triples', 'wrong at kind'), ('[]', 'TypeError'), ('{"format": 1}', "KeyError: 'kind'"), ('[' * 100_000, 'RecursionError'), (None, 'wrong at vocab_size'),
     ('\xff', 'not a dataset')])
 def test_bad_meta(tmp_path, text, said):
-    folder = make_toy(tmp_path, vocab_size='many') if text != 'pairs' else make_toy(tmp_path, kind='pairs')
-    if text not in (None, 'pairs'):
+    folder = make_toy(tmp_path, vocab_size='many') if text != 'triples' else make_toy(tmp_path, kind='triples')
+    if text not in (None, 'triples'):
         (folder / 'meta.json').write_bytes(text.encode('latin-1'))
     with pytest.raises(UserError, match=said):
         read_meta(folder)

@@ -191,9 +191,12 @@ def test_chunked_loss_equals_plain(smoothing, cap, monkeypatch):
     nll = -logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     want = (((1 - smoothing) * nll - smoothing * logp.mean(-1)) * (targets != -1)).sum()  # Szegedy et al. 2016, written out
     want_grads = torch.autograd.grad(want * 0.5, (x, w))
+    head = m.Head(GPTConfig(n_embd=8, n_head=1, vocab_size=50, softcap=cap))
+    head.weight = torch.nn.Parameter(w.detach().clone())
+    w = head.weight
     for limit in (2**24, 500):  # whole, and in slices of ten rows
         monkeypatch.setattr(m, 'MAX_LOGITS', limit)
-        got = m.head_loss(x, w, targets, smoothing, cap)
+        got = head.loss(x.flatten(0, 1), targets.flatten(), smoothing)
         torch.testing.assert_close(got, want)
         for g, wg in zip(torch.autograd.grad(got * 0.5, (x, w)), want_grads):
             torch.testing.assert_close(g, wg, atol=1e-5, rtol=1e-4)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from model import check_sampling, next_token
+from generate import check_sampling, next_token
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0])
 N = 40_000

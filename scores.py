@@ -1,0 +1,95 @@
+"""What a model is worth: loss and accuracy over a whole split, and how its replies compare with those of people."""
+import torch
+
+from chat import reply_text, start_ids
+from configurator import UserError
+from device import autocast
+
+
+def to_device(batch, where):
+    """A batch (dict of tensors) on a device."""
+    return {key: t.to(where) for key, t in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(model, data, where, precision, stopped=lambda: False):
+    """{loss: mean nats a target token, accuracy: share of targets that were the likeliest} over all of data, in eval mode.
+
+    No smoothing, no padding, no dropout enter it. None where stopped() came true in between.
+    """
+    from tqdm import tqdm
+    model.eval()
+    loss = right = count = 0
+    with tqdm(desc='evaluating', total=data.targets, unit='tok', unit_scale=True, leave=False, disable=None, delay=2) as bar:
+        for batch in data.eval_batches():
+            with autocast(where, precision):
+                l, r = model(**to_device(batch, where), reduction='score')[1].tolist()
+            loss, right, count = loss + l, right + r, count + (batch['targets'] != -1).sum().item()
+            bar.update(count - bar.n)
+            if stopped():
+                break
+    model.train()
+    return None if stopped() else {'loss': loss / count, 'accuracy': right / count}
+
+
+@torch.no_grad()
+def smoothed_batch_mean(model, data, where, precision, label_smoothing, size=32):
+    """The smoothed loss averaged over batches of so many pairs in file order, as some published runs report it.
+
+    Long pairs count less in it than short ones, and smoothing adds to it: compare it with nothing else.
+    """
+    model.eval()
+    tokens, losses = data.tokens(), []
+    for i in range(0, len(data.S), size):
+        batch = data.batch(tokens, range(i, min(i + size, len(data.S))))
+        with autocast(where, precision):
+            losses.append(model(**to_device(batch, where), label_smoothing=label_smoothing)[1].item())
+    return sum(losses) / len(losses)
+
+
+def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, batch_size=32, **sampling):
+    """Replies to `count` pairs of data, spread over it: a list of (source, reference, reply), all text, greedy unless told.
+
+    style: the format of conversations (chat.py). num_beams above 1: beam search. Pairs of like lengths are answered together.
+    """
+    from tqdm import tqdm
+    model.eval()
+    tokens, out = data.tokens(), {}
+    banned = set(tok.specials.values()) - {tok.end} | set(range(tok.vocab_size, model.config.vocab_size))
+    start, N = start_ids(tok, style), len(data.S)
+    order = sorted({i * N // min(count, N) for i in range(min(count, N))}, key=lambda i: data.S[i])
+    with tqdm(desc='writing replies', total=len(order), unit='reply', leave=False, disable=None, delay=2) as bar:
+        for first in range(0, len(order), batch_size):
+            members = order[first:first + batch_size]
+            pairs = [[ids.tolist() for ids in data.pair(tokens, i)] for i in members]
+            prompts = model.reply_prompts([source for source, _ in pairs], start, max_new_tokens)
+            told = {'start': start, 'eot': tok.end, 'banned': banned}
+            if num_beams > 1:
+                new = [found[0][0] for found in model.beam_search(prompts, max_new_tokens, num_beams, **told)]
+            else:
+                written = list(model.stream(prompts, max_new_tokens, **told, **{'temperature': 0, **sampling}))
+                new = [[i for i in row if i >= 0] for row in torch.stack(written, dim=1).tolist()]
+            for i, (source, target), ids in zip(members, pairs, new):
+                out[i] = tok.decode(source), reply_text(tok, style, target), reply_text(tok, style, ids)
+            bar.update(len(members))
+    return [out[i] for i in sorted(out)]
+
+
+def reply_scores(triples):
+    """Lines of text: BLEU and chrF of (source, reference, reply) triples with sacrebleu's signatures, distinct-1 and -2.
+
+    distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams of the replies' words by all of them.
+    Raises UserError where sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError:
+        raise UserError('BLEU and chrF need sacrebleu: pip install sacrebleu') from None
+    replies, lines = [reply for _, _, reply in triples], []
+    for metric in (BLEU(), CHRF()):
+        score = metric.corpus_score(replies, [[reference for _, reference, _ in triples]])
+        lines.append(f'{score.name} {score.score:.2f} ({metric.get_signature()})')
+    for n in (1, 2):
+        grams = [gram for reply in replies for words in [reply.split()] for gram in zip(*(words[k:] for k in range(n)))]
+        lines.append(f'distinct-{n} {len(set(grams)) / max(1, len(grams)):.4f} ({len(grams):,} in {len(replies):,} replies)')
+    return lines
