@@ -168,6 +168,7 @@ def write_corpus(folder, tokenizer, shards, source, split, characters=None):
             os.fsync(f.fileno())
         write_whole(progress, lambda f: f.write(json.dumps(state).encode()))
 
+    # Threads, not processes: they share one tokenizer, and the libraries work outside of Python's lock
     threads, due = min(os.cpu_count() or 1, 16), start + SAVE_EVERY
     bar = tqdm(total=characters, initial=state['characters'], unit='char', unit_scale=True, desc=folder.name, disable=None)
     try:
