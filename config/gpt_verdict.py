@@ -1,0 +1,24 @@
+# The Verdict, 5,145 tokens of GPT-2's BPE, on the shape of GPT-2 124M: the smallest example of overfitting there is.
+dataset = 'verdict'
+block_size = 256
+n_layer = 12
+n_head = 12
+n_embd = 768
+bias = True
+attn_bias = False
+pos = 'learned'
+act = 'gelu'
+qk_norm = False
+zero_init = False
+dropout = 0.1
+batch_size = 2
+max_epochs = 10
+optimizer = 'adamw'
+learning_rate = 4e-4
+beta2 = 0.999
+schedule = 'constant'
+warmup_iters = 0
+grad_clip = 0.0
+eval_interval = 5
+log_interval = 5
+patience = 4

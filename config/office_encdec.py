@@ -1,0 +1,18 @@
+# The Office, 8,863 pairs (prepare/office.py): what was said, and what Michael Scott answered. An encoder-decoder for a laptop.
+dataset = 'office'
+arch = 'seq2seq'
+block_size = 64
+src_block_size = 192
+n_layer = 3
+n_encoder_layer = 3
+n_head = 4
+n_embd = 256
+tie_weights = True
+dropout = 0.2
+batch_tokens = 2048
+max_epochs = 10
+learning_rate = 3e-3
+muon_lr = 0.01
+warmup_iters = 50
+eval_interval = 0
+patience = 3
