@@ -272,15 +272,15 @@ class BpeTokenizer(TiktokenTokenizer):
         """
         import regex
         from tqdm import tqdm
-        own = 256 + len(specials)
-        if vocab_size < own:
-            raise UserError(f'a bpe vocabulary of {vocab_size:,} is too small: bytes and special tokens alone are {own}')
+        most = vocab_size - 256 - len(specials)
+        if most < 0:
+            raise UserError(f'a bpe vocabulary of {vocab_size:,} is too small: bytes and special tokens are {vocab_size - most}')
         find, seen = regex.compile(cls.split).findall, Counter()
         for block in tqdm(blocks(texts, 2**20), desc='counting words', unit=' blocks', disable=None):
             seen.update(find(block))
-        # A word is a str with a character an id, so that str.replace() is the merge. Endless words come in parts: every merge
+        # A word is a str with a character an id, so that str.replace() is the merge. Endless words come in parts, as every merge
         # in a word goes through all of it. where: pair to the words that have it, or had it
-        words, times, pairs, where = [], [], Counter(), defaultdict(list)
+        words, times, pairs, where = [], [], defaultdict(int), defaultdict(list)
         for word, n in seen.items():
             for part in blocks([word.encode('utf-8', 'replace').decode('latin-1')], 256):
                 for a, b in zip(part, part[1:]):
@@ -288,36 +288,33 @@ class BpeTokenizer(TiktokenTokenizer):
                     where[a + b].append(len(words))
                 words.append(part)
                 times.append(n)
-        names, merges, bar = [PRINTABLE[b] for b in range(256)], [], tqdm(total=vocab_size - own, desc='merges', disable=None)
+        names, merges, bar = [PRINTABLE[b] for b in range(256)], [], tqdm(total=most, desc='merges', disable=None)
         heap = [(-n, pair) for pair, n in pairs.items()]  # the most frequent first; a count that fell meanwhile is put back
         heapq.heapify(heap)
-        while heap and len(merges) < vocab_size - own:
+        while len(merges) < most and heap and heap[0][0] < -1:  # what occurs once is nothing to learn
             n, pair = heapq.heappop(heap)
             if -n != pairs[pair]:
                 heapq.heappush(heap, (-pairs[pair], pair))
                 continue
-            if n > -2:  # nothing else occurs twice
-                break
             merges.append(' '.join(names[ord(c)] for c in pair))
             new, born = chr(len(names)), set()
             names.append(merges[-1].replace(' ', ''))
-            for i in set(where.pop(pair)):
+            for i in {i for i in where.pop(pair) if pair in words[i]}:
                 old, n = words[i], times[i]
                 words[i] = word = old.replace(pair, new)
-                if word != old:
-                    for a, b in zip(old, old[1:]):
-                        pairs[a + b] -= n
-                    for a, b in zip(word, word[1:]):
-                        pairs[a + b] += n
-                        if a == new or b == new:
-                            where[a + b].append(i)
-                            born.add(a + b)
+                for a, b in zip(old, old[1:]):
+                    pairs[a + b] -= n
+                for a, b in zip(word, word[1:]):
+                    pairs[a + b] += n
+                    if a == new or b == new:
+                        where[a + b].append(i)
+                        born.add(a + b)
             for pair in born:
                 heapq.heappush(heap, (-pairs[pair], pair))
             bar.update()
         bar.close()
-        if len(merges) < vocab_size - own:
-            print(f'a bpe vocabulary of {vocab_size:,} is too high for this text: made {own + len(merges):,}')
+        if len(merges) < most:
+            print(f'a bpe vocabulary of {vocab_size:,} is too high for this text: made {len(names) + len(specials):,}')
         return cls(merges, specials)
 
     def to_dict(self):
@@ -329,11 +326,11 @@ class SentencePieceTokenizer(Tokenizer):
     kind = 'sentencepiece'
 
     def __init__(self, model):
-        """model: the bytes of a .model file; its control symbols are the special tokens. Raises ValueError."""
+        """model: a .model file as base64; its control symbols are the special tokens. Raises ValueError."""
         import sentencepiece
         try:
-            self.model, self.sp = model, sentencepiece.SentencePieceProcessor(model_proto=model or b'?')
-        except RuntimeError:
+            self.model, self.sp = model, sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model) or b'?')
+        except (RuntimeError, ValueError):
             raise ValueError('the model of the sentencepiece tokenizer is damaged') from None
         pieces, specials = [self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())], {}
         for i, piece in enumerate(pieces):
@@ -349,21 +346,20 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
         Tokenizer([], specials)  # are they names?
         lines = list(blocks((line for block in blocks(texts, 2**20) for line in mend(block).splitlines()), 1000))
+        model = io.BytesIO()
         try:
-            model = io.BytesIO()
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines), model_writer=model, model_type=algorithm, vocab_size=vocab_size, minloglevel=2,
                 # whatever goes in comes out again: no normalising, no space put before, none taken away, bytes for the rest
                 normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True,
-                allow_whitespace_only_pieces=True, required_chars='▁', bos_id=-1, eos_id=-1, control_symbols=[f'<{s}>' for s in specials])
-            return cls(model.getvalue())
+                allow_whitespace_only_pieces=True, required_chars='▁', bos_id=-1, eos_id=-1,
+                control_symbols=[f'<{name}>' for name in specials])
+            return cls(base64.b64encode(model.getvalue()).decode('ascii'))
         except RuntimeError as e:
             most, least = re.search(r'too high.* (\d+)', str(e)), re.search(r'smaller than.*vs (\d+)', str(e))
-            if least:
-                raise UserError(f'a sentencepiece vocabulary of {vocab_size:,} is too small: this text and the special tokens '
-                                f'need at least {int(least[1]):,}') from None
             if not most or int(most[1]) >= vocab_size:
-                raise UserError(f'sentencepiece cannot learn from this: {str(e).split("] ")[-1] or "there is no text"}') from None
+                why = f'it needs at least {least[1]}' if least else str(e).split('] ')[-1] or 'there is no text'
+                raise UserError(f'sentencepiece cannot make a vocabulary of {vocab_size:,} from this: {why}') from None
         print(f'a sentencepiece vocabulary of {vocab_size:,} is too high for this text: made {int(most[1]):,}')
         return cls.train(lines, int(most[1]), specials, algorithm)
 
@@ -376,7 +372,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.fromiter(chain.from_iterable(low if part == '▁' else self.sp.encode(part) for part in parts), dtype=np.uint32)
 
     def to_dict(self):
-        return {'kind': 'sentencepiece', 'model': base64.b64encode(self.model).decode('ascii')}
+        return {'kind': 'sentencepiece', 'model': self.model}
 
 
 def make(name, texts=None, vocab_size=None, specials=()):
@@ -400,7 +396,7 @@ def from_dict(d):
     """The tokenizer that to_dict() described. Raises ValueError where it describes none."""
     try:
         kind, specials = d['kind'], d.get('specials', ('eot',) if d['kind'] == 'byte' else ())
-        if not isinstance(specials, (list, tuple)):
+        if not isinstance(specials, (list, tuple)) or kind == 'bpe' and (d['split'] != 'gpt2' or type(d['merges']) is not list):
             raise TypeError
         if kind == 'char':
             chars = d['chars']
@@ -411,10 +407,10 @@ def from_dict(d):
             return ByteTokenizer(specials)
         if kind == 'tiktoken':
             return TiktokenTokenizer(d['name'], specials)
-        if kind == 'bpe' and d['split'] == 'gpt2' and isinstance(d['merges'], list):
+        if kind == 'bpe':
             return BpeTokenizer(d['merges'], specials)
         if kind == 'sentencepiece':
-            return SentencePieceTokenizer(base64.b64decode(d['model']))
+            return SentencePieceTokenizer(d['model'])
     except (KeyError, TypeError, AttributeError):
         raise ValueError('not the description of a tokenizer') from None
     raise ValueError(f'unknown kind of tokenizer {kind!r}: this version knows char, byte, bpe, tiktoken and sentencepiece')
