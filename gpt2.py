@@ -180,16 +180,21 @@ def load_tokenizer(name):
     folder = fetch(name)
     path, size = folder / 'tokenizer.json', read_json(folder / 'config.json').get('vocab_size', 50257)
     theirs = read_json(path) if path.is_file() else {}
-    try:  # a BPE whose ids are in our order
+    older = folder / 'vocab.json'  # has no more than the tokens: enough to see that they are GPT-2's
+    vocab = read_json(older) if older.is_file() and not theirs else None
+    candidates = [make('gpt2')] if size == 50257 else []
+    try:
+        vocab = theirs['model']['vocab'] if theirs else vocab
         merges = [m if isinstance(m, str) else ' '.join(m) for m in theirs['model']['merges']]
         added = sorted((t['id'], t['content'].strip('<|>').replace('endoftext', 'eot')) for t in theirs['added_tokens'])
-        candidates, vocab = [BpeTokenizer(merges, [special for _, special in added])], theirs['model']['vocab']
+        candidates.append(BpeTokenizer(merges, [special for _, special in added]))  # if its ids are in our order
     except (KeyError, TypeError, AttributeError, ValueError):
-        candidates, vocab = [], theirs.get('vocab', {})
-    for tok in candidates + [make('gpt2')]:
-        if tok.vocab_size == size and (not theirs or all(vocab.get(printable(t)) == i for i, t in enumerate(tok.tokens) if t)):
+        pass
+    for tok in candidates:
+        ids = {printable(token): i for i, token in enumerate(tok.tokens) if token}
+        if tok.vocab_size == size and (vocab is None or isinstance(vocab, dict) and ids.items() <= vocab.items()):
             return tok
-    raise UserError(f'{folder} has a vocabulary of {size}: only GPT-2\'s own, and a BPE that pocketGPT wrote, can be read')
+    raise UserError(f'{folder} has a vocabulary of {size} of its own: only GPT-2\'s, and a BPE that pocketGPT wrote, can be read')
 
 
 def export(model, tok, folder):

@@ -13,7 +13,7 @@ from configurator import UserError, configure, find
 out_dir: str | None = None         # checkpoints, log.csv, loss.png (None: out/ and the name of the config file or dataset)
 data_dir: str | None = None        # where datasets live (None: data/ beside this file)
 dataset = 'stdlib'                 # data/NAME; where it is missing, prepare/NAME.py is run
-init_from: Literal['scratch', 'resume'] = 'scratch'  # start anew, or go on from out_dir/last.pt
+init_from = 'scratch'              # or resume (out_dir/last.pt), a public GPT-2 (gpt2, gpt2-medium, …), or a folder with one
 resume = False                     # the same as --init_from=resume
 # Model: see GPTConfig and Seq2SeqConfig in model.py
 arch: Literal['gpt', 'seq2seq'] = 'gpt'  # gpt: decoder-only; seq2seq: encoder-decoder, for datasets of pairs
@@ -110,8 +110,8 @@ configs = [Path(a).stem for a in sys.argv[1:] if not a.startswith('--')]
 run_name = configs[-1] if configs else dataset
 out_dir = nearby(ROOT / 'out' / run_name if out_dir is None else find(out_dir) if resume or eval_only else out_dir)
 
-state = None
-if resume or eval_only:
+state = pretrained = None
+if resume or eval_only and init_from == 'scratch':
     path = out_dir / ('best.pt' if eval_only else 'last.pt')
     if not path.is_file():
         raise UserError(f'there is no {path} to {"evaluate" if eval_only else "go on from"}: name the run with --out_dir=…'
@@ -158,6 +158,15 @@ except ValueError as e:
     problems.append(str(e))
 if problems:
     raise UserError('; '.join(problems))
+if state is None and init_from != 'scratch':
+    import gpt2
+    asked = {name: globals()[name] for name in ('dropout', 'attn_dropout', 'gradient_checkpointing')}
+    asked |= {'block_size': block_size} if 'block_size' in explicit else {}
+    pretrained, theirs = gpt2.load(init_from, **asked)
+    if arch != 'gpt' or (wrong := [name for name in model_args if name in explicit and globals()[name] != theirs[name]]):
+        raise UserError(f'{init_from} is a GPT of its own shape: leave {"--arch" if arch != "gpt" else ", ".join(wrong)} away')
+    model_args = {name: theirs[name] for name in model_args}
+    globals().update(model_args)
 
 where = pick_device(device)
 precision, why = pick_dtype(where, dtype)
@@ -191,6 +200,8 @@ if unused in explicit and state is None:
                     f'set --{"batch_tokens" if pairs else "batch_size"} instead')
 if eval_split not in meta['counts']:
     raise UserError(f'{folder} has no {eval_split} split: it has {", ".join(meta["counts"])}')
+if pretrained and not tok.to_dict().items() >= gpt2.load_tokenizer(init_from).to_dict().items() - {'specials'}:
+    raise UserError('TODO')
 train_data, val_data = open_split('train'), open_split(eval_split if eval_only else 'val')
 if max_epochs is not None and (explicit.get('max_iters') != 'command line' or explicit.get('max_epochs') == 'command line'):
     max_iters = train_data.steps(max_epochs, gradient_accumulation_steps)
@@ -221,7 +232,7 @@ if not eval_only:
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA, where float32 products are left
 try:
-    raw_model = model = Model(Config(vocab_size=meta['vocab_size'], **model_args))
+    raw_model = model = pretrained or Model(Config(vocab_size=meta['vocab_size'], **model_args))
 except ValueError as e:  # cutoffs beyond the vocabulary
     raise UserError(str(e)) from None
 if cutoffs and state is None:  # its clusters are of frequent and of rare ids: count them

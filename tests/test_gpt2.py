@@ -34,6 +34,15 @@ def reference(folder, seed=0, **config):
     return model
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Models this small only wait for each other on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     """(folder, its model): look at it, don't change it."""
@@ -274,10 +283,19 @@ def test_gpt2s_tokenizer(tmp_path, monkeypatch):
     assert tok.encode('Hello world') == [15496, 995] and tok.end == 50256
     (tmp_path / 'tokenizer.json').write_text(tok.tokenizer_json(), encoding='utf-8')
     assert gpt2.load_tokenizer(tmp_path).to_dict() == tok.to_dict()
-    swapped = tok.tokenizer_json().replace('"Ġthe": 262', '"Ġthe": 257')  # as large, but another language's
-    (tmp_path / 'tokenizer.json').write_text(swapped, encoding='utf-8')
-    with pytest.raises(UserError, match='vocabulary of 50257: only GPT-2\'s own'):
-        gpt2.load_tokenizer(tmp_path)
+    out, _ = Project(tmp_path / 'pocket').run('prepare/shakespeare_gpt2.py', f'--input={SHARED / "tinyshakespeare.txt"}')
+    assert '301,966 train and 36,059 val ids' in out  # nanoGPT's data/shakespeare
+    content = json.loads(tok.tokenizer_json())
+    vocab = content['model']['vocab']
+    assert vocab['Ġthe'] == 262
+    vocab['Ġthe'], vocab['Ġ t'] = 257, 262  # as large, but another language's
+    for name, wrong in (('tokenizer.json', content), ('tokenizer.json', {'model': {'vocab': [1], 'merges': 5}}), ('vocab.json', vocab)):
+        for old in tmp_path.glob('*.json'):
+            old.unlink()
+        (tmp_path / 'config.json').write_text('{"vocab_size": 50257}', encoding='utf-8')
+        (tmp_path / name).write_text(json.dumps(wrong), encoding='utf-8')
+        with pytest.raises(UserError, match='vocabulary of 50257 of its own: only GPT-2\'s'):
+            gpt2.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize('switches', [dict(bias=False, tie_weights=False, n_inner=40, act='gelu_erf'), dict(act='relu', dropout=0.1)])

@@ -1,0 +1,17 @@
+# DailyDialog and ProsocialDialog (prepare/dialog.py) for an encoder-decoder.
+dataset = 'dialog'
+arch = 'seq2seq'
+block_size = 64
+src_block_size = 160
+n_layer = 3
+n_encoder_layer = 3
+n_head = 4
+n_embd = 256
+tie_weights = True
+dropout = 0.1
+batch_tokens = 4096
+max_iters = 1000
+learning_rate = 3e-3
+muon_lr = 0.01
+warmup_iters = 50
+eval_interval = 250
