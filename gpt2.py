@@ -197,13 +197,33 @@ def load_tokenizer(name):
     raise UserError(f'{folder} has a vocabulary of {size} of its own: only GPT-2\'s, and a BPE that pocketGPT wrote, can be read')
 
 
+def grow(model, tok, theirs, folder):
+    """Make room in a loaded model for the special tokens that a dataset's tokenizer has beside those of the model's own.
+
+    Their rows are the mean of all others: unknown, but no outliers. Raises UserError where the ids mean something else.
+    """
+    if tok.tokens[:len(theirs.tokens)] != theirs.tokens:
+        raise UserError(f'{folder} has another tokenizer than this model: prepare it with --tokenizer=gpt2, or take '
+                        f'--dataset=shakespeare_gpt2')
+    new, tied = tok.vocab_size - model.config.vocab_size, model.config.tie_weights
+    for module in (model.transformer.wte, *([] if tied else [model.lm_head])) if new > 0 else ():
+        w = module.weight.data
+        module.weight = torch.nn.Parameter(torch.cat((w, w.mean(dim=0, keepdim=True).expand(new, -1))))
+    if new > 0:
+        model.lm_head.weight = model.transformer.wte.weight if tied else model.lm_head.weight
+        model.config.vocab_size = model.transformer.wte.num_embeddings = model.lm_head.out_features = tok.vocab_size
+
+
 def export(model, tok, folder):
     """Write a GPT and its tokenizer as a folder that transformers loads with AutoModelForCausalLM. Raises UserError.
 
     A model without biases gets zeros, which compute the same; one with parts that GPT-2 lacks is refused, with their list.
     """
     c, folder, acts = model.config, Path(folder), {ours: k for k, ours in ACTS.items()}
-    parts = {'pos': ['learned'], 'norm': ['layernorm'], 'norm_position': ['pre'], 'act': acts, 'qk_norm': [False], 'softcap': [0]}
+    if not isinstance(model, GPT):
+        raise UserError('GPT-2 has no encoder: this model can\'t be written in its format')
+    parts = {'pos': ['learned'], 'norm': ['layernorm'], 'norm_position': ['pre'], 'act': acts, 'qk_norm': [False], 'softcap': [0],
+             'cutoffs': [()], 'head_bias': [False], 'attn_bias': [None, c.bias]}
     if foreign := [f'{part}={getattr(c, part)}' for part, theirs in parts.items() if getattr(c, part) not in theirs]:
         raise UserError(f'GPT-2 has no {", ".join(foreign)}: this model can\'t be written in its format')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

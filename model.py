@@ -325,10 +325,11 @@ class Stack(nn.Module):
         self.h = nn.ModuleList(Block(c, i, cross) for i in range(n_layer))
         if c.norm_position == 'pre':  # post-norm blocks end with a norm of their own
             self.ln_f = make_norm(c)
-        angles = position_angles(block_size, c.n_embd if c.pos == 'sinusoidal' else c.n_embd // c.n_head)
         if c.pos == 'sinusoidal':  # (block_size, C): sines, then cosines
+            angles = position_angles(block_size, c.n_embd)
             self.register_buffer('sinusoid', torch.cat((angles.sin(), angles.cos()), dim=1)[:, :c.n_embd], persistent=False)
         elif c.pos == 'rotary':    # (block_size, 1, D / 2): the 1 is for the heads
+            angles = position_angles(block_size, c.n_embd // c.n_head)
             self.register_buffer('cos', angles.cos()[:, None], persistent=False)
             self.register_buffer('sin', angles.sin()[:, None], persistent=False)
 

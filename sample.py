@@ -5,6 +5,7 @@ Write text with a trained model, complete what you type, or talk with it.
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
     python sample.py --start="ROMEO:" --start=FILE:prompt.txt     several prompts at once
     python sample.py --out_dir=out/office_encdec --chat    a conversation; with a model of plain text, a completion prompt
+    python sample.py --init_from=gpt2 --start="The"        GPT-2's weights, downloaded once
 """
 from typing import Literal
 
@@ -12,6 +13,7 @@ from configurator import ROOT, UserError, configure, convert, describe, find, ne
 
 out_dir: str | None = None         # the run to sample from (None: the newest in out/)
 weights: Literal['best', 'last'] = 'best'  # which of its checkpoints
+init_from: str | None = None       # a public GPT-2 instead (gpt2, gpt2-medium, …, distilgpt2), or a folder with one
 start: tuple[str, ...] = ('',)     # the prompt, or FILE:prompt.txt; give it several times for several prompts
 num_samples = 1                    # samples of each prompt
 max_new_tokens = 500               # tokens a sample
@@ -70,20 +72,23 @@ kinds = {name: kind for name, kind, _ in read_knobs(Path(__file__).read_text(enc
 check(settings, explicit)
 if num_samples < 1:
     raise UserError(f'num_samples must be at least 1, got {num_samples}')
-if out_dir is None:
-    runs = sorted((ROOT / 'out').glob('*/last.pt'), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError(f'there is no run in {ROOT / "out"} yet: train one with python train.py, or name one with --out_dir=…')
-    out_dir = runs[-1].parent
-out_dir = nearby(find(out_dir))
-path = out_dir / f'{weights}.pt'
-if not path.is_file():  # stopped before its first evaluation
-    path = out_dir / 'last.pt'
 device = pick_device(device)
-state = checkpoint.load(path)
-model, tok = checkpoint.build(state, path, gradient_checkpointing=False)
+if init_from:
+    import gpt2
+    model, tok, style, path = gpt2.load(init_from)[0], gpt2.load_tokenizer(init_from), None, init_from
+else:
+    if out_dir is None:
+        runs = sorted((ROOT / 'out').glob('*/last.pt'), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise UserError(f'there is no run in {ROOT / "out"} yet: train one with python train.py, or name one: --out_dir=…')
+        out_dir = runs[-1].parent
+    path = nearby(find(out_dir)) / f'{weights}.pt'
+    if not path.is_file():  # stopped before its first evaluation
+        path = path.with_name('last.pt')
+    state = checkpoint.load(path)
+    model, tok = checkpoint.build(state, path, gradient_checkpointing=False)
+    style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
 model = model.to(device, pick_dtype(device, dtype)[0])
-style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
 begin = start_ids(tok, style) if style else None
 banned = set(tok.specials.values()) - (set() if ignore_eot else {tok.end})
 banned |= set(range(tok.vocab_size, model.config.vocab_size))  # rows of the head that mean nothing
@@ -233,8 +238,8 @@ def converse():
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        show(f'{style["me"]}: ' if style else line)
         try:
+            show(f'{style["me"]}: ' if style else line)
             for _, piece in write([prompt], None if seed is None else seed + number):
                 piece = piece if text or not style else piece.lstrip()
                 text += piece

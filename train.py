@@ -200,8 +200,8 @@ if unused in explicit and state is None:
                     f'set --{"batch_tokens" if pairs else "batch_size"} instead')
 if eval_split not in meta['counts']:
     raise UserError(f'{folder} has no {eval_split} split: it has {", ".join(meta["counts"])}')
-if pretrained and not tok.to_dict().items() >= gpt2.load_tokenizer(init_from).to_dict().items() - {'specials'}:
-    raise UserError('TODO')
+if pretrained:
+    gpt2.grow(pretrained, tok, gpt2.load_tokenizer(init_from), folder)
 train_data, val_data = open_split('train'), open_split(eval_split if eval_only else 'val')
 if max_epochs is not None and (explicit.get('max_iters') != 'command line' or explicit.get('max_epochs') == 'command line'):
     max_iters = train_data.steps(max_epochs, gradient_accumulation_steps)

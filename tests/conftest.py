@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -98,3 +99,31 @@ def trained(tmp_path_factory):
     make_toy(p.root)
     p.stdout, p.stderr = p.train()
     return p
+
+
+def make_pairs(root, **meta):
+    """data/talk in a project: pairs of made-up turns, with a format of conversations; a reply repeats the last word said."""
+    from chat import source_ids
+    from tokenizer import make
+    rng = random.Random(0)
+    words = ['ba', 'dodo', 'fu', 'gimme', 'kilo', 'lamp', 'ni', 'opal', 'qua', 'rust']
+    tok = make('char', [' '.join(words) + 'UB:.'], specials=('pad', 'bos', 'eos', 'sep'))
+    style = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'turns': 3, 'you': 'U', 'me': 'B', 'reply': 'B: '}
+    folder = root / 'data' / 'talk'
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, pairs = {}, {}
+    for split, n in (('train', 200), ('val', 30)):
+        offsets, ids = [0], []
+        for _ in range(n):
+            turns = [('UB'[(i + 1) % 2], ' '.join(rng.choices(words, k=rng.randint(1, 3)))) for i in range(rng.choice((1, 3)))]
+            source = source_ids(tok, style, turns)
+            target = tok.encode(style['reply'] + turns[-1][1].split()[-1] + '.') + [tok.end]
+            ids += source + target
+            offsets += [offsets[-1] + len(source), offsets[-1] + len(source) + len(target)]
+        np.array(ids, dtype='<u2').tofile(folder / f'{split}.bin')
+        np.array(offsets, dtype='<i8').tofile(folder / f'{split}.idx')
+        counts[split], pairs[split] = len(ids), n
+    content = {'format': 1, 'kind': 'pairs', 'dtype': 'uint16', 'vocab_size': tok.vocab_size, 'tokenizer': tok.to_dict(), 'counts': counts,
+               'pairs': pairs, 'chat': style, **meta}
+    (folder / 'meta.json').write_text(json.dumps(content), encoding='utf-8')
+    return folder

@@ -3,6 +3,7 @@ import copy
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import signal
 import threading
@@ -230,6 +231,7 @@ def test_fetched_once_and_found_by_both(hub, small, monkeypatch):
         gpt2.fetch('gpt2')
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='links need a privilege on Windows')
 @pytest.mark.parametrize('repo', ['openai-community--gpt2', 'gpt2'])
 def test_what_their_tools_downloaded_is_used(hub, small, monkeypatch, tmp_path, repo):
     """Links to blobs, in a snapshot of another commit; and in the folder of the name that the repository once had."""
