@@ -176,7 +176,8 @@ else:
     by_documents = bool(is_val.any())
     split = (f'{val:.0%} val, whole documents by a hash of their text' if by_documents else
              f'first {1 - val:.0%} / last {val:.0%} of the characters, as there are too few documents to choose from')
-    print(f'{documents:,} document{"s"[documents == 1:]} of {characters:,} characters; left out: {doubles:,} doubles. Split: {split}')
+    print(f'{documents:,} document{"s" * (documents > 1)} of {characters:,} characters; left out: {doubles:,} doubles')
+    print(f'split: {split}')
     if tokenizer == 'char':  # it must know the characters of val too, which could not be written otherwise
         tok = make(tokenizer, (text for text, _ in read_all()))
     else:
