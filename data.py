@@ -17,6 +17,7 @@ import torch
 from configurator import ROOT, UserError
 from files import FORMAT
 
+SHARED = {'common', 'corpus', 'text'}  # what makes no dataset of its own name in prepare/
 IN_MEMORY = 2**28     # bytes: smaller files are loaded whole, larger ones memory-mapped
 
 
@@ -26,11 +27,12 @@ def ensure_prepared(dataset, data_dir):
     if (folder / 'meta.json').is_file():
         return folder
     script = ROOT / 'prepare' / f'{dataset}.py'
-    if not script.is_file() or dataset == 'common':
+    if not script.is_file() or dataset in SHARED:
         ready = sorted(p.parent.name for p in Path(data_dir).glob('*/meta.json'))
-        known = sorted(p.stem for p in (ROOT / 'prepare').glob('*.py') if p.stem != 'common')
+        known = sorted(p.stem for p in (ROOT / 'prepare').glob('*.py') if p.stem not in SHARED)
         raise UserError(f'there is no dataset {dataset!r} in {data_dir} and no prepare/{dataset}.py to make it; '
-                        f'ready: {", ".join(ready) or "none yet"}; can be made: {", ".join(known)}')
+                        f'ready: {", ".join(ready) or "none yet"}; can be made: {", ".join(known)}; '
+                        f'or your own text: python prepare/text.py --input=FILE --name={dataset}')
     print(f'{folder} is not there yet: running prepare/{dataset}.py', flush=True)
     if status := subprocess.call([sys.executable, str(script), f'--data_dir={data_dir}']):
         raise SystemExit(status)  # it has said why

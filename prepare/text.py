@@ -27,7 +27,7 @@ from tokenizer import make
 input: tuple[str, ...] = ()   # a file, a folder or a glob; may be given several times
 name = 'mine'                 # of the dataset: it is written to data/NAME
 tokenizer = 'bpe'             # char, byte, bpe, sentencepiece, or one of tiktoken's, such as gpt2
-vocab_size = 2048             # of a bpe or sentencepiece, which are trained here; special tokens included
+vocab_size: int | None = None  # of a bpe or sentencepiece trained here (None: 1 token for 1,000 characters, but 512 to 8,192)
 separator: str | None = None  # what stands between documents in a text file, such as '<|endoftext|>' (None: the file is one)
 pairs = False                 # tables of two columns, a source and its target: for an encoder-decoder, or a GPT that replies
 field = ''                    # the field or column to read (none given: text, or source,target with --pairs)
@@ -121,6 +121,11 @@ def choose_val(keys, sizes):
     return chosen[group] & (used > wanted / 2)
 
 
+def vocabulary(characters):
+    """Its size. The default is for a small model and so much text: with more tokens each is too rare to be learnt."""
+    return min(max(characters // 1000, 512), 8192) if vocab_size is None else vocab_size
+
+
 def divided():
     """(split, text, ends) for the pieces of all documents but the doubles."""
     number, done = 0, 0
@@ -157,7 +162,7 @@ if pairs:
     if not splits['train']:
         raise UserError(f'{", ".join(input)}: too few pairs to train on: it takes two with different sources, at least')
     texts = (text for row in (rows if tokenizer == 'char' else splits['train']) for text in row)
-    tok = make(tokenizer, texts, vocab_size, ('pad', 'bos', 'eos'))
+    tok = make(tokenizer, texts, vocabulary(sum(len(text) for row in rows for text in row)), ('pad', 'bos', 'eos'))
     write_pairs(folder, tok, splits, source, f'{val:.0%} val, by a hash of the source: pairs with the same one stay together')
 else:
     keys, sizes = survey(read_all())
@@ -171,11 +176,12 @@ else:
     by_documents = bool(is_val.any())
     split = (f'{val:.0%} val, whole documents by a hash of their text' if by_documents else
              f'first {1 - val:.0%} / last {val:.0%} of the characters, as there are too few documents to choose from')
-    print(f'{documents:,} documents of {characters:,} characters, {doubles:,} doubles left out; split: {split}')
+    print(f'{documents:,} document{"s" * (documents > 1)} of {characters:,} characters; left out: {doubles:,} doubles')
+    print(f'split: {split}')
     if tokenizer == 'char':  # it must know the characters of val too, which could not be written otherwise
         tok = make(tokenizer, (text for text, _ in read_all()))
     else:
-        tok = make(tokenizer, train_texts([divided]), vocab_size, ('eot',))
+        tok = make(tokenizer, train_texts([divided]), vocabulary(characters), ('eot',))
     source |= {'documents': documents, 'doubles': doubles, 'sha256_of_hashes': hashlib.sha256(keys.tobytes()).hexdigest()}
     write_corpus(folder, tok, [divided], source, split, characters)
 print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))

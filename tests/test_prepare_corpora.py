@@ -92,7 +92,7 @@ def test_one_document_is_cut_by_characters(project, tmp_path):
     out, err = project.run('prepare/text.py', f'--input={tmp_path / "novel.txt"}', '--tokenizer=char')
     meta, tok, ids = load(project.root / 'data' / 'mine')
     assert tok.decode(ids['train'].tolist()) == toy_text(5000)[:4500] and tok.decode(ids['val'].tolist()) == toy_text(5000)[4500:]
-    assert '1 documents of 5,000' in out and 'first 90% / last 10%' in out and out.endswith('next: python train.py --dataset=mine\n') and not err
+    assert '1 document of 5,000' in out and 'first 90% / last 10%' in out and out.endswith('next: python train.py --dataset=mine\n') and not err
     out, _ = project.run('prepare/text.py', f'--input={tmp_path / "novel.txt"}', '--vocab_size=280', '--val=0.2', '--data_dir=there', '--name=b')
     meta, tok, ids = load(project.root / 'there' / 'b')
     assert meta['vocab_size'] == tok.vocab_size == 280 and out.endswith('--dataset=b --data_dir=there\n') and 'bpe, uint16' in out
@@ -112,7 +112,7 @@ def test_documents_of_every_kind_go_to_one_side(project, tmp_path):
     (root / 'image.png').write_bytes(b'\0\xff')
     out, _ = project.run('prepare/text.py', '--input=in', f'--input={root / "*.CSV"}', '--tokenizer=byte', cwd=tmp_path)
     parts = documents(project.root / 'data' / 'mine')
-    assert sorted(parts['train'] + parts['val']) == sorted(made) and '10 doubles' in out and '120 documents' in out
+    assert sorted(parts['train'] + parts['val']) == sorted(made) and 'left out: 10 doubles' in out and '120 documents' in out
     assert 0.05 < sum(map(len, parts['val'])) / sum(map(len, made)) <= 0.1
     folder = tmp_path / 'in2'
     shutil.move(root, folder)
