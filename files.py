@@ -89,10 +89,14 @@ def download(urls, path, sha256, advice):
                     for block in r.iter_content(2**16):
                         f.write(block)
                         bar.update(len(block))
-            if total in (None, part.stat().st_size) if sha256 is None else sha256_of(part) == sha256:
+            if sha256 is None:  # a cut shows in the length or, where the server sends chunks, has raised an error
+                whole = part.stat().st_size == total or total is None and r.headers.get('Transfer-Encoding') == 'chunked'
+            else:
+                whole = sha256_of(part) == sha256
+            if whole:
                 part.replace(path)
                 return path
-            failures.append(f'{url}: ' + ('wrong sha256' if sha256 else 'the length is not what the server stated'))
+            failures.append(f'{url}: ' + ('wrong sha256' if sha256 else 'the server does not say how long it is'))
             part.unlink()
         except requests.RequestException as e:
             code = getattr(e.response, 'status_code', None)
