@@ -232,7 +232,7 @@ class TiktokenTokenizer(Tokenizer):
     def tokenizer_json(self):
         """What Hugging Face's tokenizer.json should say, as str. Their libraries take a typed <|endoftext|> for the token."""
         specials = {'<|endoftext|>' if name == 'eot' else f'<|{name}|>': i for name, i in self.specials.items()}
-        split = re.sub(r'(\d})\+', r'\1', self.split).replace('$', r'\z')  # {1,3}+ and $ mean something else to their library
+        split = re.sub(r'(\d})\+', r'\1', self.split)  # to their library {1,3}+ is a repetition of repetitions
         level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
         flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
         return json.dumps({
