@@ -1,24 +1,28 @@
 """
-How fast this machine trains, and beside a peer: the same model, batch and number of threads, in processes of their own, in turns.
+How fast this machine trains and writes, beside peers: the same work, in processes of their own, in turns.
 
-    python bench.py
+    python bench.py                       ours, and the peers that need nothing installed
     python bench.py --nanogpt=FOLDER      FOLDER holds a clone of github.com/karpathy/nanoGPT
+    python bench.py --work=decode         only the rows whose name holds this
 
-Prints a table (medians, with minimum and maximum over the rounds) and one line of JSON last.
+Peers: nanoGPT; transformers, where it is installed; `uncached`, our own models without a cache; and `padded`, PyTorch's
+nn.Transformer in float32 on pairs padded to 256 + 127, the way small encoder-decoder projects train. Prints medians, with minimum
+and maximum over the rounds, and peak memory; and one line of JSON last.
 """
 from typing import Literal
 
 from configurator import UserError, configure
 
 nanogpt: str | None = None         # a clone of nanoGPT to run beside us
+work = ''                          # only rows whose name holds this
 rounds = 3                         # processes of each, in turns: A B A B …
 seconds = 8.0                      # of timed steps in each process
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of our products; nanoGPT runs a CPU in float32
-worker: Literal['', 'ours', 'nanogpt'] = ''  # for this script's own use: what a process of a round times
-shape = ''                         # only the work of this name
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of our products; peers run in theirs
+worker = ''                        # for this script's own use: whose turn it is
 config, _ = configure(__file__, globals())
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -26,96 +30,190 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
-from device import autocast, pick_device, pick_dtype
-from model import GPT, GPTConfig
+from data import group
+from device import autocast, peak_memory, pick_device, pick_dtype
+from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
 
-# nanoGPT's two published configurations: batch, and the fields of both projects' GPTConfig
-WORK = {
-    'cpu example, 0.8 M': (12, dict(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0)),
-    'shakespeare_char, 10.7 M': (64, dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.0)),
-    'the same, dropout 0.2': (64, dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2)),
-}
+SMALL = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
+GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
+PAPER = dict(vocab_size=50260, block_size=128, src_block_size=256, attn_bias=False, head_bias=True, tie_source=False)
+where = pick_device(device)
+precision = pick_dtype(where, dtype)[0]
 
 
-def time_training(who, name):
-    """Tokens a second of training steps (forward, backward, clipping, AdamW) on random ids: the median of `seconds` of them."""
-    torch.manual_seed(0)
-    B, args = WORK[name]
-    T, where = args['block_size'], pick_device(device)
-    if who == 'nanogpt':
-        sys.path.insert(0, nanogpt)
-        for module in ('model', 'configurator'):
-            sys.modules.pop(module)
-        import model as peer
-        net = peer.GPT(peer.GPTConfig(vocab_size=65, bias=False, **args))
-        precision = torch.float32 if where.type == 'cpu' else torch.bfloat16  # what its train.py does
-    else:
-        net = GPT(GPTConfig(vocab_size=65, bias=False, act='gelu_erf', attn_dropout=args['dropout'], **args))
-        precision = pick_dtype(where, dtype)[0]
-    net, times, end = net.to(where).train(), [], None
-    fused = who == 'ours' or where.type == 'cuda'  # nanoGPT fuses on CUDA only
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
-    while end is None or time.perf_counter() < end or len(times) < 3:
+def timed(step, amounts):
+    """Work a second: step(i) does amounts[i % len] of it. Runs for `seconds`, the first steps, which warm up, apart."""
+    rates, n, warm = [], len(amounts), min(3, len(amounts))
+    for i in range(warm):
+        step(i)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rates) < 2 * n:
         start = time.perf_counter()
-        idx, targets = torch.randint(65, (2, B, T)).to(where)
+        step(len(rates))
+        rates.append((amounts[len(rates) % n], time.perf_counter() - start))
+    if n == 1:
+        return amounts[0] / median(t for _, t in rates)
+    rates = rates[:len(rates) // n * n]  # whole rounds over batches of different sizes
+    return sum(a for a, _ in rates) / sum(t for _, t in rates)
+
+
+def trainer(net, precision, fused=True):
+    """A function that takes one step of training on a batch: forward, backward, clipping, AdamW."""
+    net.to(where).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
+
+    def step(**batch):
         with autocast(where, precision):
-            loss = net(idx, targets)[1]
+            loss = net(**{key: t.to(where) for key, t in batch.items()})[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for a GPU
-        times.append(time.perf_counter() - start)
-        if end is None and len(times) == 2:  # warm-up
-            end, times = time.perf_counter() + seconds, []
-    return B * T / median(times)
+    return step
 
 
-def matmul_ceiling(where, precision, n=2048):
-    """FLOP/s of a square matrix product: the best of ten, the most that training could use."""
-    a, b = torch.randn(2, n, n, device=where, dtype=precision)
-    best = float('inf')
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+def train_gpt(who, B, T, args):
+    """Tokens a second of training on random ids."""
+    args = {**args, 'block_size': max(T, args['block_size']) if args is GPT2 else T}
+    if who == 'nanogpt':
+        sys.path.insert(0, nanogpt)
+        for module in ('model', 'configurator'):
+            sys.modules.pop(module)
+        import model as peer
+        theirs = torch.float32 if where.type == 'cpu' else torch.bfloat16  # what its train.py does
+        step = trainer(peer.GPT(peer.GPTConfig(**args)), theirs, where.type == 'cuda')
+    else:
+        net = GPT(GPTConfig(act='gelu_erf', attn_dropout=args.get('dropout', 0.0), **args))
+        step = trainer(net, precision)
+    idx = torch.randint(args['vocab_size'], (B, T + 1))
+    return timed(lambda i: step(idx=idx[:, :-1], targets=idx[:, 1:]), [B * T])
+
+
+class Padded(torch.nn.Module):
+    """The base model of 2017 on PyTorch's own modules."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.body = torch.nn.Transformer(512, 8, 6, 6, 2048, 0.1, batch_first=True, norm_first=True)
+        self.src, self.tgt, self.head = torch.nn.Embedding(V, 512), torch.nn.Embedding(V, 512), torch.nn.Linear(512, V)
+
+    def forward(self, idx, targets, src):
+        causal = torch.nn.Transformer.generate_square_subsequent_mask(idx.size(1), device=idx.device)
+        hidden = src == 0
+        x = self.body(self.src(src), self.tgt(idx), tgt_mask=causal, src_key_padding_mask=hidden, memory_key_padding_mask=hidden)
+        return None, torch.nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def train_pairs(who):
+    """Pairs a second of training, their lengths as in chats: sources of 52 tokens in the mean, targets of 20."""
+    rng = np.random.default_rng(0)
+    lengths = np.stack((rng.gamma(1.9, 27, 8863), rng.gamma(1.5, 13, 8863)), axis=1).astype(int) + 1
+    lengths = lengths.clip(max=(256, 127))
+    if who == 'padded':
+        step, groups = trainer(Padded(PAPER['vocab_size']), torch.float32), [np.arange(32)]
+    else:
+        step = trainer(Seq2Seq(Seq2SeqConfig(dropout=0.1, **PAPER)), precision)
+        groups = group(lengths, 2048)
+        groups = [groups[i] for i in rng.permutation(len(groups))[:24]]
+
+    def batch(members):
+        S, T = (256, 127) if who == 'padded' else lengths[members].max(axis=0)
+        src, idx = (torch.randint(1, PAPER['vocab_size'], (len(members), int(n))) for n in (S, T))
+        s, t = torch.from_numpy(lengths[members]).T[:, :, None]
+        if who == 'padded':
+            return {'src': src.where(torch.arange(256) < s, 0), 'idx': idx, 'targets': idx.where(torch.arange(127) < t, -1)}
+        return {'src': src, 'src_pad': S - s[:, 0], 'idx': idx, 'targets': idx.where(torch.arange(T) < t, -1)}
+    batches = [batch(members) for members in groups]
+    return timed(lambda i: step(**batches[i % len(batches)]), [len(members) for members in groups])
+
+
+def decode_gpt(who, B, n=128):
+    """Tokens a second of greedy decoding behind 16 tokens, GPT-2 124M's shape, random weights."""
+    idx = torch.randint(GPT2['vocab_size'], (B, 16), device=where)
+    if who == 'transformers':
+        from transformers import GPT2Config, GPT2LMHeadModel
+        net = GPT2LMHeadModel(GPT2Config()).eval().to(where, precision)
+        how = {'max_new_tokens': n, 'min_new_tokens': n, 'do_sample': False, 'pad_token_id': 0}
+        return timed(lambda i: net.generate(idx, **how).sum().item(), [B * n])
+    net, n = GPT(GPTConfig(**GPT2)).eval().to(where, precision), n if who == 'ours' else 32
+    return timed(lambda i: net.generate(idx, n, temperature=0, use_cache=who == 'ours').sum().item(), [B * n])
+
+
+def decode_seq2seq(who, B, n=64):
+    """Tokens a second of greedy decoding of B sources of 45 tokens, the base shape, random weights."""
+    net = Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(where, precision)
+    src = torch.randint(PAPER['vocab_size'], (B, 45)).tolist()
+    return timed(lambda i: net.generate(src, n, start=0, temperature=0, use_cache=who == 'ours'), [B * n])
+
+
+WORK = {  # name: (unit, peers, what to time); nanoGPT's two published configurations first
+    'train nanoGPT\'s CPU example, 12 x 64': ('tok/s', ['nanogpt'], lambda who: train_gpt(
+        who, 12, 64, SMALL | dict(n_layer=4, n_head=4, n_embd=128, dropout=0.0))),
+    'train shakespeare_char, 64 x 256': ('tok/s', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL | dict(dropout=0.0))),
+    '… with dropout 0.2, train': ('tok/s', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL | dict(dropout=0.2))),
+    'train GPT-2 124M, 4 x 512': ('tok/s', ['nanogpt'], lambda who: train_gpt(who, 4, 512, GPT2)),
+    'train Seq2Seq base, chats': ('pairs/s', ['padded'], train_pairs),
+    'decode GPT-2 124M, batch 1': ('tok/s', ['transformers', 'uncached'], lambda who: decode_gpt(who, 1)),
+    'decode GPT-2 124M, batch 8': ('tok/s', ['transformers', 'uncached'], lambda who: decode_gpt(who, 8)),
+    'decode Seq2Seq base, batch 1': ('tok/s', ['uncached'], lambda who: decode_seq2seq(who, 1)),
+    'decode Seq2Seq base, batch 32': ('tok/s', ['uncached'], lambda who: decode_seq2seq(who, 32)),
+}
+
+
+def ceilings():
+    """{what: the most that could be had}: FLOP/s of a square matrix product, bytes/s of reading memory; the best of ten each."""
+    def best(f):
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - start)
+        return min(times)
+    found, n = {}, 2048
+    for p in {torch.float32, precision}:
+        a, b = torch.randn(2, n, n, device=where).to(p)
+        found[f'{str(p).removeprefix("torch.")} FLOP/s'] = 2 * n ** 3 / best(lambda a=a, b=b: (a @ b)[0, 0].item())
+    x = torch.ones(2**27, device=where)
+    found['bytes/s'] = x.nbytes / best(lambda: x.sum().item())
+    return found
 
 
 if nanogpt and not (Path(nanogpt) / 'model.py').is_file():
     raise UserError(f'--nanogpt={nanogpt} holds no model.py: name the folder of a clone of nanoGPT')
-if rounds < 1:
-    raise UserError(f'rounds must be at least 1, got {rounds}')
+if rounds < 1 or seconds <= 0:
+    raise UserError(f'rounds must be at least 1 and seconds above 0, got {rounds} and {seconds}')
 if worker:
-    print(json.dumps(time_training(worker, shape)))
+    torch.manual_seed(0)
+    print(json.dumps([WORK[work][2](worker), peak_memory(where)]))
     raise SystemExit(0)
-if shape and shape not in WORK:
-    raise UserError(f'shape must be one of {", ".join(WORK)}, got {shape!r}')
-where = pick_device(device)
-precision = pick_dtype(where, dtype)[0]
-ceilings = {str(p).removeprefix('torch.'): matmul_ceiling(where, p) for p in {torch.float32, precision}}
-print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: '
-      + ', '.join(f'{v / 1e9:,.0f} GFLOP/s in {k}' for k, v in ceilings.items()))
-print(f'{"training, tokens/s":28} {"ours (min - max)":>28} {"of the ceiling":>15} {"nanoGPT (min - max)":>28} {"ratio":>6}')
-result = {'torch': torch.__version__, 'device': str(where), 'threads': torch.get_num_threads(), 'flops': ceilings, 'training': {}}
-for name in [shape] if shape else WORK:
-    got = {'ours': []} | ({'nanogpt': []} if nanogpt else {})
+rows = [name for name in WORK if work in name]
+if not rows:
+    raise UserError(f'no row holds {work!r}: there are {", ".join(WORK)}')
+limits = ceilings()
+print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; the ceilings here: '
+      + ', '.join(f'{v / 1e9:,.0f} G{k}' for k, v in limits.items()))
+result = {'torch': torch.__version__, 'device': str(where), 'threads': torch.get_num_threads(), 'limits': limits, 'work': {}}
+installed = {'nanogpt': nanogpt, 'transformers': importlib.util.find_spec('transformers'), 'padded': True, 'uncached': True}
+for name in rows:
+    unit, peers, _ = WORK[name]
+    got = {who: [] for who in ['ours', *(peer for peer in peers if installed[peer])]}
     for _ in range(rounds):
         for who in got:
-            command = [sys.executable, __file__, *sys.argv[1:], f'--worker={who}', f'--shape={name}']
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            told = [a for a in sys.argv[1:] if not a.startswith('--work=')] + [f'--worker={who}', f'--work={name}']
+            done = subprocess.run([sys.executable, __file__, *told], stdout=subprocess.PIPE, text=True, encoding='utf-8')
             if done.returncode:
                 raise UserError(f'the {who} process of {name!r} failed: see above')
             got[who].append(json.loads(done.stdout.splitlines()[-1]))
-    _, args = WORK[name]
-    C, L, T = args['n_embd'], args['n_layer'], args['block_size']
-    flops = 6 * (12 * L * C * C + 65 * C) + 6 * L * T * C  # a token, forward and back: weights, the causal half of attention
-    share = median(got['ours']) * flops / ceilings[str(precision).removeprefix('torch.')]
-    text = {who: f'{median(v):,.0f} ({min(v):,.0f} - {max(v):,.0f})' for who, v in got.items()}
-    ratio = median(got['ours']) / median(got['nanogpt']) if nanogpt else None
-    shown = f'{ratio:.2f}' if ratio else '-'
-    print(f'{name:28} {text["ours"]:>28} {share:>15.0%} {text.get("nanogpt", "-"):>28} {shown:>6}', flush=True)
-    result['training'][name] = {**got, 'share_of_ceiling': round(share, 3), 'ratio': ratio}
+    print(name)
+    for who, values in got.items():
+        rates, peak = [rate for rate, _ in values], median(peak or 0 for _, peak in values)
+        ours = median(rate for rate, _ in got['ours'])
+        ratio = '' if who == 'ours' else f'   ours is {ours / median(rates):.2f} times that'
+        print(f'    {who:14}{median(rates):>10,.1f} {unit} ({min(rates):,.1f} - {max(rates):,.1f}), {peak / 1e9:.2f} GB{ratio}',
+              flush=True)
+    result['work'][name] = got
 print(json.dumps(result))

@@ -176,6 +176,8 @@ try:
     tok = tokenizers.from_dict(meta['tokenizer'])
     if tok.vocab_size != meta['vocab_size']:
         raise ValueError(f'vocab_size is {meta["vocab_size"]}, but the tokenizer has {tok.vocab_size}')
+except UserError:  # an encoding that has to be downloaded
+    raise
 except ValueError as e:
     raise UserError(f'{folder / "meta.json"}: {e}; prepare the dataset again') from None
 if state is not None and state['tokenizer'] != tok.to_dict():
