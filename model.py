@@ -4,11 +4,10 @@ The models of pocketGPT, in one file: read it from top to bottom.
     GPTConfig, Seq2SeqConfig   every shape and switch; the defaults are GPT-2's architecture and the 2017 paper's
     Attention                  multi-head attention, of a text on itself or on another, with an optional key-value cache
     MLP, Block, Stack          the rest of a Transformer: layers, and a pile of them on top of embeddings
-    Head, AdaptiveHead         from the last layer to logits or to a loss
     GPT                        one stack that reads and goes on: decoder-only
     Seq2Seq                    one stack that reads a source, one that writes a target: encoder-decoder
 
-How they write text is in generate.py. References:
+From the last layer to logits and loss: head.py. How they write text: generate.py. References:
   GPT-2      Radford et al. 2019, and https://github.com/openai/gpt-2/blob/master/src/model.py
   Attention  Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
   rotary     Su et al. 2021,      https://arxiv.org/abs/2104.09864
@@ -16,7 +15,6 @@ How they write text is in generate.py. References:
   QK-norm    Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
   ReLU^2     So et al. 2021,      https://arxiv.org/abs/2109.08668
   SwiGLU     Shazeer 2020,        https://arxiv.org/abs/2002.05202
-  adaptive softmax  Grave et al. 2017, https://arxiv.org/abs/1609.04309
 """
 import math
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from generate import Generation, pad_left
+from head import AdaptiveHead, Head, score
 
 CHOICES = {  # what the switches of GPTConfig that are names may be
     'pos': ('learned', 'sinusoidal', 'rotary'),
@@ -222,7 +221,7 @@ class Attention(nn.Module):
 
     def __init__(self, c, layer=0, cross=False):
         super().__init__()
-        self.layer, self.n_head, self.qk_norm = layer, c.n_head, c.qk_norm
+        self.layer, self.head_size, self.qk_norm = layer, c.n_embd // c.n_head, c.qk_norm
         bias = c.bias if c.attn_bias is None else c.attn_bias
         if cross:
             self.c_q = nn.Linear(c.n_embd, c.n_embd, bias=bias)
@@ -235,7 +234,7 @@ class Attention(nn.Module):
 
     def heads(self, x, norm=False):
         """(B, T, n * D) to (B, T, n, D), the D of each head normalised where that is asked for."""
-        x = x.view(*x.shape[:2], -1, self.c_proj.in_features // self.n_head)
+        x = x.view(*x.shape[:2], -1, self.head_size)
         return F.layer_norm(x, x.shape[-1:]) if norm and self.qk_norm else x
 
     def forward(self, x, mask=None, causal=False, rope=None, cache=None, memory=None):
@@ -381,83 +380,6 @@ def source_mask(pad, S):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# heads: logits and loss
-
-MAX_LOGITS = 2**24  # held at a time: 64 MB in float32
-
-
-def slice_loss(head, x, targets, label_smoothing):
-    """Summed cross-entropy of x (N, C) through a Head against targets (N,); -1 is ignored."""
-    return F.cross_entropy(head(x).float(), targets, ignore_index=-1, label_smoothing=label_smoothing, reduction='sum')
-
-
-def slice_score(head, x, targets, _=None):
-    """(2,) float: slice_loss() without smoothing, and how many targets were the likeliest."""
-    logits = head(x).float()
-    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
-    return torch.stack((loss, (logits.argmax(dim=-1) == targets).sum().float()))
-
-
-def in_slices(f, head, V, x, targets, label_smoothing=0.0):
-    """Sum of f over slices of x (N, C) and targets (N,), where all logits would be more than MAX_LOGITS.
-
-    The backward pass computes each slice's logits anew (a third more time in the head): no (N, V) tensor is ever held.
-    """
-    rows = max(1, MAX_LOGITS // V)
-    if x.size(0) <= rows:
-        return f(head, x, targets, label_smoothing)
-    return sum(checkpoint(f, head, xi, ti, label_smoothing, use_reentrant=False, preserve_rng_state=False)
-               for xi, ti in zip(x.split(rows), targets.split(rows)))
-
-
-class Head(nn.Linear):
-    """From the last layer to logits, or to the loss without ever holding all of them."""
-
-    def __init__(self, c):
-        super().__init__(c.n_embd, c.vocab_size, bias=c.head_bias)
-        self.softcap = c.softcap
-
-    def forward(self, x):
-        """x: (..., C); returns logits (..., V) in the precision of the product."""
-        logits = super().forward(x)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
-
-    def loss(self, x, targets, label_smoothing=0.0):
-        """slice_loss() of x (N, C) and targets (N,)."""
-        return in_slices(slice_loss, self, self.out_features, x, targets, label_smoothing)
-
-
-class AdaptiveHead(nn.Module):
-    """Adaptive softmax: frequent ids at full width, rare ones in clusters that are narrower and seldom computed.
-
-    rank: (V,) int64 buffer, the place of each id when ids are ordered by frequency; train.py counts.
-    """
-
-    def __init__(self, c):
-        super().__init__()
-        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(c.n_embd, c.vocab_size, list(c.cutoffs), c.div_value)
-        self.register_buffer('rank', torch.arange(c.vocab_size))
-
-    def forward(self, x):
-        """x: (..., C); returns log-probabilities (..., V): logits as good as any."""
-        with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
-            return self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank].view(*x.shape[:-1], -1)
-
-    def loss(self, x, targets, label_smoothing=0.0):
-        """The same as Head.loss. Raises ValueError for label smoothing, which this head can't do."""
-        if label_smoothing:
-            raise ValueError('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
-        real = targets >= 0
-        with torch.autocast(x.device.type, enabled=False):
-            return -self.softmax(x[real].float(), self.rank[targets[real]]).output.sum()
-
-
-def make_head(c):
-    """The head that config `c` asks for."""
-    return AdaptiveHead(c) if c.cutoffs else Head(c)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # the models
 
 class LanguageModel(Generation, nn.Module):
@@ -497,11 +419,12 @@ class LanguageModel(Generation, nn.Module):
         """(logits, None) of the last layer x (B, T, C), or (None, loss) where there are targets (B, T)."""
         if targets is None:
             return self.lm_head(x), None
-        x, targets = x.flatten(0, 1), targets.flatten()
+        real = targets != -1
+        x, targets = x[real], targets[real]  # (N, C), (N,): of prompts and padding, logits are not even computed
         if reduction == 'score':
-            return None, in_slices(slice_score, self.lm_head, self.config.vocab_size, x, targets)
+            return None, score(self.lm_head, x, targets)
         loss = self.lm_head.loss(x, targets, label_smoothing)
-        return None, loss if reduction == 'sum' else loss / (targets != -1).sum()
+        return None, loss if reduction == 'sum' else loss / len(targets)
 
     def new_cache(self, B, T):
         """An empty KVCache for B rows of up to T tokens."""
@@ -515,7 +438,7 @@ class GPT(LanguageModel):
     def __init__(self, config):
         super().__init__(config)
         self.transformer = Stack(config, config.n_layer, config.block_size)
-        self.lm_head = make_head(config)
+        self.lm_head = AdaptiveHead(config) if config.cutoffs else Head(config)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
@@ -552,7 +475,7 @@ class Seq2Seq(LanguageModel):
         c = config
         self.encoder = Stack(c, c.n_encoder_layer or c.n_layer, c.src_block_size or c.block_size, causal=False)
         self.decoder = Stack(c, c.n_layer, c.block_size, cross=True)
-        self.lm_head = make_head(c)
+        self.lm_head = AdaptiveHead(c) if c.cutoffs else Head(c)
         if c.tie_source:
             self.encoder.wte.weight = self.decoder.wte.weight
         if c.tie_weights:

@@ -1,0 +1,110 @@
+"""
+From the last layer of a model to logits, or to a loss without ever holding all logits.
+
+References:
+  loss and gradient in one pass over slices  Hsu et al. 2024,   https://arxiv.org/abs/2410.10989 (Liger)
+  adaptive softmax                           Grave et al. 2017, https://arxiv.org/abs/1609.04309
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MAX_LOGITS = 2**24  # held at a time: 64 MB in float32
+
+
+def slices(x, targets, V):
+    """Pairs of parts of x (N, C) and targets (N,), so small that their logits are at most MAX_LOGITS."""
+    rows = max(1, MAX_LOGITS // V)
+    return zip(x.split(rows), targets.split(rows))
+
+
+class FusedLoss(torch.autograd.Function):
+    """Summed cross-entropy of x (N, C) through a linear layer (V, C), float32.
+
+    The gradient with respect to logits is softmax minus target, known as soon as the logits are: it is computed with them, slice
+    by slice, and what backward() has to do is scale. So logits are computed once, and no (N, V) tensor is ever held.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, label_smoothing, softcap):
+        V, dtype = weight.size(0), x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        gx, gw = [], torch.zeros_like(weight)
+        gb = None if bias is None else torch.zeros_like(bias)
+        loss = torch.zeros((), device=x.device)
+        for xi, ti in slices(x.to(dtype), targets, V):
+            logits = F.linear(xi, w, b).float()                                     # (n, V)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            g = logits.log_softmax(dim=-1)
+            loss -= (1 - label_smoothing) * g.gather(1, ti[:, None]).sum()
+            if label_smoothing:
+                loss -= label_smoothing / V * g.sum()
+            g.exp_().sub_(label_smoothing / V)                                      # d loss / d logits
+            g.scatter_add_(1, ti[:, None], g.new_full((len(ti), 1), label_smoothing - 1))
+            if softcap:
+                g.mul_(1 - (logits / softcap).square())
+            if bias is not None:
+                gb += g.sum(dim=0)
+            g = g.to(dtype)
+            gx.append(g @ w)
+            gw += g.t() @ xi
+        ctx.save_for_backward(torch.cat(gx).to(x.dtype) if gx else torch.zeros_like(x), gw, gb)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        gx, gw, gb = ctx.saved_tensors
+        return gx * grad, gw.mul_(grad), None if gb is None else gb * grad, None, None, None
+
+
+class Head(nn.Linear):
+    """A linear layer to logits, bounded by softcap where that is not 0."""
+
+    def __init__(self, c):
+        super().__init__(c.n_embd, c.vocab_size, bias=c.head_bias)
+        self.softcap = c.softcap
+
+    def forward(self, x):
+        """x: (..., C); returns logits (..., V) in the precision of the product."""
+        logits = super().forward(x)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def loss(self, x, targets, label_smoothing=0.0):
+        """Summed cross-entropy of x (N, C) and targets (N,), none negative: float32."""
+        return FusedLoss.apply(x, self.weight, self.bias, targets, label_smoothing, self.softcap)
+
+
+class AdaptiveHead(nn.Module):
+    """Adaptive softmax: frequent ids at full width, rare ones in clusters that are narrower and seldom computed.
+
+    rank: (V,) int64 buffer, the place of each id when ids are ordered by frequency; train.py counts.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(c.n_embd, c.vocab_size, list(c.cutoffs), c.div_value)
+        self.register_buffer('rank', torch.arange(c.vocab_size))
+
+    def forward(self, x):
+        """x: (..., C); returns log-probabilities (..., V): logits as good as any."""
+        with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
+            return self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank].view(*x.shape[:-1], -1)
+
+    def loss(self, x, targets, label_smoothing=0.0):
+        """The same as Head.loss. Raises ValueError for label smoothing, which this head can't do."""
+        if label_smoothing:
+            raise ValueError('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
+        with torch.autocast(x.device.type, enabled=False):
+            return -self.softmax(x.float(), self.rank[targets]).output.sum()
+
+
+def score(head, x, targets):
+    """(2,) float32: the summed cross-entropy of x (N, C) and targets (N,), and how many targets were the likeliest."""
+    total = torch.zeros(2, device=x.device)
+    for xi, ti in slices(x, targets, len(head.rank) if isinstance(head, AdaptiveHead) else head.weight.size(0)):
+        logits = head(xi).float()
+        total += torch.stack((F.cross_entropy(logits, ti, reduction='sum'), (logits.argmax(dim=-1) == ti).sum()))
+    return total
