@@ -13,10 +13,9 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 def keep_freed_memory():
     """Let the C library keep big freed blocks instead of handing each back to the kernel (Linux with glibc; else nothing).
 
-    It also makes oneDNN remember fewer kernels: batches of many different shapes fill its memory, a gigabyte of it, in vain.
-
     Every training step frees and allocates the same large tensors. By default each of them is mapped anew, and its pages are
     zeroed by the kernel at first touch: on a CPU that costs more than the arithmetic of an elementwise operation (LOG.md).
+    And let oneDNN remember fewer kernels: with batches of many shapes it would hold a gigabyte of them, to no use.
     """
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128')
     if sys.platform == 'linux':

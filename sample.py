@@ -243,7 +243,7 @@ def converse():
             print()
             return
         try:
-            show(f'{style["me"]}: ' if style else line)
+            show(f'{style["me"]}: ' if style else '')  # what is typed stands above, what is written below: never mixed
             for _, piece in write([prompt], None if seed is None else seed + number):
                 piece = piece if text or not style else piece.lstrip()
                 text += piece

@@ -148,6 +148,8 @@ for name in ('beta1', 'beta2', 'muon_momentum', 'label_smoothing'):
         problems.append(f'{name} must be from 0 to below 1, got {globals()[name]}')
 if max_epochs is not None and not max_epochs > 0:
     problems.append(f'max_epochs must be above 0 or None, got {max_epochs}')
+if explicit.get('max_iters') == explicit.get('max_epochs') == 'command line':
+    problems.append('max_iters and max_epochs both say how long to train: give one of them')
 if label_smoothing and cutoffs:
     problems.append('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
 Model, Config = checkpoint.KINDS[arch]
@@ -160,11 +162,13 @@ if problems:
     raise UserError('; '.join(problems))
 if state is None and init_from != 'scratch':
     import gpt2
+    if arch != 'gpt':
+        raise UserError(f'--init_from={init_from} is a GPT: leave --arch={arch} away')
     asked = {name: globals()[name] for name in ('dropout', 'attn_dropout', 'gradient_checkpointing')}
     asked |= {'block_size': block_size} if 'block_size' in explicit else {}
     pretrained, theirs = gpt2.load(init_from, **asked)
-    if arch != 'gpt' or (wrong := [name for name in model_args if name in explicit and globals()[name] != theirs[name]]):
-        raise UserError(f'{init_from} is a GPT of its own shape: leave {"--arch" if arch != "gpt" else ", ".join(wrong)} away')
+    if wrong := [name for name in model_args if name in explicit and globals()[name] != theirs[name]]:
+        raise UserError(f'{init_from} has a shape of its own: leave {", ".join(wrong)} away')
     model_args = {name: theirs[name] for name in model_args}
     globals().update(model_args)
 
@@ -183,6 +187,8 @@ except ValueError as e:
 if state is not None and state['tokenizer'] != tok.to_dict():
     raise UserError(f'the tokenizer of {path} is not that of {folder}: '
                     f'start a new run with another --out_dir, or restore the dataset')
+
+
 def open_split(split):
     """One split of the dataset, as this model reads it."""
     if meta['kind'] == 'pairs':
@@ -205,7 +211,9 @@ if eval_split not in meta['counts']:
 if pretrained:
     gpt2.grow(pretrained, tok, gpt2.load_tokenizer(init_from), folder)
 train_data, val_data = open_split('train'), open_split(eval_split if eval_only else 'val')
-if max_epochs is not None and (explicit.get('max_iters') != 'command line' or explicit.get('max_epochs') == 'command line'):
+if explicit.get('max_iters') == 'command line':
+    max_epochs = None  # what is typed here and now counts, whatever a config file says
+elif max_epochs is not None:
     max_iters = train_data.steps(max_epochs, gradient_accumulation_steps)
 eval_interval = eval_interval or train_data.steps(1, gradient_accumulation_steps)
 val_bytes = val_data.count_bytes(tok.byte_lengths())

@@ -1,4 +1,4 @@
-# DailyDialog and ProsocialDialog (prepare/dialog.py) for an encoder-decoder.
+# Chats (prepare/dialog.py) for an encoder-decoder of 7.6 M parameters with a vocabulary of 8,192.
 dataset = 'dialog'
 arch = 'seq2seq'
 block_size = 64
@@ -10,8 +10,8 @@ n_embd = 256
 tie_weights = True
 dropout = 0.1
 batch_tokens = 4096
-max_iters = 1000
+max_iters = 2400
 learning_rate = 3e-3
 muon_lr = 0.01
 warmup_iters = 50
-eval_interval = 250
+eval_interval = 800

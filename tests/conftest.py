@@ -2,9 +2,13 @@
 import json
 import os
 import random
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,72 @@ def toy_text(n, seed=0):
     return text[:n]
 
 
+class Zygote:
+    """A process that has torch imported and forks for every script (tests/zygote.py): one a worker, where there is fork."""
+    channel = None
+
+    @classmethod
+    def start(cls, argv, cwd, env):
+        """A running script, as a Process."""
+        if cls.channel is None:
+            cls.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            subprocess.Popen([sys.executable, str(CHECKOUT / 'tests' / 'zygote.py'), str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                             env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdin=subprocess.DEVNULL)
+            theirs.close()
+            assert cls.channel.recv(10) == b'ready'
+        pipes = [os.pipe() for _ in range(4)]  # of (read end, write end)
+        theirs = [pipes[0][0], *(w for _, w in pipes[1:])]
+        socket.send_fds(cls.channel, [json.dumps({'argv': argv, 'cwd': str(cwd), 'env': env}).encode()], theirs)
+        for fd in theirs:
+            os.close(fd)
+        return Process(pipes[0][1], *(r for r, _ in pipes[1:]))
+
+
+class Process:
+    """What the tests use of subprocess.Popen, for a child of the zygote."""
+
+    def __init__(self, stdin, stdout, stderr, told):
+        self.stdin = open(stdin, 'w', encoding='utf-8')
+        self.stdout, self.stderr = (open(fd, encoding='utf-8', newline=None) for fd in (stdout, stderr))
+        self.told, self.returncode = open(told), None
+        self.pid = int(self.told.readline())
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def poll(self):
+        if self.returncode is None and select.select([self.told], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self.told], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            self.returncode = int(self.told.readline())
+        return self.returncode
+
+    def communicate(self, typed=None, timeout=None):
+        said = {}
+        readers = [threading.Thread(target=lambda f=f: said.setdefault(f, f.read()), daemon=True) for f in (self.stdout, self.stderr)]
+        [t.start() for t in readers]
+        try:
+            self.stdin.write(typed or '')
+            self.stdin.close()
+        except BrokenPipeError:
+            pass
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        [t.join(10) for t in readers]
+        return said.get(self.stdout, ''), said.get(self.stderr, '')
+
+
 class Project:
     """A copy of the scripts in a folder of its own; the name has a space and an umlaut, as folders of people have."""
 
@@ -41,8 +111,12 @@ class Project:
 
     def start(self, script, *args, **kwargs):
         """A running process of `python SCRIPT ARGS`."""
+        cwd = kwargs.pop('cwd', self.root)
         env = {**os.environ, 'PYTHONIOENCODING': 'cp1252', 'OMP_NUM_THREADS': '1', **kwargs.pop('env', {})}  # cp1252: as in a Windows console
-        return subprocess.Popen([sys.executable, str(self.root / script), *map(str, args)], cwd=kwargs.pop('cwd', self.root), env=env,
+        fresh = kwargs.pop('fresh', False)  # a new interpreter, with threads of its own
+        if sys.platform == 'linux' and not fresh and not kwargs:
+            return Zygote.start([str(self.root / script), *map(str, args)], cwd, env)
+        return subprocess.Popen([sys.executable, str(self.root / script), *map(str, args)], cwd=cwd, env=env,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', **kwargs)
 
     def run(self, script, *args, status=0, typed='', timeout=100, **kwargs):

@@ -87,6 +87,7 @@ def test_ctrl_c_ends_a_reply_only(talked):
     (['--dataset=talk', '--batch_size=4'], 'batch_size (command line) means nothing for'), (['--dataset=toy', '--batch_tokens=99'], 'set --batch_size instead'),
     (['--dataset=talk', '--cutoffs=3,99'], 'cutoffs must be rising'), (['--dataset=talk', '--cutoffs=3,x'], 'cutoffs must be whole numbers'),
     (['--dataset=talk', '--eval_only', '--eval_split=test', '--out_dir=out/s2s'], 'has no test split'), (['--dataset=talk', '--max_epochs=0'], 'max_epochs must be above 0'),
+    (['--dataset=talk', '--max_epochs=2', '--max_iters=9'], 'give one of them'),
     (['--dataset=talk', '--cutoffs=5', '--label_smoothing=0.1'], "can't do label_smoothing"), (['--init_from=gpt3'], "'gpt3' is neither one of gpt2, gpt2-medium")])
 def test_mistakes(talked, args, said):
     assert said in talked.fails('train.py', *args)
@@ -115,7 +116,7 @@ def test_learns_synthetic_tasks(tmp_path, task):
         'format': 1, 'kind': 'pairs', 'dtype': 'uint16', 'vocab_size': 23, 'counts': counts, 'pairs': pairs,
         'tokenizer': {'kind': 'char', 'chars': chars, 'specials': ['pad', 'bos', 'eos']}}), encoding='utf-8')
     out, _ = p.run('train.py', '--dataset=task', '--arch=seq2seq', '--block_size=16', '--n_layer=2', '--n_head=4', '--n_embd=64', '--pos=rotary',
-                   '--batch_tokens=1024', '--max_iters=1200', '--eval_interval=600', '--device=cpu', '--out_dir=out/task', env={'OMP_NUM_THREADS': '2'})
+                   '--batch_tokens=1024', '--max_iters=1200', '--eval_interval=600', '--device=cpu', '--out_dir=out/task', env={'OMP_NUM_THREADS': '2'}, fresh=True)
     path = p.root / 'out' / 'task' / 'best.pt'
     state = load(path)
     assert state['seconds'] < 60

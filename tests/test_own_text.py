@@ -1,0 +1,87 @@
+"""The road of one's own text: prepare, train, export, and the exported folder as a GPT-2 to sample from and to go on training."""
+import math
+
+import pytest
+import torch
+from conftest import Project, toy_text
+from torch import nn
+
+import checkpoint
+import gpt2
+from configurator import UserError
+from model import GPT, GPTConfig
+from quantize import Int8Linear, quantize
+from tokenizer import BpeTokenizer
+
+SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=8', '--device=cpu', '--log_interval=50', '--pos=learned', '--act=gelu',
+         '--norm=layernorm', '--qk_norm=False', '--zero_init=False', '--bias=True']
+
+
+@pytest.fixture(scope='module')
+def mine(tmp_path_factory):
+    """A project where a GPT-2-shaped model was trained on a text of one's own, and exported to the folder `hf`."""
+    p = Project(tmp_path_factory.mktemp('mine'))
+    (p.root / 'my text.txt').write_text(toy_text(20_000), encoding='utf-8')
+    p.run('prepare/text.py', '--input=my text.txt', '--tokenizer=bpe', '--vocab_size=300')
+    p.run('train.py', '--dataset=mine', *SHAPE, '--max_iters=60', '--eval_interval=60', '--optimizer=adamw', '--out_dir=out/mine', '--dtype=float32')
+    p.out, _ = p.run('export.py', '--out_dir=out/mine', '--to=hf')
+    return p
+
+
+def test_exported_folder_writes_the_same(mine):
+    assert 'tokenizer.json' in mine.out and 'model.safetensors' in mine.out
+    a, _ = mine.run('sample.py', '--out_dir=out/mine', '--start=ba do', '--max_new_tokens=20', '--temperature=0')
+    b, _ = mine.run('sample.py', '--init_from=hf', '--start=ba do', '--max_new_tokens=20', '--temperature=0')
+    assert a == b and a.startswith('ba do')
+
+
+def test_training_goes_on_from_an_exported_folder(mine):
+    args = ['--init_from=hf', '--dataset=mine', '--batch_size=8', '--device=cpu', '--dtype=float32', '--optimizer=adamw', '--dropout=0']
+    out, _ = mine.run('train.py', *args, '--max_iters=1', '--learning_rate=0', '--out_dir=out/on')
+    before, after = mine.checkpoint('mine', 'best.pt'), mine.checkpoint('on', 'best.pt')
+    assert abs(before['best'] - after['best']) < 1e-5 and after['model_args']['n_embd'] == 32 and after['model_args']['pos'] == 'learned'
+    mine.run('train.py', '--resume', '--out_dir=out/on', '--max_iters=2')  # from last.pt, not from the folder again
+    assert mine.checkpoint('on')['step'] == 2
+    assert 'leave n_layer away' in mine.fails('train.py', *args, '--n_layer=3', '--out_dir=out/no')
+    assert 'is a GPT: leave --arch=seq2seq away' in mine.fails('train.py', *args, '--arch=seq2seq', '--out_dir=out/no')
+    mine.run('prepare/text.py', '--input=my text.txt', '--tokenizer=byte', '--name=bytes')
+    assert 'has another tokenizer than this model' in mine.fails('train.py', '--init_from=hf', '--dataset=bytes', '--out_dir=out/no')
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_loaded_model_grows_for_special_tokens(tied):
+    """Pairs need some that GPT-2 has not: what the model says of its own ids stays as it was."""
+    torch.manual_seed(0)
+    theirs, more = BpeTokenizer(['b a', 'd o']), BpeTokenizer(['b a', 'd o'], ('eot', 'pad', 'bos', 'eos'))
+    model = GPT(GPTConfig(vocab_size=theirs.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8, tie_weights=tied)).eval()
+    idx = torch.randint(theirs.vocab_size, (2, 8))
+    before = model(idx)[0]
+    gpt2.grow(model, more, theirs, 'data/x')
+    after = model(idx)[0]
+    assert after.shape[-1] == more.vocab_size == model.config.vocab_size and torch.equal(after[..., :theirs.vocab_size], before)
+    torch.testing.assert_close(after[..., -3:], before.mean(-1, keepdim=True).expand(2, 8, 3))
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+    model(torch.full((1, 2), more.end), torch.full((1, 2), more.end))[1].backward()
+    with pytest.raises(UserError, match='another tokenizer'):
+        gpt2.grow(model, BpeTokenizer(['d o', 'b a']), theirs, 'data/x')
+
+
+def test_int8(mine):
+    """Within half a step of rounding for each weight, and the same perplexity to a percent."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    eight = Int8Linear(linear)
+    assert ((eight.weight.float() * eight.scale[:, None] - linear.weight).abs() <= eight.scale[:, None] * 0.5001).all()
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(eight(x), x @ (eight.weight.float() * eight.scale[:, None]).T + linear.bias, atol=1e-4, rtol=1e-4)
+    path = mine.root / 'out' / 'mine' / 'best.pt'
+    model, tok = checkpoint.build(checkpoint.load(path), path)
+    ids = torch.tensor(tok.encode(toy_text(3000, seed=1))[:640]).view(40, 16)
+    with torch.no_grad():
+        before = model(ids[:, :-1], ids[:, 1:])[1]
+        quantize(model)
+        assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 5
+        after = nn.functional.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(math.exp(after - before) - 1) < 0.01
+    assert mine.run('sample.py', '--out_dir=out/mine', '--quantize=int8', '--start=ba', '--max_new_tokens=5')[0].startswith('ba')
