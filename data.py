@@ -212,6 +212,9 @@ class Pairs(Tokens):
     For a Seq2Seq (src_block_size given) a batch is src, src_pad, idx and targets, with `start` in front of each target; for a
     GPT it is idx and targets: source, start, target in one row, the loss on the target alone. Too long a source loses its oldest
     ids, too long a target its end. Raises UserError where the files do not match.
+
+    start: the ids between source and target. What follows its first, if anything, each target begins with ('Bot: '): it is
+    given, not learnt, and counts in no figure.
     """
 
     def __init__(self, folder, meta, split, start, block_size, src_block_size=None, batch_tokens=4096):
@@ -224,9 +227,12 @@ class Pairs(Tokens):
         if N is None or N < 1 or len(self.offsets) != 2 * N + 1 or self.offsets[0] != 0 or self.offsets[-1] != self.n \
                 or (np.diff(self.offsets) < 1).any():
             raise UserError(f'{path} does not fit {self.path} and meta.json: prepare the dataset again')
-        if start is None:
+        self.start, *self.given = start
+        if self.start is None:
             raise UserError(f'the tokenizer of {folder} has no special id to begin a target with: prepare the dataset again')
-        self.start, self.joined = start, src_block_size is None
+        self.joined = src_block_size is None
+        if self.tokens()[self.offsets[1]:self.offsets[2]].tolist()[:len(self.given)] != self.given:
+            raise UserError(f'targets in {self.path} do not begin as meta.json says; prepare the dataset again')
         S, T = np.diff(self.offsets).reshape(-1, 2).T  # (N,) each
         if self.joined:  # one row holds both, of the source at least what half of it holds
             self.T = np.minimum(T, block_size - np.minimum(S, block_size // 2))
@@ -236,7 +242,7 @@ class Pairs(Tokens):
             self.S, self.T = np.minimum(S, src_block_size), np.minimum(T, block_size)
             lengths = np.stack((self.S, self.T), axis=1)
         self.cut = int((S > self.S).sum()), int((T > self.T).sum())  # how many sources and targets were shortened
-        self.targets, self.groups = int(self.T.sum()), group(lengths, batch_tokens)
+        self.targets, self.groups = int((self.T - len(self.given)).sum()), group(lengths, batch_tokens)
         self.epoch = len(self.groups)
         computed = sum(len(g) * int(lengths[g].max(axis=0).sum()) for g in self.groups)
         self.padding = 1 - int(lengths.sum()) / computed  # the share of computed columns that is not text
@@ -263,7 +269,8 @@ class Pairs(Tokens):
             else:
                 src[row, S - len(source):] = source
             idx[row, s], idx[row, s + 1:s + len(target)] = self.start, target[:-1]
-            targets[row, s:s + len(target)] = target
+            g = len(self.given)
+            targets[row, s + g:s + len(target)] = target[g:]
         batch = {'idx': idx, 'targets': targets}
         if not self.joined:
             batch['src'], pad = src, torch.from_numpy(S - self.S[members])
@@ -294,4 +301,4 @@ class Pairs(Tokens):
     def count_bytes(self, byte_lengths):
         """Bytes of UTF-8 text behind all targets. byte_lengths: see Tokenizer."""
         tokens = self.tokens()
-        return sum(int(byte_lengths[self.pair(tokens, i)[1]].sum()) for i in range(len(self.S)))
+        return sum(int(byte_lengths[self.pair(tokens, i)[1][len(self.given):]].sum()) for i in range(len(self.S)))

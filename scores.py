@@ -47,6 +47,16 @@ def smoothed_batch_mean(model, data, where, precision, label_smoothing, size=32)
     return sum(losses) / len(losses)
 
 
+def readable(tok, ids):
+    """A source as text; where a special token stands there is a bar."""
+    parts = [[]]
+    for i in ids:
+        parts[-1].append(i)
+        if i in tok.specials.values():
+            parts.append([])
+    return ' | '.join(text for text in map(tok.decode, parts) if text)
+
+
 def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, batch_size=32, **sampling):
     """Replies to `count` pairs of data, spread over it: a list of (source, reference, reply), all text, greedy unless told.
 
@@ -70,7 +80,7 @@ def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, b
                 written = list(model.stream(prompts, max_new_tokens, **told, **{'temperature': 0, **sampling}))
                 new = [[i for i in row if i >= 0] for row in torch.stack(written, dim=1).tolist()]
             for i, (source, target), ids in zip(members, pairs, new):
-                out[i] = tok.decode(source), reply_text(tok, style, target), reply_text(tok, style, ids)
+                out[i] = readable(tok, source), reply_text(tok, style, target), reply_text(tok, style, ids)
             bar.update(len(members))
     return [out[i] for i in sorted(out)]
 

@@ -97,7 +97,7 @@ import torch
 
 import checkpoint
 import tokenizer as tokenizers
-from chat import PLAIN
+from chat import PLAIN, start_ids
 from configurator import ROOT, nearby
 from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
@@ -193,7 +193,7 @@ def open_split(split):
     """One split of the dataset, as this model reads it."""
     if meta['kind'] == 'pairs':
         source = (src_block_size or block_size) if arch == 'seq2seq' else None
-        return Pairs(folder, meta, split, tok.start, block_size, source, batch_tokens)
+        return Pairs(folder, meta, split, start_ids(tok, style), block_size, source, batch_tokens)
     return Stream(folder, meta, split, block_size, batch_size)
 
 
@@ -412,6 +412,8 @@ if eval_only:
     print(f'{told}loss {in_words(score["loss"])}, accuracy {score["accuracy"]:.2%} of {val_data.targets:,} target tokens')
     if pairs and eval_replies:
         replies = write_replies(raw_model, tok, style, val_data, eval_replies, min(block_size // 2, 128), num_beams)
+        for source, reference, reply in replies[::math.ceil(len(replies) / 10)]:  # ten of them to read, from all over
+            print(f'{source}\n  -> {reply}\n  (they said: {reference})')
         print(*reply_scores(replies), sep='\n')
     raise SystemExit(0)
 for number in (signal.SIGINT, signal.SIGTERM):

@@ -111,9 +111,9 @@ class Project:
 
     def start(self, script, *args, **kwargs):
         """A running process of `python SCRIPT ARGS`."""
-        cwd = kwargs.pop('cwd', self.root)
-        env = {**os.environ, 'PYTHONIOENCODING': 'cp1252', 'OMP_NUM_THREADS': '1', **kwargs.pop('env', {})}  # cp1252: as in a Windows console
-        fresh = kwargs.pop('fresh', False)  # a new interpreter, with threads of its own
+        cwd, mine = kwargs.pop('cwd', self.root), kwargs.pop('env', {})
+        env = {**os.environ, 'PYTHONIOENCODING': 'cp1252', 'OMP_NUM_THREADS': '1', **mine}  # cp1252: as in a Windows console
+        fresh = kwargs.pop('fresh', False) or any(name.startswith(('PYTHON', 'OMP')) for name in mine)  # a new interpreter
         if sys.platform == 'linux' and not fresh and not kwargs:
             return Zygote.start([str(self.root / script), *map(str, args)], cwd, env)
         return subprocess.Popen([sys.executable, str(self.root / script), *map(str, args)], cwd=cwd, env=env,

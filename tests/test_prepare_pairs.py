@@ -92,7 +92,7 @@ def test_files_line_by_line(project, tmp_path):
     windows = [(expected[i - 1][0].split(' ['), expected[i][0]) for i in starts]  # turns of the source before, the source
     assert len(starts) >= 8 and not any(source.startswith(' ['.join(turns[k:]) + ' ') or source.startswith('[' + ' ['.join(turns[k:]) + ' ')
                                         for turns, source in windows for k in range(len(turns)))
-    assert meta['chat'] == {'turn': '[{speaker}] {text}', 'between': ' ', 'begin': '', 'reply': '', 'me': 'ZOE', 'you': meta['chat']['you']}
+    assert meta['chat'] == {'turn': '[{speaker}] {text}', 'between': ' ', 'begin': '', 'reply': '', 'turns': 3, 'me': 'ZOE', 'you': meta['chat']['you']}
     last = [s[s.rindex('[') + 1:s.rindex(']')] for s, _ in expected]
     assert meta['chat']['you'] == max(set(last), key=last.count)
 

@@ -255,7 +255,7 @@ def rows_of(batch, start=0):
 def test_batches_of_pairs(tmp_path):
     pairs = made_pairs(8863, np.random.default_rng(0))
     meta = write(tmp_path, pairs)
-    data = Pairs(tmp_path, meta, 'train', 0, 1000, 1000, batch_tokens=4096)
+    data = Pairs(tmp_path, meta, 'train', [0], 1000, 1000, batch_tokens=4096)
     assert data.padding < 0.1 and data.cut == (0, 0) and data.targets == sum(len(t) for _, t in pairs)
     seen, computed, real = [], 0, 0
     for step in range(data.steps(1, 1)):
@@ -269,7 +269,7 @@ def test_batches_of_pairs(tmp_path):
             real += len(source) - pad + len(target)
         computed += B * (S + T)
     assert sorted(seen) == sorted(pairs) and abs(1 - real / computed - data.padding) < 1e-9
-    again = Pairs(tmp_path, meta, 'train', 0, 1000, 1000, batch_tokens=4096)
+    again = Pairs(tmp_path, meta, 'train', [0], 1000, 1000, batch_tokens=4096)
     for step in (0, 5, 400):  # 400: the second epoch
         a, b = (torch.cat([x['targets'].flatten() for x in d.batches(7, step, 4)]) for d in (data, again))
         assert torch.equal(a, b)
@@ -282,13 +282,24 @@ def test_batches_of_pairs(tmp_path):
 def test_pairs_for_a_gpt_and_what_is_cut(tmp_path):
     pairs = [(list(range(1, 41)), [50, 51, 999]), ([1, 2], list(range(100, 140)) + [999]), ([3], [999])]
     meta = write(tmp_path, pairs)
-    data = Pairs(tmp_path, meta, 'train', 0, 16)
+    data = Pairs(tmp_path, meta, 'train', [0], 16)
     got = sorted(row for b in data.eval_batches() for row in rows_of(b))
     assert got == sorted([(list(range(28, 41)), [50, 51, 999]), ([1, 2], list(range(100, 114))), ([3], [999])])
     assert data.cut == (1, 1)  # the oldest of the source, the end of the target with its end id
-    seq2seq = Pairs(tmp_path, meta, 'train', 0, 8, 20)
+    seq2seq = Pairs(tmp_path, meta, 'train', [0], 8, 20)
     assert seq2seq.S.tolist() == [20, 2, 1] and seq2seq.T.tolist() == [3, 8, 1]
     assert seq2seq.pair(seq2seq.tokens(), 0)[0].tolist() == list(range(21, 41))
+
+
+def test_what_a_reply_always_begins_with_is_given(tmp_path):
+    meta = write(tmp_path, [([1, 2], [50, 51, 7, 999]), ([3], [50, 51, 999])])
+    for source in (8, None):
+        data = Pairs(tmp_path, meta, 'train', [0, 50, 51], 16, source)
+        batches = list(data.eval_batches())
+        assert data.targets == 3 == sum((b['targets'] != -1).sum() for b in batches) and data.count_bytes(np.full(1000, 2)) == 6
+        assert sorted(t for b in batches for t in b['targets'].flatten().tolist() if t >= 0) == [7, 999, 999]
+    with pytest.raises(UserError, match='do not begin as meta.json says'):
+        Pairs(tmp_path, meta, 'train', [0, 50, 52], 16)
 
 
 def test_group_never_exceeds_its_budget():
@@ -307,7 +318,7 @@ def test_bad_pairs(tmp_path):
     for bad in (offsets[:-1], offsets + 1, offsets[::-1], np.array([0, 1, 1, 4, 5])):
         np.asarray(bad, dtype='<i8').tofile(tmp_path / 'train.idx')
         with pytest.raises(UserError, match='train.idx does not fit'):
-            Pairs(tmp_path, meta, 'train', 0, 8, 8)
+            Pairs(tmp_path, meta, 'train', [0], 8, 8)
     (tmp_path / 'train.idx').unlink()
     with pytest.raises(UserError, match='cannot read .*train.idx'):
-        Pairs(tmp_path, meta, 'train', 0, 8, 8)
+        Pairs(tmp_path, meta, 'train', [0], 8, 8)
