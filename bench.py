@@ -89,8 +89,8 @@ def train_gpt(who, B, T, args):
     else:
         net = GPT(GPTConfig(act='gelu_erf', attn_dropout=args.get('dropout', 0.0), **args))
         step = trainer(net, precision)
-    idx = torch.randint(args['vocab_size'], (B, T + 1))
-    return timed(lambda i: step(idx=idx[:, :-1], targets=idx[:, 1:]), [B * T])
+    idx, targets = torch.randint(args['vocab_size'], (2, B, T))
+    return timed(lambda i: step(idx=idx, targets=targets), [B * T])
 
 
 class Padded(torch.nn.Module):
