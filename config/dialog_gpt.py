@@ -1,6 +1,6 @@
 # DailyDialog and ProsocialDialog as chat (prepare/dialog.py), the small GPT of many tutorials: 8 layers, 384 wide, context 128,
-# 32,000 sentencepieces with an adaptive softmax, stopped after three epochs without progress. 28.4 M parameters; 420 steps (not yet
-# half an epoch) took two CPU cores 13.7 minutes and 4.7 GB: val 4.442, 1.571 bits a byte. All ten epochs have not been run.
+# 32,000 sentencepieces with an adaptive softmax, stopped after three epochs without progress: 28.4 M parameters. 420 steps, a
+# quarter of an epoch, took two CPU cores 13.7 minutes and 4.7 GB: val 4.442, 1.571 bits a byte. Ten epochs have not been run.
 dataset = 'dialog'
 block_size = 128
 n_layer = 8
