@@ -1,10 +1,10 @@
-# Tiny Shakespeare by 4,096 byte pairs, for two CPU cores: 2.23 M parameters, 819,200 tokens, val 4.3449 (2.159 bits a byte;
-# shakespeare_char_cpu, 0.94 M parameters, reaches 2.229). A token is 3.3 characters. Without dropout it overfits after step 300.
+# Tiny Shakespeare by 4,096 byte pairs, 6 layers, 256 wide, as in many tutorials: 6.8 M parameters. Not yet run to its end. With 3
+# layers, 160 wide and 2 heads (2.23 M) these 400 steps reached val 4.3449, 2.159 bits a byte (shakespeare_char_cpu: 2.229).
 dataset = 'shakespeare_bpe'
 block_size = 64
-n_layer = 3
-n_head = 2
-n_embd = 160
+n_layer = 6
+n_head = 4
+n_embd = 256
 dropout = 0.1
 batch_size = 32
 max_iters = 400
