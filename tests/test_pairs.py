@@ -116,7 +116,7 @@ def test_learns_synthetic_tasks(tmp_path, task):
         'format': 1, 'kind': 'pairs', 'dtype': 'uint16', 'vocab_size': 23, 'counts': counts, 'pairs': pairs,
         'tokenizer': {'kind': 'char', 'chars': chars, 'specials': ['pad', 'bos', 'eos']}}), encoding='utf-8')
     out, _ = p.run('train.py', '--dataset=task', '--arch=seq2seq', '--block_size=16', '--n_layer=2', '--n_head=4', '--n_embd=64', '--pos=rotary',
-                   '--batch_tokens=2048', '--max_iters=1300', '--eval_interval=1300', '--device=cpu', '--out_dir=out/task', env={'OMP_NUM_THREADS': '2'})
+                   '--batch_tokens=2048', '--max_iters=1300', '--eval_interval=1300', '--device=cpu', '--out_dir=out/task', env={'OMP_NUM_THREADS': '2'}, timeout=300)
     path = p.root / 'out' / 'task' / 'best.pt'
     state = load(path)
     model, tok = build(state, path)
