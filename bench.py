@@ -36,6 +36,7 @@ import torch
 from data import group
 from device import autocast, peak_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
+from packed import pack
 
 SMALL = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
 GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
@@ -139,13 +140,13 @@ def decode_gpt(who, B, n=128):
         net = GPT2LMHeadModel(GPT2Config()).eval().to(where, precision)
         how = {'max_new_tokens': n, 'min_new_tokens': n, 'do_sample': False, 'pad_token_id': 0}
         return timed(lambda i: net.generate(idx, **how).sum().item(), [B * n])
-    net, n = GPT(GPTConfig(**GPT2)).eval().to(where, precision), n if who == 'ours' else 32
+    net, n = pack(GPT(GPTConfig(**GPT2)).eval().to(where, precision)), n if who == 'ours' else 32
     return timed(lambda i: net.generate(idx, n, temperature=0, use_cache=who == 'ours').sum().item(), [B * n])
 
 
 def decode_seq2seq(who, B, n=64):
     """Tokens a second of greedy decoding of B sources of 45 tokens, the base shape, random weights."""
-    net = Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(where, precision)
+    net = pack(Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(where, precision))
     src = torch.randint(PAPER['vocab_size'], (B, 45)).tolist()
     return timed(lambda i: net.generate(src, n, start=0, temperature=0, use_cache=who == 'ours'), [B * n])
 

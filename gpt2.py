@@ -222,8 +222,8 @@ def export(model, tok, folder):
     c, folder, acts = model.config, Path(folder), {ours: k for k, ours in ACTS.items()}
     if not isinstance(model, GPT):
         raise UserError('GPT-2 has no encoder: this model can\'t be written in its format')
-    parts = {'pos': ['learned'], 'norm': ['layernorm'], 'norm_position': ['pre'], 'act': acts, 'qk_norm': [False], 'softcap': [0],
-             'cutoffs': [()], 'head_bias': [False], 'attn_bias': [None, c.bias]}
+    parts = {'pos': ['learned'], 'norm': ['layernorm'], 'norm_position': ['pre'], 'act': acts, 'qk_norm': [False],
+             'token_shift': [False], 'softcap': [0], 'cutoffs': [()], 'head_bias': [False], 'attn_bias': [None, c.bias]}
     if foreign := [f'{part}={getattr(c, part)}' for part, theirs in parts.items() if getattr(c, part) not in theirs]:
         raise UserError(f'GPT-2 has no {", ".join(foreign)}: this model can\'t be written in its format')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

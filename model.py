@@ -15,6 +15,7 @@ From the last layer to logits and loss: head.py. How they write text: generate.p
   QK-norm    Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
   ReLU^2     So et al. 2021,      https://arxiv.org/abs/2109.08668
   SwiGLU     Shazeer 2020,        https://arxiv.org/abs/2002.05202
+  token shift  Peng et al. 2023,  https://arxiv.org/abs/2305.13048 (RWKV's)
 """
 import math
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class GPTConfig:
     norm_position: str = 'pre'       # pre: x + f(norm(x)), GPT-2's; post: norm(x + f(x)), the 2017 paper's
     act: str = 'gelu'                # gelu (tanh form, GPT-2's), gelu_erf (nanoGPT's), relu, relu2 or swiglu
     qk_norm: bool = False            # normalise queries and keys in each head
+    token_shift: bool = False        # attention and MLP read half of their channels from the token before
     tie_weights: bool = True         # the head shares the token embedding
     init: str = 'gpt2'               # gpt2: normal(0, 0.02); xavier: uniform by fan, embeddings normal(0, n_embd^-1/2)
     zero_init: bool = False          # projections into the residual stream start at zero
@@ -75,6 +77,8 @@ class GPTConfig:
             problems.append(f'n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}')
         elif self.n_head >= 1 and self.pos == 'rotary' and self.n_embd // self.n_head % 2:
             problems.append(f'rotary positions need an even n_embd / n_head, got {self.n_embd // self.n_head}')
+        if self.token_shift and self.n_embd % 2:
+            problems.append(f'token_shift needs an even n_embd, got {self.n_embd}')
         if self.n_inner is not None and self.n_inner < 1:
             problems.append(f'n_inner must be at least 1 or None, got {self.n_inner}')
         self.cutoffs = tuple(self.cutoffs)
@@ -165,11 +169,11 @@ def attend(q, k, v, mask=None, causal=False, dropout=None):
 
     mask: bool, broadcastable to (B, H, T, S), True = may attend; no row all False. causal: T == S and no mask.
     dropout: a Dropout module for the attention weights, or None.
-    On a CPU and up to 1024 x 1024 two matrix products and a softmax take half to a quarter of the time of PyTorch's
+    On a CPU and up to 1024 x 1024 two matrix products and a softmax take half to a tenth of the time of PyTorch's
     fused kernel (LOG.md); everywhere else that kernel is the fast one, and never holds the (T, S) scores.
     """
     T, S, p = q.size(2), k.size(2), dropout.p if dropout is not None and dropout.training else 0.0
-    if q.device.type != 'cpu' or T == 1 or T * S > 1024 * 1024:
+    if q.device.type != 'cpu' or T * S > 1024 * 1024:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=p)
     att = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
     if causal:
@@ -194,13 +198,13 @@ def rotate(x, cos, sin):
 class KVCache:
     """Preallocated keys and values of all layers, for B rows and up to T positions; `len` columns are filled.
 
-    memory: {layer: (k, v)} of cross-attention, computed once a source.
+    memory: {layer: (k, v)} of cross-attention, computed once a source. last: {module: (B, 1, C / 2)}, for shift().
     """
 
     def __init__(self, c, B, T, device, dtype):
         shape = (c.n_layer, B, c.n_head, T, c.n_embd // c.n_head)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.size, self.len, self.memory = T, 0, {}
+        self.size, self.len, self.memory, self.last = T, 0, {}, {}
 
     def append(self, layer, k, v):
         """Store k, v (B, H, T, D) behind what is there; returns all keys and values so far, (B, H, len + T, D)."""
@@ -212,6 +216,7 @@ class KVCache:
     def select(self, rows, memory=True):
         """Go on with these rows, (N,) int64: some may be gone, some there several times. memory=False leaves that as it is."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.last = {key: a[rows] for key, a in self.last.items()}
         if memory:
             self.memory = {layer: (k[rows], v[rows]) for layer, (k, v) in self.memory.items()}
 
@@ -260,8 +265,8 @@ class Attention(nn.Module):
                 k, v = self.c_kv(memory).chunk(2, dim=2)
                 k, v = self.heads(k, norm=True).transpose(1, 2), self.heads(v).transpose(1, 2)  # (B, H, S, D)
                 if cache is not None:
-                    cache.memory[self.layer] = k, v
-        y = attend(q, k, v, mask, causal, self.attn_dropout)
+                    cache.memory[self.layer] = k, v = k.to(cache.k.dtype), v.to(cache.k.dtype)
+        y = attend(q.to(k.dtype), k, v, mask, causal, self.attn_dropout).to(x.dtype)  # a cache has a precision of its own
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -289,26 +294,44 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(h))
 
 
+def shift(x, cache, key, first):
+    """x (B, T, C) with the first half of the channels of each token replaced by those of the token before it, or by zeros.
+
+    A layer so knows pairs of tokens without any attention. cache: what the token before x had is kept there under key. first: (B, T, 1)
+    bool, where rows begin that are padded at the left, or None.
+    """
+    a, b = x.chunk(2, dim=-1)
+    before = a.new_zeros(a[:, :1].shape) if cache is None or key not in cache.last else cache.last[key]
+    if cache is not None:
+        cache.last[key] = a[:, -1:]
+    before = torch.cat((before, a[:, :-1]), dim=1)
+    return torch.cat((before if first is None else before.masked_fill(first, 0), b), dim=2)
+
+
 class Block(nn.Module):
     """Attention, cross-attention where there is a source, MLP: each added to the residual stream."""
 
     def __init__(self, c, layer, cross=False):
         super().__init__()
-        self.pre = c.norm_position == 'pre'
+        self.pre, self.token_shift = c.norm_position == 'pre', c.token_shift
         self.ln_1, self.attn = make_norm(c), Attention(c, layer)
         if cross:
             self.ln_x, self.cross = make_norm(c), Attention(c, layer, cross=True)
         self.ln_2, self.mlp = make_norm(c), MLP(c)
 
-    def add(self, x, norm, f, *args):
+    def add(self, x, norm, f):
         """The residual stream with f added, the norm in front of f or behind the sum."""
-        return x + f(norm(x), *args) if self.pre else norm(x + f(x, *args))
+        return x + f(norm(x)) if self.pre else norm(x + f(x))
 
-    def forward(self, x, mask=None, causal=False, rope=None, cache=None, memory=None, memory_mask=None):
-        x = self.add(x, self.ln_1, self.attn, mask, causal, rope, cache)
+    def forward(self, x, mask=None, causal=False, rope=None, cache=None, memory=None, memory_mask=None, first=None):
+        """x: (B, T, C), and returned so; mask … memory: see Attention; memory_mask: of cross-attention; first: see shift()."""
+        def read(h, module):
+            return shift(h, cache, module, first) if self.token_shift else h
+
+        x = self.add(x, self.ln_1, lambda h: self.attn(read(h, self.attn), mask, causal, rope, cache))
         if memory is not None:
-            x = self.add(x, self.ln_x, self.cross, memory_mask, False, None, cache, memory)
-        return self.add(x, self.ln_2, self.mlp)
+            x = self.add(x, self.ln_x, lambda h: self.cross(h, memory_mask, cache=cache, memory=memory))
+        return self.add(x, self.ln_2, lambda h: self.mlp(read(h, self.mlp)))
 
 
 class Stack(nn.Module):
@@ -361,13 +384,14 @@ class Stack(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # the residual stream in bf16 too: half the memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rope = (self.cos[pos].to(x.dtype), self.sin[pos].to(x.dtype)) if c.pos == 'rotary' else None
+        first = (col == pad[:, None])[..., None] if c.token_shift and pad is not None else None  # (B, T, 1)
         x = self.drop(x)
         causal = self.causal and mask is None and T > 1
         for block in self.h:
             if c.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, causal, rope, None, memory, memory_mask, use_reentrant=False)
+                x = checkpoint(block, x, mask, causal, rope, None, memory, memory_mask, first, use_reentrant=False)
             else:
-                x = block(x, mask, causal, rope, cache, memory, memory_mask)
+                x = block(x, mask, causal, rope, cache, memory, memory_mask, first)
         if cache is not None:
             cache.len += T
         x = x[:, -1:] if last_only else x
@@ -427,9 +451,9 @@ class LanguageModel(Generation, nn.Module):
         return None, loss if reduction == 'sum' else loss / len(targets)
 
     def new_cache(self, B, T):
-        """An empty KVCache for B rows of up to T tokens."""
+        """An empty KVCache for B rows of up to T tokens; on a CPU in float32, which reads it up to eight times as fast (LOG.md)."""
         p = next(self.parameters())
-        return KVCache(self.config, B, T, p.device, p.dtype)
+        return KVCache(self.config, B, T, p.device, torch.float32 if p.dtype == torch.bfloat16 and p.is_cpu else p.dtype)
 
 
 class GPT(LanguageModel):

@@ -45,6 +45,7 @@ import checkpoint
 from chat import source_ids, start_ids
 from device import pick_device, pick_dtype
 from generate import check_sampling
+from packed import pack
 from tokenizer import UnknownCharacters
 
 SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
@@ -90,9 +91,7 @@ else:
     model, tok = checkpoint.build(state, path, gradient_checkpointing=False)
     style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
 model = model.to(device, pick_dtype(device, 'auto' if quantize and 'dtype' not in explicit else dtype)[0])
-if quantize:
-    import quantize as eight_bits
-    model = eight_bits.quantize(model)
+model = pack(model, 8 if quantize else None)
 begin = start_ids(tok, style) if style else None
 banned = set(tok.specials.values()) - (set() if ignore_eot else {tok.end})
 banned |= set(range(tok.vocab_size, model.config.vocab_size))  # rows of the head that mean nothing

@@ -34,6 +34,7 @@ norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'
 norm_position: Literal['pre', 'post'] = 'pre'
 act: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'relu2'
 qk_norm = True                     # normalise queries and keys in each head
+token_shift = True                 # attention and MLP read half of their channels from the token before
 tie_weights = False                # the head shares the token embedding
 tie_source = True                  # a seq2seq's source and target share theirs
 init: Literal['gpt2', 'xavier'] = 'gpt2'  # initial weights
@@ -118,6 +119,8 @@ if resume or eval_only and init_from == 'scratch':
                         + ('' if eval_only else ', or leave --resume away to start anew'))
     state = checkpoint.load(path)
     saved, changed, refused = state['config'], [], []
+    fields = checkpoint.KINDS['seq2seq'][1].__dataclass_fields__.items()  # switches that are younger than the run were off in it
+    saved |= {name: field.default for name, field in fields if name in config and name not in saved}
     here = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split', 'eval_replies', 'num_beams', 'eval_protocol'}
     for key in sorted(config.keys() & saved.keys() - here):  # what is asked for here and now is not the run's
         now = globals()[key]

@@ -9,6 +9,7 @@ attn_bias = False
 pos = 'learned'
 act = 'gelu'
 qk_norm = False
+token_shift = False
 zero_init = False
 dropout = 0.1
 batch_size = 2

@@ -13,6 +13,7 @@ head_bias = True
 pos = 'sinusoidal'
 act = 'relu'
 qk_norm = False
+token_shift = False
 tie_weights = False
 tie_source = False
 init = 'xavier'

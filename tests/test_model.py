@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import head as head_module
 import model as m
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache, shift
 
 
 def small(seed=0, scale=3.0, **kwargs):
@@ -22,9 +22,23 @@ def small(seed=0, scale=3.0, **kwargs):
     return gpt
 
 
-SWITCHES = [dict(), dict(pos='sinusoidal', bias=False), dict(pos='rotary', qk_norm=True, norm='rmsnorm', act='relu2', tie_weights=False),
+SWITCHES = [dict(), dict(pos='sinusoidal', bias=False), dict(pos='rotary', qk_norm=True, norm='rmsnorm', act='relu2', tie_weights=False, token_shift=True),
             dict(norm_position='post', act='relu'), dict(act='swiglu', softcap=5.0, n_inner=24, norm='rmsnorm'),
             dict(pos='rotary', norm_position='post', norm='rmsnorm', gradient_checkpointing=True)]
+
+
+def test_token_shift():
+    """Half of the channels are those of the token before; a row's padding counts as nothing."""
+    x = torch.randn(2, 5, 6)
+    first = (torch.arange(5) == torch.tensor([[0], [2]]))[..., None]
+    got = shift(x, None, None, first)
+    want = x.clone()
+    for b, start in enumerate((0, 2)):
+        for t in range(5):
+            want[b, t, :3] = x[b, t - 1, :3] if t > 0 and t != start else 0
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match='token_shift needs an even n_embd, got 15'):
+        GPTConfig(n_embd=15, n_head=3, token_shift=True)
 
 
 def test_gpt2_has_its_124_million_parameters_and_names():

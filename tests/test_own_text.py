@@ -9,12 +9,13 @@ from torch import nn
 import checkpoint
 import gpt2
 from configurator import UserError
+from head import Head
 from model import GPT, GPTConfig
-from quantize import Int8Linear, quantize
+from packed import Int8Linear, PackedLinear, pack
 from tokenizer import BpeTokenizer
 
 SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=8', '--device=cpu', '--log_interval=50', '--pos=learned', '--act=gelu',
-         '--norm=layernorm', '--qk_norm=False', '--zero_init=False', '--bias=True']
+         '--norm=layernorm', '--qk_norm=False', '--token_shift=False', '--zero_init=False', '--bias=True']
 
 
 @pytest.fixture(scope='module')
@@ -66,21 +67,39 @@ def test_a_loaded_model_grows_for_special_tokens(tied):
         gpt2.grow(model, BpeTokenizer(['d o', 'b a']), theirs, 'data/x')
 
 
-def test_int8(mine):
-    """Within half a step of rounding for each weight, and the same perplexity to a percent."""
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason='this CPU has no bfloat16')
+@pytest.mark.parametrize('head', [nn.Linear(64, 48), nn.Linear(64, 48, bias=False), Head(GPTConfig(vocab_size=48, n_head=2, n_embd=64, softcap=0.5))])
+def test_packed_equals_plain(head):
+    head = head.to(torch.bfloat16)
+    with torch.no_grad():
+        for shape in ((1, 64), (3, 1, 64), (2, 40, 64)):
+            x = torch.randn(shape).bfloat16()
+            torch.testing.assert_close(PackedLinear(head)(x), head(x), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize('fbgemm', [True, False])
+def test_int8(mine, fbgemm, monkeypatch):
+    """Within what rounding weights, and with FBGEMM inputs, can do to each output; and the same perplexity to a percent."""
+    if not fbgemm:
+        monkeypatch.delattr(torch, 'quantize_per_channel')
     torch.manual_seed(0)
-    linear = nn.Linear(64, 48)
+    linear = nn.Linear(64, 48).requires_grad_(False)
     eight = Int8Linear(linear)
-    assert ((eight.weight.float() * eight.scale[:, None] - linear.weight).abs() <= eight.scale[:, None] * 0.5001).all()
+    assert eight.fbgemm == fbgemm or 'fbgemm' not in torch.backends.quantized.supported_engines
+    step = linear.weight.abs().amax(dim=1) / 127
     for rows in (1, 3, 40):
-        x = torch.randn(rows, 64)
-        torch.testing.assert_close(eight(x), x @ (eight.weight.float() * eight.scale[:, None]).T + linear.bias, atol=1e-4, rtol=1e-4)
+        x = torch.randn(rows, 64) * torch.logspace(-2, 2, rows)[:, None]  # rows of very different size
+        limit = 0.5 * x.abs().sum(1, keepdim=True) * step                 # half a step for each weight
+        if eight.fbgemm:                                                  # half a step of 1/127 of the range of a row; twice that without VNNI
+            limit = limit + 2.1 / 127 * x.abs().amax(1, keepdim=True) * (linear.weight.abs().sum(1) + 64 * step / 2)
+        assert ((eight(x) - linear(x)).abs() <= limit + 1e-5).all()
+        assert (eight(x) - linear(x)).norm() < 0.02 * linear(x).norm()
     path = mine.root / 'out' / 'mine' / 'best.pt'
     model, tok = checkpoint.build(checkpoint.load(path), path)
     ids = torch.tensor(tok.encode(toy_text(3000, seed=1))[:640]).view(40, 16)
     with torch.no_grad():
         before = model(ids[:, :-1], ids[:, 1:])[1]
-        quantize(model)
+        pack(model, bits=8)
         assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 5
         after = nn.functional.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
     assert abs(math.exp(after - before) - 1) < 0.01

@@ -83,7 +83,7 @@ def test_equals_torch_transformer(norm_position, act):
 
 @pytest.mark.parametrize('pos', ['sinusoidal', 'learned', 'rotary'])
 def test_padding_and_future_are_invisible(pos):
-    net = small(pos=pos)
+    net = small(pos=pos, token_shift=pos == 'rotary')
     src, src_pad = m.pad_left(SOURCES, 'cpu')
     idx = torch.randint(20, (4, 7))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_padding_and_future_are_invisible(pos):
 
 @pytest.mark.parametrize('pos, qk_norm', [('sinusoidal', False), ('learned', False), ('rotary', True)])
 def test_cached_equals_uncached(pos, qk_norm):
-    net = small(pos=pos, qk_norm=qk_norm)
+    net = small(pos=pos, qk_norm=qk_norm, token_shift=qk_norm)
     for kwargs in ({'temperature': 0}, {'temperature': 1.3, 'seed': 3, 'top_k': 9, 'repetition_penalty': 1.3}):
         got, want = (net.generate(SOURCES, 24, start=0, eot=1, use_cache=use, **kwargs) for use in (True, False))  # 24: beyond block_size
         assert got == want and max(map(len, got)) == 24

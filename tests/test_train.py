@@ -299,6 +299,18 @@ def test_resume_keeps_what_the_run_was_started_with(project):
     assert state['step'] == 4 and state['model_args']['n_layer'] == 2
 
 
+def test_a_run_older_than_a_switch_goes_on_without_it(project):
+    import torch
+    project.train('--token_shift=False', '--out_dir=whole')
+    project.train('--token_shift=False', '--out_dir=parts', '--max_iters=4')
+    path = project.root / 'parts' / 'last.pt'
+    state = torch.load(path, weights_only=True)
+    del state['config']['token_shift'], state['model_args']['token_shift']
+    torch.save(state, path)
+    project.run('train.py', '--resume', '--out_dir=parts', '--max_iters=8')
+    assert_same_run(*(torch.load(project.root / d / 'last.pt', weights_only=True) for d in ('whole', 'parts')))
+
+
 def test_two_runs_never_share_a_folder(project):
     first = project.start('train.py', *TINY, '--max_iters=100000', '--eval_interval=20', '--log_interval=1')
     assert any(line.startswith('step 25:') for line in iter(first.stdout.readline, ''))
