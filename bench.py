@@ -1,22 +1,25 @@
 """
-How fast this machine trains and writes, beside peers: the same work, in processes of their own, in turns.
+How fast this machine trains, reads and writes, and which share that is of what its processor and its memory can do.
 
-    python bench.py                       ours, and the peers that need nothing installed
-    python bench.py --nanogpt=FOLDER      FOLDER holds a clone of github.com/karpathy/nanoGPT
-    python bench.py --work=decode         only the rows whose name holds this
+    python bench.py                       two minutes: every row once
+    python bench.py --rows=decode         only rows whose name holds this
+    python bench.py --peers --rounds=3    beside peers: nn.Transformer and, where installed, transformers, ctranslate2, tokenizers
+    python bench.py --nanogpt=FOLDER      … and nanoGPT, FOLDER holding a clone of github.com/karpathy/nanoGPT
+    python bench.py --profile             also a trace of each row in out/bench, for chrome://tracing or ui.perfetto.dev
 
-Peers: nanoGPT; transformers, where it is installed; `uncached`, our own models without a cache; and `padded`, PyTorch's
-nn.Transformer in float32 on pairs padded to 256 + 127, the way small encoder-decoder projects train. Prints medians, with minimum
-and maximum over the rounds, and peak memory; and one line of JSON last.
+Each measurement is a process of its own, and peers take turns with us: A B A B. Same shapes, same data, same number of threads;
+the first steps, which warm up, don't count. Prints medians, with minimum and maximum over the rounds, and one line of JSON last.
 """
 from typing import Literal
 
 from configurator import UserError, configure
 
-nanogpt: str | None = None         # a clone of nanoGPT to run beside us
-work = ''                          # only rows whose name holds this
-rounds = 3                         # processes of each, in turns: A B A B …
-seconds = 8.0                      # of timed steps in each process
+rows = ''                          # only rows whose name holds this
+peers = False                      # the same work by whatever peer is installed
+nanogpt: str | None = None         # a clone of nanoGPT to run beside us; switches peers on
+rounds = 1                         # processes of each, in turns
+seconds = 4.0                      # of timed steps in each process
+profile = False                    # write traces to out/bench
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of our products; peers run in theirs
 worker = ''                        # for this script's own use: whose turn it is
@@ -26,6 +29,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -33,12 +37,16 @@ from statistics import median
 import numpy as np
 import torch
 
-from data import group
+import checkpoint
+from configurator import ROOT
+from data import Stream, group
 from device import autocast, peak_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
 from packed import pack
+from tokenizer import BpeTokenizer, ByteTokenizer
 
 SMALL = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
+TINY = SMALL | dict(n_layer=4, n_head=4, n_embd=128)
 GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
 PAPER = dict(vocab_size=50260, block_size=128, src_block_size=256, attn_bias=False, head_bias=True, tie_source=False)
 where = pick_device(device)
@@ -46,19 +54,29 @@ precision = pick_dtype(where, dtype)[0]
 
 
 def timed(step, amounts):
-    """Work a second: step(i) does amounts[i % len] of it. Runs for `seconds`, the first steps, which warm up, apart."""
-    rates, n, warm = [], len(amounts), min(3, len(amounts))
-    for i in range(warm):
-        step(i)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rates) < 2 * n:
+    """Work a second: step(i) does amounts[i % len] of it. Runs for `seconds`; the first steps, which warm up, don't count."""
+    times, n, start = [], len(amounts), time.perf_counter()
+    while len(times) < min(3, n) or len(times) < 3 and time.perf_counter() - start < seconds:
+        step(len(times))
+        times.append(0)
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < n or len(times) % n:  # whole rounds over batches of different sizes
         start = time.perf_counter()
-        step(len(rates))
-        rates.append((amounts[len(rates) % n], time.perf_counter() - start))
-    if n == 1:
-        return amounts[0] / median(t for _, t in rates)
-    rates = rates[:len(rates) // n * n]  # whole rounds over batches of different sizes
-    return sum(a for a, _ in rates) / sum(t for _, t in rates)
+        step(len(times))
+        times.append(time.perf_counter() - start)
+    if profile:
+        trace = ROOT / 'out' / 'bench' / f'{"".join(c if c.isalnum() else "-" for c in rows)}-{worker}.json'
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile() as p:
+            step(0)
+        p.export_chrome_trace(str(trace))
+    return amounts[0] / median(times) if n == 1 else sum(amounts) * len(times) / n / sum(times)
+
+
+def weights(net):
+    """Parameters that a written token is multiplied with: those of the layers that write and of the head, not of embeddings."""
+    stack = net.transformer if isinstance(net, GPT) else net.decoder
+    return sum(p.numel() for p in [*stack.h.parameters(), *stack.ln_f.parameters(), *net.lm_head.parameters()])
 
 
 def trainer(net, precision, fused=True):
@@ -78,8 +96,10 @@ def trainer(net, precision, fused=True):
 
 
 def train_gpt(who, B, T, args):
-    """Tokens a second of training on random ids."""
+    """Tokens a second of training on random ids; FLOP a token."""
     args = {**args, 'block_size': max(T, args['block_size']) if args is GPT2 else T}
+    net = GPT(GPTConfig(act='gelu_erf', attn_dropout=args.get('dropout', 0.0), **args))
+    cost = 6 * weights(net) + 6 * args['n_layer'] * args['n_embd'] * T  # attention: what lies below the diagonal
     if who == 'nanogpt':
         sys.path.insert(0, nanogpt)
         for module in ('model', 'configurator'):
@@ -88,10 +108,9 @@ def train_gpt(who, B, T, args):
         theirs = torch.float32 if where.type == 'cpu' else torch.bfloat16  # what its train.py does
         step = trainer(peer.GPT(peer.GPTConfig(**args)), theirs, where.type == 'cuda')
     else:
-        net = GPT(GPTConfig(act='gelu_erf', attn_dropout=args.get('dropout', 0.0), **args))
         step = trainer(net, precision)
     idx, targets = torch.randint(args['vocab_size'], (2, B, T))
-    return timed(lambda i: step(idx=idx, targets=targets), [B * T])
+    return timed(lambda i: step(idx=idx, targets=targets), [B * T]), cost
 
 
 class Padded(torch.nn.Module):
@@ -114,12 +133,12 @@ def train_pairs(who):
     rng = np.random.default_rng(0)
     lengths = np.stack((rng.gamma(1.9, 27, 8863), rng.gamma(1.5, 13, 8863)), axis=1).astype(int) + 1
     lengths = lengths.clip(max=(256, 127))
-    if who == 'padded':
+    if who == 'padded':  # the way small encoder-decoder projects train: float32, every pair padded to the longest
         step, groups = trainer(Padded(PAPER['vocab_size']), torch.float32), [np.arange(32)]
     else:
         step = trainer(Seq2Seq(Seq2SeqConfig(dropout=0.1, **PAPER)), precision)
-        groups = group(lengths, 2048)
-        groups = [groups[i] for i in rng.permutation(len(groups))[:24]]
+        groups = group(lengths, 4096)
+        groups = [groups[i] for i in rng.permutation(len(groups))[:max(3, int(seconds))]]
 
     def batch(members):
         S, T = (256, 127) if who == 'padded' else lengths[members].max(axis=0)
@@ -129,58 +148,172 @@ def train_pairs(who):
             return {'src': src.where(torch.arange(256) < s, 0), 'idx': idx, 'targets': idx.where(torch.arange(127) < t, -1)}
         return {'src': src, 'src_pad': S - s[:, 0], 'idx': idx, 'targets': idx.where(torch.arange(T) < t, -1)}
     batches = [batch(members) for members in groups]
-    return timed(lambda i: step(**batches[i % len(batches)]), [len(members) for members in groups])
+    return timed(lambda i: step(**batches[i % len(batches)]), [len(members) for members in groups]), None
 
 
-def decode_gpt(who, B, n=128):
-    """Tokens a second of greedy decoding behind 16 tokens, GPT-2 124M's shape, random weights."""
+@torch.inference_mode()
+def prefill(who, T=1000):
+    """Tokens a second of reading a prompt of T tokens, GPT-2 124M's shape; FLOP a token."""
+    idx = torch.randint(GPT2['vocab_size'], (1, T), device=where)
+    net = GPT(GPTConfig(**GPT2))
+    cost = 2 * (weights(net) - net.config.vocab_size * 768) + 2 * 12 * 768 * T  # the head sees the last token alone
+    if who == 'transformers':
+        from transformers import GPT2Config, GPT2LMHeadModel
+        net = GPT2LMHeadModel(GPT2Config()).eval().to(where, precision)
+        return timed(lambda i: net(idx, logits_to_keep=1).logits.sum().item(), [T]), cost
+    net = pack(net.eval().to(where, precision))
+    return timed(lambda i: net(idx, cache=net.new_cache(1, T), last_only=True)[0].sum().item(), [T]), cost
+
+
+def decode_gpt(who, B, n=128, bits=None):
+    """Tokens a second of greedy decoding behind 16 tokens, GPT-2 124M's shape, random weights; bytes read for a token."""
     idx = torch.randint(GPT2['vocab_size'], (B, 16), device=where)
+    net = GPT(GPTConfig(**GPT2)).eval().to(where, precision)
+    cost = weights(net) * (1 if bits else precision.itemsize) / B
     if who == 'transformers':
         from transformers import GPT2Config, GPT2LMHeadModel
         net = GPT2LMHeadModel(GPT2Config()).eval().to(where, precision)
         how = {'max_new_tokens': n, 'min_new_tokens': n, 'do_sample': False, 'pad_token_id': 0}
-        return timed(lambda i: net.generate(idx, **how).sum().item(), [B * n])
-    net, n = pack(GPT(GPTConfig(**GPT2)).eval().to(where, precision)), n if who == 'ours' else 32
-    return timed(lambda i: net.generate(idx, n, temperature=0, use_cache=who == 'ours').sum().item(), [B * n])
+        return timed(lambda i: net.generate(idx, **how).sum().item(), [B * n]), cost
+    if who == 'ctranslate2':
+        net = ctranslate2_gpt(net)
+        prompts = [[str(t) for t in row] for row in idx.tolist()]
+        how = {'max_length': 16 + n, 'min_length': 16 + n, 'sampling_topk': 1}
+        return timed(lambda i: net.generate_batch(prompts, **how), [B * n]), None
+    net, n = pack(net, bits), n if who == 'ours' else 32
+    return timed(lambda i: net.generate(idx, n, temperature=0, use_cache=who == 'ours').sum().item(), [B * n]), cost
+
+
+def ctranslate2_gpt(net):
+    """ctranslate2.Generator with the weights of our GPT in int8, its way of being fast on a CPU."""
+    import ctranslate2
+    from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
+    spec = TransformerDecoderModelSpec.from_config(12, 12, activation=common_spec.Activation.GELUTanh)
+    tensors = {name: p.detach().float().numpy() for name, p in net.transformer.named_parameters()}
+    layers, names = [(spec.decoder.layer_norm, 'ln_f')], ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')
+    for i, layer in enumerate(spec.decoder.layer):
+        att, mlp = layer.self_attention, layer.ffn
+        parts = (att.layer_norm, *att.linear, mlp.layer_norm, mlp.linear_0, mlp.linear_1)
+        layers += zip(parts, (f'h.{i}.{name}' for name in names))
+    for part, name in layers:
+        ours, theirs = tensors[f'{name}.weight'], tensors[f'{name}.bias']
+        part.__dict__.update({'gamma': ours, 'beta': theirs} if 'ln_' in name else {'weight': ours, 'bias': theirs})
+    spec.decoder.embeddings.weight = spec.decoder.projection.weight = tensors['wte.weight']
+    spec.decoder.position_encodings.encodings, spec.decoder.scale_embeddings = tensors['wpe.weight'], False
+    spec.register_vocabulary([str(i) for i in range(GPT2['vocab_size'])])
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = '50256'
+    folder = tempfile.mkdtemp()
+    spec.validate()
+    spec.optimize(quantization='int8')
+    spec.save(folder)
+    return ctranslate2.Generator(folder, intra_threads=torch.get_num_threads())
 
 
 def decode_seq2seq(who, B, n=64):
-    """Tokens a second of greedy decoding of B sources of 45 tokens, the base shape, random weights."""
-    net = pack(Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(where, precision))
-    src = torch.randint(PAPER['vocab_size'], (B, 45)).tolist()
-    return timed(lambda i: net.generate(src, n, start=0, temperature=0, use_cache=who == 'ours'), [B * n])
+    """Tokens a second of greedy decoding of B sources of 45 tokens, the base shape, random weights; bytes read for a token."""
+    src = torch.randint(2, PAPER['vocab_size'], (B, 45))
+    if who == 'transformers':
+        from transformers import MarianConfig, MarianMTModel
+        sizes = {f'{side}_{k}': v for side in ('encoder', 'decoder')
+                 for k, v in (('layers', 6), ('ffn_dim', 2048), ('attention_heads', 8))}
+        theirs = MarianConfig(PAPER['vocab_size'], d_model=512, max_position_embeddings=256, activation_function='relu',
+                              pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None, **sizes)
+        net = MarianMTModel(theirs).eval().to(where, precision)
+        how = {'max_new_tokens': n, 'min_new_tokens': n, 'do_sample': False, 'num_beams': 1}
+        return timed(lambda i: net.generate(src.to(where), **how).sum().item(), [B * n]), None
+    net = Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(where, precision)
+    cost = weights(net) * precision.itemsize / B
+    net = pack(net)
+    return timed(lambda i: net.generate(src.tolist(), n, start=0, temperature=0, use_cache=who == 'ours'), [B * n]), cost
 
 
-WORK = {  # name: (unit, peers, what to time); nanoGPT's two published configurations first
-    'train nanoGPT\'s CPU example, 12 x 64': ('tok/s', ['nanogpt'], lambda who: train_gpt(
-        who, 12, 64, SMALL | dict(n_layer=4, n_head=4, n_embd=128, dropout=0.0))),
-    'train shakespeare_char, 64 x 256': ('tok/s', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL | dict(dropout=0.0))),
-    '… with dropout 0.2, train': ('tok/s', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL | dict(dropout=0.2))),
-    'train GPT-2 124M, 4 x 512': ('tok/s', ['nanogpt'], lambda who: train_gpt(who, 4, 512, GPT2)),
-    'train Seq2Seq base, chats': ('pairs/s', ['padded'], train_pairs),
-    'decode GPT-2 124M, batch 1': ('tok/s', ['transformers', 'uncached'], lambda who: decode_gpt(who, 1)),
-    'decode GPT-2 124M, batch 8': ('tok/s', ['transformers', 'uncached'], lambda who: decode_gpt(who, 8)),
-    'decode Seq2Seq base, batch 1': ('tok/s', ['uncached'], lambda who: decode_seq2seq(who, 1)),
-    'decode Seq2Seq base, batch 32': ('tok/s', ['uncached'], lambda who: decode_seq2seq(who, 32)),
+def sources():
+    """About a megabyte of text that every machine has: Python's own standard library."""
+    text = ''
+    for path in sorted(Path(json.__file__).parent.parent.glob('*.py')):
+        text += path.read_text(encoding='utf-8', errors='replace')
+        if len(text) > 1_000_000:
+            break
+    return text
+
+
+def train_bpe(who):
+    """Bytes a second of learning 4,096 byte-pair tokens."""
+    text = sources()
+    if who == 'tokenizers':
+        return timed(lambda i: peer_tokenizer(text), [len(text.encode())]), None
+    return timed(lambda i: BpeTokenizer.train([text], 4096), [len(text.encode())]), None
+
+
+def peer_tokenizer(text):
+    """4,096 byte-pair tokens by Hugging Face."""
+    from tokenizers import ByteLevelBPETokenizer
+    peer = ByteLevelBPETokenizer()
+    peer.train_from_iterator([text], 4096, show_progress=False)
+    return peer
+
+
+def encode(who):
+    """Bytes a second of text to ids, with 4,096 byte-pair tokens, in blocks of 4,096 characters."""
+    text = sources()
+    texts, size = [text[i:i + 4096] for i in range(0, len(text), 4096)], len(text.encode())
+    if who == 'tokenizers':
+        peer = peer_tokenizer(text)
+        return timed(lambda i: peer.encode_batch(texts), [size]), None
+    tok = BpeTokenizer.train([text], 4096)
+    return timed(lambda i: tok.encode_batch(texts), [size]), None
+
+
+def load(who):
+    """Tokens a second of reading batches of 64 x 256 in the order of an epoch, from 200 MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.random.default_rng(0).integers(0, 50257, 10**8, dtype=np.uint16).tofile(Path(folder) / 'train.bin')
+        data = Stream(folder, {'vocab_size': 50257, 'dtype': 'uint16', 'counts': {'train': 10**8}}, 'train', 256, 64)
+        return timed(lambda i: list(data.batches(1337, i, 1)), [64 * 256]), None
+
+
+def start(who):
+    """How often a second sample.py could start, load a small model and write its first token; or Python import torch."""
+    if who == 'import torch':
+        return timed(lambda i: subprocess.run([sys.executable, '-c', 'import torch'], check=True), [1]), None
+    with tempfile.TemporaryDirectory() as folder:
+        net, tok = GPT(GPTConfig(**TINY | dict(vocab_size=257))), ByteTokenizer()
+        checkpoint.save(Path(folder) / 'best.pt', checkpoint.model_state(net, tok, {}))
+        command = [sys.executable, ROOT / 'sample.py', f'--out_dir={folder}', '--max_new_tokens=1', '--start=a', f'--device={device}']
+        return timed(lambda i: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), [1]), None
+
+
+WORK = {  # name: (unit, ceiling that the cost of a unit counts against, peers, what to time)
+    "train nanoGPT's CPU example (0.8 M), 12 x 64": ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 12, 64, TINY)),
+    'train shakespeare_char (10.7 M), 64 x 256': ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL)),
+    '… with dropout 0.2, train': ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL | dict(dropout=0.2))),
+    'train GPT-2 124M, 4 x 512': ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 4, 512, GPT2)),
+    'train Seq2Seq base, chats': ('pairs/s', '', ['padded'], train_pairs),
+    'prefill GPT-2 124M, 1 x 1000': ('tok/s', 'FLOP', ['transformers'], prefill),
+    'decode GPT-2 124M, batch 1': ('tok/s', 'bytes', ['transformers', 'ctranslate2', 'uncached'], lambda who: decode_gpt(who, 1)),
+    'decode GPT-2 124M, batch 8': ('tok/s', 'bytes', ['transformers', 'ctranslate2', 'uncached'], lambda who: decode_gpt(who, 8)),
+    'decode GPT-2 124M, batch 1, int8': ('tok/s', 'bytes', ['ctranslate2'], lambda who: decode_gpt(who, 1, bits=8)),
+    'decode GPT-2 124M, batch 8, int8': ('tok/s', 'bytes', ['ctranslate2'], lambda who: decode_gpt(who, 8, bits=8)),
+    'decode Seq2Seq base, batch 1': ('tok/s', 'bytes', ['transformers', 'uncached'], lambda who: decode_seq2seq(who, 1)),
+    'decode Seq2Seq base, batch 32': ('tok/s', 'bytes', ['transformers', 'uncached'], lambda who: decode_seq2seq(who, 32)),
+    'batches of 64 x 256 from a file': ('tok/s', '', [], load),
+    'text to ids, our BPE': ('bytes/s', '', ['tokenizers'], encode),
+    'learn a BPE of 4,096': ('bytes/s', '', ['tokenizers'], train_bpe),
+    'start: sample.py to its first token': ('1/s', '', ['import torch'], start),
 }
 
 
 def ceilings():
-    """{what: the most that could be had}: FLOP/s of a square matrix product, bytes/s of reading memory; the best of ten each."""
+    """{what: the most of it that could be had a second}: FLOP of a matrix product, bytes read from memory; best of ten."""
     def best(f):
         times = []
         for _ in range(10):
-            start = time.perf_counter()
+            begin = time.perf_counter()
             f()
-            times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - begin)
         return min(times)
-    found, n = {}, 2048
-    for p in {torch.float32, precision}:
-        a, b = torch.randn(2, n, n, device=where).to(p)
-        found[f'{str(p).removeprefix("torch.")} FLOP/s'] = 2 * n ** 3 / best(lambda a=a, b=b: (a @ b)[0, 0].item())
-    x = torch.ones(2**27, device=where)
-    found['bytes/s'] = x.nbytes / best(lambda: x.sum().item())
-    return found
+    (a, b), x = torch.randn(2, 2048, 2048, device=where).to(precision), torch.ones(2**27, device=where)
+    return {'FLOP': 2 * 2048 ** 3 / best(lambda: (a @ b)[0, 0].item()), 'bytes': x.nbytes / best(lambda: x.sum().item())}
 
 
 if nanogpt and not (Path(nanogpt) / 'model.py').is_file():
@@ -189,32 +322,33 @@ if rounds < 1 or seconds <= 0:
     raise UserError(f'rounds must be at least 1 and seconds above 0, got {rounds} and {seconds}')
 if worker:
     torch.manual_seed(0)
-    print(json.dumps([WORK[work][2](worker), peak_memory(where)]))
+    print(json.dumps([*WORK[rows][3](worker), peak_memory(where)]))
     raise SystemExit(0)
-rows = [name for name in WORK if work in name]
-if not rows:
-    raise UserError(f'no row holds {work!r}: there are {", ".join(WORK)}')
+chosen = [name for name in WORK if rows in name]
+if not chosen:
+    raise UserError(f'no row holds {rows!r}: there are {"; ".join(WORK)}')
+found = {who for who in ('transformers', 'ctranslate2', 'tokenizers') if importlib.util.find_spec(who)}
+found = found | {'padded', 'uncached', 'import torch', *(['nanogpt'] if nanogpt else [])} if peers or nanogpt else set()
 limits = ceilings()
-print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; the ceilings here: '
-      + ', '.join(f'{v / 1e9:,.0f} G{k}' for k, v in limits.items()))
+print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; at the most {limits["FLOP"] / 1e9:,.0f} GFLOP/s '
+      f'({str(precision).removeprefix("torch.")}) and {limits["bytes"] / 1e9:,.1f} GB/s read')
 result = {'torch': torch.__version__, 'device': str(where), 'threads': torch.get_num_threads(), 'limits': limits, 'work': {}}
-installed = {'nanogpt': nanogpt, 'transformers': importlib.util.find_spec('transformers'), 'padded': True, 'uncached': True}
-for name in rows:
-    unit, peers, _ = WORK[name]
-    got = {who: [] for who in ['ours', *(peer for peer in peers if installed[peer])]}
+for name in chosen:
+    unit, limit, rivals, _ = WORK[name]
+    got = {who: [] for who in ['ours', *(who for who in rivals if who in found)]}
     for _ in range(rounds):
         for who in got:
-            told = [a for a in sys.argv[1:] if not a.startswith('--work=')] + [f'--worker={who}', f'--work={name}']
+            told = [a for a in sys.argv[1:] if not a.startswith('--rows=')] + [f'--worker={who}', f'--rows={name}']
             done = subprocess.run([sys.executable, __file__, *told], stdout=subprocess.PIPE, text=True, encoding='utf-8')
             if done.returncode:
                 raise UserError(f'the {who} process of {name!r} failed: see above')
             got[who].append(json.loads(done.stdout.splitlines()[-1]))
     print(name)
     for who, values in got.items():
-        rates, peak = [rate for rate, _ in values], median(peak or 0 for _, peak in values)
-        ours = median(rate for rate, _ in got['ours'])
-        ratio = '' if who == 'ours' else f'   ours is {ours / median(rates):.2f} times that'
-        print(f'    {who:14}{median(rates):>10,.1f} {unit} ({min(rates):,.1f} - {max(rates):,.1f}), {peak / 1e9:.2f} GB{ratio}',
-              flush=True)
-    result['work'][name] = got
+        rates, cost, peak = [rate for rate, *_ in values], values[0][1], median(memory or 0 for *_, memory in values)
+        ours = median(rate for rate, *_ in got['ours'])
+        told = f'{median(rates):>14,.1f} {unit:8} ({min(rates):,.1f} - {max(rates):,.1f}), {peak / 1e9:.2f} GB'
+        told += f', {median(rates) * cost / limits[limit]:.0%} of the {limit}/s' if cost and limit else ''
+        print(f'    {who:14}{told}' + (f'; ours is {ours / median(rates):.2f} times that' if who != 'ours' else ''), flush=True)
+    result['work'][name] = {who: {'rates': [v[0] for v in values], 'peak': [v[2] for v in values]} for who, values in got.items()}
 print(json.dumps(result))
