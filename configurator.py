@@ -56,13 +56,13 @@ def show_user_errors(script):
             sys.stderr.close()  # whoever read our output has left: nothing to say, nobody to say it to
             raise SystemExit(1)
         elif 'gloo' in text or kind.__name__.startswith('Dist'):  # torch.distributed's errors
-            text, status = f'lost another process of this run, which has said why ({text.splitlines()[0][:200]})', 1
+            text, status = f'lost another process of this run, or never met it: {text.splitlines()[0].split("] ")[-1][:100]}', 1
         else:
             return sys.__excepthook__(kind, error, traceback)
         if rank:  # all find the same mistakes, and torchrun ends us when the first has said so: only what it does not see is ours
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            time.sleep(5)
+            time.sleep(3)
             text = f'process {rank}: {text}'
         print(f'{script}: {text}', file=sys.stderr)
         raise SystemExit(status)  # the interpreter takes its exit status from here

@@ -11,6 +11,7 @@ Several processes that train one model: torchrun starts them, each learns from i
 Without torchrun there is one process and none of this does anything: torch.distributed is not even imported.
 """
 import os
+import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -44,7 +45,9 @@ def start(device):
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
     global host
+    hook = sys.excepthook
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    sys.excepthook = hook  # PyTorch has put one around ours that would swallow what ours says
     host = dist.new_group(backend='gloo', timeout=timedelta(days=7))  # the others wait while one prepares a dataset or writes
     return device
 
@@ -79,7 +82,7 @@ def wrap(model, some_unused):
     if world == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,  # no second copy of gradients
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True,
                                    find_unused_parameters=some_unused)
 
 
