@@ -33,10 +33,11 @@ def estimate(c, others, matrices, tokens, precision, device, world=1):
 
     others, matrices: how many parameters AdamW has, and Muon. tokens: of a micro-batch. device: cpu, cuda or mps.
     """
-    n, e, C, T = others + matrices, 4 if precision == torch.float32 else 2, c.n_embd, c.block_size
+    n, e, C = others + matrices, 4 if precision == torch.float32 else 2, c.n_embd
     # What a layer keeps of a token for the backward pass: norms, q, k, v and result of attention are ten times its width, both
     # sides of the nonlinearity are twice that of the MLP; and on a CPU attend() holds the scores of each head
-    layer = e * (10 * C + (4 if c.act == 'swiglu' else 2) * (c.n_inner or 4 * C) + (c.n_head * T if device == 'cpu' and T <= 1024 else 0))
+    scores = c.n_head * c.block_size if device == 'cpu' and c.block_size <= 1024 else 0
+    layer = e * (10 * C + (4 if c.act == 'swiglu' else 2) * (c.n_inner or 4 * C) + scores)
     kept = e * C if c.gradient_checkpointing else layer  # checkpointing: only what enters the layer
     return {
         'parameters': n * (4 if e == 4 else 4 + e),             # in float32, and a copy for products in 16 bits
@@ -56,8 +57,8 @@ def in_words(parts):
 
 def shape(name, checkpointed=False):
     """GPTConfig of one of GPT-2's models."""
-    n_layer, n_head, n_embd = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280), '1.5B': (48, 25, 1600)}[name]
-    return GPTConfig(block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, gradient_checkpointing=checkpointed)
+    sizes = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280), '1.5B': (48, 25, 1600)}
+    return GPTConfig(block_size, 50257, *sizes[name], gradient_checkpointing=bool(checkpointed))
 
 
 def take_steps(c):
