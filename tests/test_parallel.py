@@ -2,6 +2,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from data import Pairs, Stream, read_meta
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
-SAME = ['--device=cpu', '--dtype=float32', '--dropout=0', '--max_iters=4', '--eval_interval=2', '--log_interval=1', '--n_layer=1', '--n_head=2', '--n_embd=16']
+SAME = ['--device=cpu', '--dtype=float32', '--dropout=0', '--max_iters=3', '--eval_interval=3', '--log_interval=1', '--n_layer=1', '--n_head=2', '--n_embd=16']
 
 
 def start(project, world, *args):
@@ -37,9 +38,9 @@ def train(project, world, out, *args):
     assert [status for *_, status in ended] == [0] * world, ended
     assert all(said == '' for said, *_ in ended[1:]) and not any('Traceback' in err for _, err, _ in ended), ended
     folder = project.root / out
-    assert sorted(p.name for p in folder.iterdir()) == ['.lock', 'best.pt', 'config.json', 'last.pt', 'log.csv', 'loss.png']
     with open(folder / 'log.csv', encoding='utf-8') as f:
         log = [[float(row[k]) for k in ('step', 'tokens', 'train_loss', 'val_loss', 'grad_norm')] for row in csv.DictReader(f)]
+    assert sorted(p.name for p in folder.iterdir()) == ['.lock', 'best.pt', 'config.json', 'last.pt', 'log.csv'] + ['loss.png'] * (len(log) > 1)
     losses = [float(x) for x in re.findall(r'^step \d+: loss ([\d.]+)', ended[0][0], re.M)]
     return losses, log, torch.load(folder / 'last.pt', weights_only=True)
 
@@ -54,7 +55,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize('worlds, args', [
     ((2, 4), ['--gradient_accumulation_steps=3', '--batch_size=4', '--optimizer=adamw', '--gradient_checkpointing', '--tie_weights']),
-    ((2,), ['--gradient_accumulation_steps=2', '--batch_size=4']), ((4,), ['--gradient_accumulation_steps=1', '--batch_size=3'])])  # 3 windows for 4 processes
+    ((4,), ['--gradient_accumulation_steps=1', '--batch_size=3'])])  # 3 windows for 4 processes
 def test_streams(project, worlds, args):
     args = ['--dataset=toy', '--block_size=16', *SAME, *args]
     one = train(project, 1, 'one', *args)
@@ -63,28 +64,30 @@ def test_streams(project, worlds, args):
 
 
 @pytest.mark.parametrize('world, args', [
-    (2, ['--arch=seq2seq', '--gradient_accumulation_steps=1', '--label_smoothing=0.1']), (2, ['--gradient_accumulation_steps=2', '--batch_tokens=200']),
+    (2, ['--arch=seq2seq', '--gradient_accumulation_steps=1', '--label_smoothing=0.1', '--batch_tokens=400']),
     (4, ['--arch=seq2seq', '--gradient_accumulation_steps=2', '--batch_tokens=90', '--optimizer=adamw']),   # groups of one and two pairs
-    (2, ['--gradient_accumulation_steps=3', '--cutoffs=4,20', '--optimizer=adamw', '--batch_tokens=64'])])  # clusters without a target
+    (2, ['--gradient_accumulation_steps=2', '--cutoffs=4,20', '--optimizer=adamw', '--batch_tokens=64'])])  # clusters without a target
 def test_pairs(project, world, args):
     make_pairs(project.root)
-    args = ['--dataset=talk', '--block_size=24', '--batch_tokens=400', *SAME, *args]
+    args = ['--dataset=talk', '--block_size=24', *SAME, *args]
     assert_same(train(project, world, 'many', *args), train(project, 1, 'one', *args))
 
 
-@pytest.mark.parametrize('world', [1, 4])
-def test_a_run_goes_on_with_another_number_of_processes(project, world):
+def test_a_run_goes_on_with_another_number_of_processes(project):
+    """Two steps on two, the third on one or on four: as three on one."""
     args = ['--dataset=toy', '--block_size=16', *SAME, '--gradient_accumulation_steps=2', '--batch_size=4', '--lr_decay_iters=4']
     whole = train(project, 1, 'whole', *args)
-    half = train(project, 2, 'half', *args, '--max_iters=2', '--eval_interval=1')
+    half = train(project, 2, 'half', *args, '--max_iters=2', '--eval_interval=9')
     assert half[2]['step'] == 2
-    rest = train(project, world, 'half', *args, '--max_iters=4', '--resume')
-    assert_same((whole[0][2:], whole[1][1:], whole[2]), (rest[0], rest[1][2:], rest[2]))
+    shutil.copytree(project.root / 'half', project.root / 'other')
+    for world, out in ((1, 'half'), (4, 'other')):
+        rest = train(project, world, out, *args, '--max_iters=3', '--eval_interval=3', '--resume')
+        assert_same((whole[0][2:], [row[3:] for row in whole[1]], whole[2]), (rest[0], [row[3:] for row in rest[1][1:]], rest[2]))
 
 
 def test_gradients_are_those_of_the_whole_batch(project):
     """… in one piece, by plain autograd, of the weights that the run began with."""
-    args = ['--dataset=toy', '--block_size=16', *SAME, '--max_iters=2', '--eval_interval=1', '--gradient_accumulation_steps=3', '--batch_size=3', '--optimizer=adamw',
+    args = ['--dataset=toy', '--block_size=16', *SAME, '--max_iters=2', '--eval_interval=2', '--gradient_accumulation_steps=3', '--batch_size=3', '--optimizer=adamw',
             '--learning_rate=0', '--grad_clip=0', '--zero_init=False']
     state = train(project, 2, 'run', *args)[2]
     model, _ = build(load(project.root / 'run' / 'last.pt'), 'last.pt')
@@ -142,10 +145,9 @@ def test_a_mistake_is_told_once(project, args, said):
 
 
 def test_what_only_one_finds_it_says_itself(project):
-    first, second = (start(project, 2, '--dataset=toy', '--block_size=16', *SAME, *more)[rank] for rank, more in ((0, []), (1, ['--n_head=5'])))
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == 2 and err.startswith('train.py: process 1: n_embd must be divisible')
-    first.kill()
+    run = start(project, 2, '--dataset=toy', '--block_size=16', *SAME, '--n_head=5')[1]  # as if nobody had ended it
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and err.startswith('train.py: process 1: n_embd must be divisible')
 
 
 @pytest.mark.parametrize('victim', [0, 1])
@@ -180,17 +182,17 @@ def test_what_cannot_be_shared(project):
     assert 'WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start with torchrun' in project.fails('train.py', *TINY, env=env)
 
 
-def test_the_serious_run(project, monkeypatch):
+def test_the_serious_run(project):
     """config/gpt2_124m.py: three steps on made data, shapes made small and everything else as it stands there; and what it describes."""
     out = train(project, 2, 'run', 'config/gpt2_124m.py', '--dataset=toy', '--max_iters=3', '--block_size=16', '--n_layer=1', '--n_head=2', '--n_embd=16',
-                '--batch_size=1', '--device=cpu', '--log_interval=1', '--eval_interval=1')
+                '--batch_size=1', '--device=cpu', '--log_interval=1')
     assert out[2]['step'] == 3 and len(out[2]['optimizers']) == 1 and len(out[0]) == 3
     names, settings = GPTConfig.__dataclass_fields__, {}
     exec((project.root / 'config' / 'gpt2_124m.py').read_text(encoding='utf-8'), settings)
     with torch.device('meta'):
         assert GPT(GPTConfig(**{k: v for k, v in settings.items() if k in names})).num_params() == 124_439_808
     assert settings['batch_size'] * settings['block_size'] * settings['gradient_accumulation_steps'] == 2 ** 19
-    assert 10e9 < settings['max_iters'] * 2 ** 19 < 10.001e9
+    assert settings['max_iters'] == round(10e9 / 2 ** 19)
 
 
 @pytest.mark.parametrize('args', [{}, {'act': 'swiglu', 'norm': 'rmsnorm'}, {'pos': 'rotary', 'qk_norm': True, 'act': 'relu2'}, {'gradient_checkpointing': True}])
