@@ -13,11 +13,16 @@ them is reported, not only the first. --help prints each knob with its comment.
 import ast
 import difflib
 import io
+import os
+import signal
 import sys
+import time
 import tokenize
 import types
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
+
+from parallel import rank
 
 ROOT = Path(__file__).resolve().parent
 
@@ -34,6 +39,8 @@ def show_user_errors(script):
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(encoding='utf-8', errors='replace')
+    if rank:  # of torchrun's processes the first speaks
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
 
     def hook(kind, error, traceback):
         text = str(error)
@@ -48,8 +55,15 @@ def show_user_errors(script):
         elif issubclass(kind, BrokenPipeError):
             sys.stderr.close()  # whoever read our output has left: nothing to say, nobody to say it to
             raise SystemExit(1)
+        elif 'gloo' in text or kind.__name__.startswith('Dist'):  # torch.distributed's errors
+            text, status = f'lost another process of this run, or never met it: {text.splitlines()[0].split("] ")[-1][:100]}', 1
         else:
             return sys.__excepthook__(kind, error, traceback)
+        if rank:  # all find the same mistakes, and torchrun ends us when the first has said so: only what it does not see is ours
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(3)
+            text = f'process {rank}: {text}'
         print(f'{script}: {text}', file=sys.stderr)
         raise SystemExit(status)  # the interpreter takes its exit status from here
     sys.excepthook = hook
@@ -76,8 +90,7 @@ def read_knobs(source):
             (alone if own_line else comments)[token.start[0]] = token.string.lstrip('# ').strip()
     knobs, last = [], 0
     for node in ast.parse(source).body:
-        call = getattr(node, 'value', None)
-        if isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure':
+        if any(isinstance(part, ast.Call) and getattr(part.func, 'id', '') == 'configure' for part in ast.walk(node)):
             break
         if isinstance(node, ast.Assign):
             target, kind = node.targets[0], None

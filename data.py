@@ -21,13 +21,13 @@ SHARED = {'common', 'corpus', 'text'}  # what makes no dataset of its own name i
 IN_MEMORY = 2**28     # bytes: smaller files are loaded whole, larger ones memory-mapped
 
 
-def ensure_prepared(dataset, data_dir):
-    """Folder of a dataset; where it is missing and prepare/DATASET.py exists, that is run first. Raises UserError."""
+def ensure_prepared(dataset, data_dir, make=True):
+    """Folder of a dataset; where it is missing and prepare/DATASET.py exists, that is run first if make. Raises UserError."""
     folder = Path(data_dir) / dataset
     if (folder / 'meta.json').is_file():
         return folder
     script = ROOT / 'prepare' / f'{dataset}.py'
-    if not script.is_file() or dataset in SHARED:
+    if not make or not script.is_file() or dataset in SHARED:
         ready = sorted(p.parent.name for p in Path(data_dir).glob('*/meta.json'))
         known = sorted(p.stem for p in (ROOT / 'prepare').glob('*.py') if p.stem not in SHARED)
         raise UserError(f'there is no dataset {dataset!r} in {data_dir} and no prepare/{dataset}.py to make it; '
@@ -157,15 +157,17 @@ class Stream(Tokens):
         return math.ceil(epochs * self.epoch / (self.batch_size * micro_batches))
 
     def batches(self, seed, step, micro_batches, rank=0, world=1):
-        """The micro-batches of a step that fall to this rank: dicts of (batch_size, T) int64 tensors idx and targets.
+        """The part of a step that falls to this rank: dicts of int64 tensors idx and targets, of at most batch_size rows.
 
         A pure function of its arguments. Together the ranks see samples step * G to (step + 1) * G - 1 of the run, with
-        G = batch_size * micro_batches.
+        G = batch_size * micro_batches: each an even share, one behind the other. Where there are more ranks than samples, some
+        get a row without targets, because all have to take part in the step.
         """
-        tokens = self.tokens()
-        for m in range(rank, micro_batches, world):
-            rows = self.windows(tokens, self.starts(seed, (step * micro_batches + m) * self.batch_size, self.batch_size))
-            yield {'idx': rows[:, :-1], 'targets': rows[:, 1:]}
+        tokens, G = self.tokens(), self.batch_size * micro_batches
+        first, last = (step * G + r * G // world for r in (rank, rank + 1))
+        for i in range(first, max(last, first + 1), self.batch_size):
+            rows = self.windows(tokens, self.starts(seed, i, max(1, min(self.batch_size, last - i))))
+            yield {'idx': rows[:, :-1], 'targets': rows[:, 1:] if i < last else torch.full_like(rows[:, 1:], -1)}
 
     def eval_batches(self):
         """The whole split once, in order, without overlap: dicts as from batches(); the last window is shorter."""
@@ -283,14 +285,21 @@ class Pairs(Tokens):
         return math.ceil(epochs * self.epoch / micro_batches)
 
     def batches(self, seed, step, micro_batches, rank=0, world=1):
-        """The micro-batches of a step that fall to this rank; see the class. A pure function of its arguments.
+        """The part of a step that falls to this rank; see the class. A pure function of its arguments.
 
-        The groups of like lengths are the same in every epoch, their order is not.
+        The groups of like lengths are the same in every epoch, their order is not. Ranks take whole groups where these come
+        out even, otherwise rows of each: a rank that gets none takes one without targets, as in Stream.batches.
         """
         tokens = self.tokens()
-        for m in range(step * micro_batches + rank, (step + 1) * micro_batches, world):
+        whole = micro_batches % world == 0
+        first, stride, row, rows = (rank, world, 0, 1) if whole else (0, 1, rank, world)
+        for m in range(step * micro_batches + first, (step + 1) * micro_batches, stride):
             key = int(mix(m // self.epoch, seed)[0]) % 2**32
-            yield self.batch(tokens, self.groups[int(permute(np.array([m % self.epoch]), self.epoch, key)[0])])
+            members = self.groups[int(permute(np.array([m % self.epoch]), self.epoch, key)[0])]
+            batch = self.batch(tokens, members[row::rows] if row < len(members) else members[:1])
+            if row >= len(members):
+                batch['targets'].fill_(-1)
+            yield batch
 
     def eval_batches(self):
         """The whole split once, in groups of like lengths."""

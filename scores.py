@@ -1,9 +1,12 @@
 """What a model is worth: loss and accuracy over a whole split, and how its replies compare with those of people."""
+from itertools import islice
+
 import torch
 
 from chat import reply_text, start_ids
 from configurator import UserError
 from device import autocast
+from parallel import main, rank, total, world
 
 
 def to_device(batch, where):
@@ -15,21 +18,25 @@ def to_device(batch, where):
 def evaluate(model, data, where, precision, stopped=lambda: False):
     """{loss: mean nats a target token, accuracy: share of targets that were the likeliest} over all of data, in eval mode.
 
-    No smoothing, no padding, no dropout enter it. None where stopped() came true in between.
+    No smoothing, no padding, no dropout enter it. None where stopped() came true in between, in whichever process.
     """
     from tqdm import tqdm
     model.eval()
-    loss = right = count = 0
-    with tqdm(desc='evaluating', total=data.targets, unit='tok', unit_scale=True, leave=False, disable=None, delay=2) as bar:
-        for batch in data.eval_batches():
-            with autocast(where, precision):
-                l, r = model(**to_device(batch, where), reduction='score')[1].tolist()
-            loss, right, count = loss + l, right + r, count + (batch['targets'] != -1).sum().item()
+    loss = right = count = stop = 0
+    batches, more = islice(data.eval_batches(), rank, None, world), 1
+    quiet = None if main else True
+    with tqdm(desc='evaluating', total=data.targets, unit='tok', unit_scale=True, leave=False, disable=quiet, delay=2) as bar:
+        while more and not stop:  # a batch for each process, and all go on, or none
+            l = r = n = 0
+            if batch := next(batches, None):
+                with autocast(where, precision):
+                    l, r = model(**to_device(batch, where), reduction='score')[1].tolist()
+                n = (batch['targets'] != -1).sum().item()
+            l, r, n, more, stop = total(l, r, n, batch is not None, bool(stopped()))
+            loss, right, count = loss + l, right + r, count + int(n)
             bar.update(count - bar.n)
-            if stopped():
-                break
     model.train()
-    return None if stopped() else {'loss': loss / count, 'accuracy': right / count}
+    return None if stop else {'loss': loss / count, 'accuracy': right / count}
 
 
 @torch.no_grad()

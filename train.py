@@ -4,6 +4,7 @@ Train a GPT or an encoder-decoder on a dataset of data/NAME, on whatever this ma
     python train.py                                                  little over a minute on two CPU cores, no download
     python train.py config/shakespeare_char.py --dropout=0.1         a config file, then overrides
     python train.py config/shakespeare_char.py --resume              goes on where it stopped, to the bit
+    torchrun --standalone --nproc_per_node=8 train.py config/…       on eight GPUs, or processes: the same steps, shared out
 """
 from typing import Literal
 
@@ -97,6 +98,8 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import memory
+import parallel
 import tokenizer as tokenizers
 from chat import PLAIN, start_ids
 from configurator import ROOT, nearby
@@ -104,6 +107,7 @@ from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
 from files import lock, write_whole
 from muon import Muon
+from parallel import main, rank, world
 from scores import evaluate, reply_scores, smoothed_batch_mean, to_device, write_replies
 
 resume = resume or init_from == 'resume'
@@ -163,21 +167,23 @@ except ValueError as e:
     problems.append(str(e))
 if problems:
     raise UserError('; '.join(problems))
+where = parallel.start(pick_device(device))
+precision, why = pick_dtype(where, dtype)
 if state is None and init_from != 'scratch':
     import gpt2
     if arch != 'gpt':
         raise UserError(f'--init_from={init_from} is a GPT: leave --arch={arch} away')
     asked = {name: globals()[name] for name in ('dropout', 'attn_dropout', 'gradient_checkpointing')}
     asked |= {'block_size': block_size} if 'block_size' in explicit else {}
-    pretrained, theirs = gpt2.load(init_from, **asked)
+    with parallel.main_first():  # one of us downloads
+        pretrained, theirs = gpt2.load(init_from, **asked)
     if wrong := [name for name in model_args if name in explicit and globals()[name] != theirs[name]]:
         raise UserError(f'{init_from} has a shape of its own: leave {", ".join(wrong)} away')
     model_args = {name: theirs[name] for name in model_args}
     globals().update(model_args)
 
-where = pick_device(device)
-precision, why = pick_dtype(where, dtype)
-folder = ensure_prepared(dataset, nearby(data_dir or ROOT / 'data'))
+with parallel.main_first():
+    folder = ensure_prepared(dataset, nearby(data_dir or ROOT / 'data'), make=main)
 meta = read_meta(folder)
 try:
     tok = tokenizers.from_dict(meta['tokenizer'])
@@ -227,7 +233,7 @@ except tokenizers.UnknownCharacters as e:
 
 saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir)}
 saved_config['data_dir'] = data_dir and str(folder.parent.resolve())  # the default stays so: a checkout may move
-if not eval_only:
+if main and not eval_only:
     try:
         if state is None and (out_dir / 'last.pt').is_file():  # nobody's work is overwritten
             lock(out_dir).close()  # and no run loses its folder while it is writing to it
@@ -292,7 +298,7 @@ engine = 'eager'
 if compile is True or compile == 'auto' and where.type == 'cuda':
     model, engine = torch.compile(model), 'compiled'
     try:  # it compiles at the first call: do that here, where going without is still easy
-        forward(next(train_data.batches(seed, 0, 1))).backward()
+        forward(next(train_data.batches(seed, 0, gradient_accumulation_steps, rank, world))).backward()
     except Exception as e:
         if compile is True:
             said = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
@@ -303,29 +309,23 @@ elif compile == 'auto':
     engine = f'eager (compiling pays late on {where.type}; --compile tries it)'
 
 
-def expected_memory():
-    """Bytes for weights, gradients, optimizer and the activations of one micro-batch: an estimate, good to about a third."""
-    e = 4 if precision == torch.float32 else 2
-    states = sum(p.numel() for p in others) * 18 + sum(p.numel() for p in matrices) * 14  # weight, gradient, moments, bf16 copy
-    longest = min(block_size, batch_tokens) if pairs else block_size
-    scores = 3 * n_head * longest if where.type == 'cpu' and longest <= 1024 else 0  # attend() keeps them on a CPU
-    layer = e * (12 * n_embd + 3 * (n_inner or 4 * n_embd) + scores)
-    token = e * n_layer * n_embd + layer * (1 if gradient_checkpointing else n_layer)
-    tokens = batch_tokens if pairs else batch_size * block_size
-    head = min(tokens * meta['vocab_size'], 2**24) * (8 + e)
-    return states + tokens * token + head + (5e8 if where.type == 'cpu' else 0)
+model = parallel.wrap(model, some_unused=bool(cutoffs))
 
-
+most = batch_tokens if pairs else min(batch_size, -(-batch_size * gradient_accumulation_steps // world)) * block_size
+needs = memory.estimate(raw_model.config, sum(p.numel() for p in others), sum(p.numel() for p in matrices), most, precision,
+                        where.type, world)
 size = (f'{len(train_data.S):,} pairs to learn from, {train_data.padding:.1%} padding, {train_data.cut[0]:,} sources and '
         f'{train_data.cut[1]:,} targets cut to fit' if pairs else
         f'{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {train_data.n:,} to learn from')
+size += f', shared out to {world} processes' * (world > 1)
 print(f'{raw_model.num_params() / 1e6:.2f} M parameters, {size}; {where} in {str(precision).removeprefix("torch.")} ({why}), '
-      f'{engine}; about {expected_memory() / 1e9:.1f} GB of memory', flush=True)
+      f'{engine}; {memory.in_words(needs)}', flush=True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation, samples, files
 
-stop = None  # the name of the signal that asked us to stop
+SIGNALS = ('SIGINT', 'SIGTERM')
+stop = stop_time = None  # the name of the signal that asked us to stop, and when
 
 
 def in_words(loss):
@@ -398,11 +398,14 @@ def draw(rows):
 
 
 def ask_to_stop(number, frame):
-    """The first Ctrl-C or SIGTERM: finish this step, save, leave. The second: leave at once."""
-    global stop
-    if stop:
+    """The first Ctrl-C or SIGTERM: finish this step, save, leave. The second: leave at once.
+
+    Within a second of the first it is no second: torchrun passes on what the terminal has sent to us, too.
+    """
+    global stop, stop_time
+    if stop and time.monotonic() - stop_time > 1:
         raise KeyboardInterrupt
-    stop = signal.Signals(number).name
+    stop, stop_time = stop or signal.Signals(number).name, stop_time or time.monotonic()
 
 
 if eval_only:
@@ -413,14 +416,14 @@ if eval_only:
         raise SystemExit(0)
     score = evaluate(raw_model, val_data, where, precision)
     print(f'{told}loss {in_words(score["loss"])}, accuracy {score["accuracy"]:.2%} of {val_data.targets:,} target tokens')
-    if pairs and eval_replies:
+    if pairs and eval_replies and main:
         replies = write_replies(raw_model, tok, style, val_data, eval_replies, min(block_size // 2, 128), num_beams)
         for source, reference, reply in replies[::math.ceil(len(replies) / 10)]:  # ten of them to read, from all over
             print(f'{source}\n  -> {reply}\n  (they said: {reference})')
         print(*reply_scores(replies), sep='\n')
     raise SystemExit(0)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, ask_to_stop)
+for name in SIGNALS:
+    signal.signal(getattr(signal, name), ask_to_stop)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
@@ -440,6 +443,14 @@ def lr_factor(step):
     return floor + left * (1 - floor)
 
 
+def agree(n):
+    """n, summed over all processes. And whichever of them was told to stop, from here on all know, at the same step."""
+    global stop
+    n, *told = parallel.total(n, *(stop == name for name in SIGNALS))
+    stop = stop or next((name for name, t in zip(SIGNALS, told) if t), None)
+    return int(n)
+
+
 def elapsed():
     """Seconds of training so far, those before a resume included."""
     return progress['seconds'] + time.perf_counter() - t_start
@@ -447,7 +458,8 @@ def elapsed():
 
 def diverged(**what):
     """The error for a loss or gradient that is no longer a number: nothing after this is worth saving."""
-    draw(log_rows)
+    if main:
+        draw(log_rows)
     kept = f'the checkpoints in {out_dir} are from before this' if progress['evaluated'] else 'there is no checkpoint yet'
     what['learning rate'] = f'{learning_rate * lr_factor(step):.3e}'
     return UserError(f'training diverged at step {step} ({", ".join(f"{k} {v}" for k, v in what.items())}): '
@@ -461,9 +473,13 @@ log_rows, val_loss, speed = read_log(), None, 0.0
 model.train()
 print(f'step {step} of {max_iters}; checkpoints go to {out_dir}', flush=True)
 while True:
+    batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world))
+    n = agree(sum((batch['targets'] != -1).sum().item() for batch in batches))  # real targets in the whole step
     finished = step >= max_iters or bool(patience and progress['bad_evals'] >= patience)
-    if (finished or step % eval_interval == 0) and step > progress['evaluated'] and (
-            score := evaluate(model, val_data, where, precision, lambda: stop)) is not None:
+    if (finished or step % eval_interval == 0) and step > progress['evaluated'] and not stop:
+        score = evaluate(model, val_data, where, precision, lambda: stop)
+        if score is None:
+            continue
         val_loss = score['loss']
         if not math.isfinite(val_loss):
             raise diverged(**{'validation loss': val_loss})
@@ -474,30 +490,30 @@ while True:
         print(f'step {step}: train {train_loss:.4f}, val {in_words(val_loss)}' + ', the best so far' * better, flush=True)
         log_rows.append([step, progress['tokens'], f'{elapsed():.2f}', f'{train_loss:.5f}', f'{val_loss:.5f}', f'{lr:.3e}',
                          f'{progress["grad_norm"]:.4f}', f'{speed:.0f}'])
-        write_log(log_rows)  # in this order: wherever a crash comes, resuming from last.pt makes good what is missing
-        save(*(['best.pt', 'last.pt'] if better else ['last.pt']))
-        if sample_tokens:
-            write_sample(sample_tokens)
+        if main:
+            write_log(log_rows)  # in this order: wherever a crash comes, resuming from last.pt makes good what is missing
+            save(*(['best.pt', 'last.pt'] if better else ['last.pt']))
+            if sample_tokens:
+                write_sample(sample_tokens)
         t_log, log_tokens = time.perf_counter(), progress['tokens']
         continue  # it may have been one evaluation too many without progress
     if finished or stop:
         break
 
-    torch.manual_seed((seed * 1_000_003 + step) % 2**63)  # dropout, too, depends on (seed, step) alone: so resume is exact
+    torch.manual_seed((seed * 1_000_003 + step + rank * 7_919_000_021) % 2**63)  # so dropout, too, resumes exactly
     for o, rates in zip(optimizers, peaks):
         for group, peak in zip(o.param_groups, rates):
             group['lr'] = peak * lr_factor(step)
-    batches = list(train_data.batches(seed, step, gradient_accumulation_steps))
-    n = sum((batch['targets'] != -1).sum().item() for batch in batches)
     step_loss = torch.zeros((), device=where)
-    for batch in batches:
-        loss = forward(batch) / n  # a sum over tokens, by their number in the whole step: micro-batches count by their size
-        scaler.scale(loss).backward()
+    for i, batch in enumerate(batches):
+        with parallel.no_sync(model, last=i == len(batches) - 1):
+            loss = forward(batch) / (n / world)  # a sum over tokens, by their number in the whole step, of all micro-batches and
+            scaler.scale(loss).backward()        # processes, whose gradients are averaged: each target counts alike
         step_loss += loss.detach()
     for o in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()  # infinite: only measured
-    step_loss = step_loss.item()
+    step_loss = parallel.total(step_loss.item())[0] / world
     if not math.isfinite(step_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):  # float16 may skip a step
         raise diverged(loss=step_loss, **{'gradient norm': grad_norm})
     for o in optimizers:
@@ -518,12 +534,15 @@ while True:
 # ----------------------------------------------------------------------------------------------------------------------
 # the end
 
+parallel.finish()
+if not main:  # the rest is writing
+    raise SystemExit(128 + getattr(signal, stop) if stop else 0)
 draw(log_rows)
 if step > progress['evaluated']:  # stopped, and not behind an evaluation that has saved already
     save('last.pt')
 if stop:
     again = shlex.join(a for a in sys.argv[1:] if a != '--resume')
-    print(f'stopped by {stop} at step {step}; go on with: python train.py {again} --resume', flush=True)
+    print(f'stopped by {stop} at step {step}; go on with: {parallel.launcher} train.py {again} --resume', flush=True)
     raise SystemExit(128 + getattr(signal, stop))
 peak = peak_memory(where)
 print(f'{timedelta(seconds=int(elapsed()))} in all' + (f', {peak / 1e9:.2f} GB at the most' if peak else ''))

@@ -1,0 +1,98 @@
+"""
+Several processes that train one model: torchrun starts them, each learns from its share of every step, gradients are summed.
+
+    rank, world, main     which process this is (0 …), of how many; main: the one that prints, writes and prepares
+    start(device)         meet the others; returns the device of this process
+    total(1, 2.5)         each number summed over all processes: everybody gets the same
+    main_first()          a with block that the main process goes through alone, before the others
+    wrap(model, …)        the model in DistributedDataParallel
+    finish()              part; nothing may be summed after it
+
+Without torchrun there is one process and none of this does anything: torch.distributed is not even imported.
+"""
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+world = int(os.environ.get('WORLD_SIZE') or 1)
+rank = int(os.environ.get('RANK') or 0) if world > 1 else 0
+main = rank == 0
+local_world = int(os.environ.get('LOCAL_WORLD_SIZE') or world)
+launcher = 'python' if world == 1 else 'torchrun …' if local_world != world else f'torchrun --standalone --nproc_per_node={world}'
+host = None  # the group for numbers on the CPU, whatever the model is on
+
+
+def start(device):
+    """Meet the other processes; returns the torch.device of this one. Raises UserError where this device can't be shared so."""
+    if world == 1:
+        return device
+    import torch
+    import torch.distributed as dist
+
+    from configurator import UserError  # which asks us who speaks
+    if missing := [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
+        raise UserError(f'WORLD_SIZE is {world}, but {", ".join(missing)} is not set: start with torchrun, or unset WORLD_SIZE')
+    if device.type == 'mps':
+        raise UserError('a Mac has one GPU: leave torchrun away, or run its processes with --device=cpu')
+    if device.type == 'cuda':
+        local = int(os.environ['LOCAL_RANK'])
+        if device.index is not None:
+            raise UserError(f'torchrun gives each process a GPU of its own: leave --device={device} away')
+        if local >= torch.cuda.device_count():
+            raise UserError(f'{local_world} processes need as many GPUs, this machine has {torch.cuda.device_count()}: '
+                            f'lower --nproc_per_node')
+        device = torch.device('cuda', local)
+        torch.cuda.set_device(device)
+    global host
+    hook = sys.excepthook
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    sys.excepthook = hook  # PyTorch has put one around ours that would swallow what ours says
+    host = dist.new_group(backend='gloo', timeout=timedelta(days=7))  # the others wait while one prepares a dataset or writes
+    return device
+
+
+def total(*numbers):
+    """These numbers, each summed over all processes in float64. Every process must come here, as often as the others."""
+    if world == 1:
+        return numbers
+    import torch
+    import torch.distributed as dist
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums, group=host)
+    return tuple(sums.tolist())
+
+
+@contextmanager
+def main_first():
+    """What is inside, the main process does before the others: they find it done."""
+    if not main:
+        total(0)
+    yield
+    if main:
+        total(0)
+
+
+def wrap(model, some_unused):
+    """The model in DistributedDataParallel: the last backward of a step averages gradients over all processes.
+
+    some_unused: parameters may get no gradient, those of an adaptive softmax's cluster when no target falls into it.
+    Its graph is then searched for them. Compiling comes before wrapping, as PyTorch's documentation has it.
+    """
+    if world == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True,
+                                   find_unused_parameters=some_unused)
+
+
+def no_sync(model, last):
+    """Context of a micro-batch's forward and backward: only the last one of a step is where processes wait for each other."""
+    return nullcontext() if world == 1 or last else model.no_sync()
+
+
+def finish():
+    """Part from the other processes."""
+    if world > 1:
+        import torch.distributed as dist
+        dist.destroy_process_group()
