@@ -49,7 +49,8 @@ batch_size = 16                    # windows of a stream in a micro-batch
 batch_tokens = 4096                # of a dataset of pairs: sources and targets in a micro-batch, padding included
 gradient_accumulation_steps = 1    # micro-batches a step
 max_iters = 800                    # steps in all …
-max_epochs: float | None = None    # … or so many times the whole dataset
+max_epochs: float | None = None    # … or so many times the whole dataset …
+max_minutes: float | None = None   # … or as many as fit into so much time: the rates fall with the clock, so no two runs are alike
 seed = 1337                        # of initial weights, order of data, dropout
 # Optimizer
 optimizer: Literal['muon', 'adamw'] = 'muon'  # muon: for the matrices in the blocks, AdamW for the rest
@@ -153,10 +154,15 @@ for name in ('seed', 'patience', 'eval_interval', 'eval_replies', 'warmup_iters'
 for name in ('beta1', 'beta2', 'muon_momentum', 'label_smoothing'):
     if not 0 <= globals()[name] < 1:
         problems.append(f'{name} must be from 0 to below 1, got {globals()[name]}')
-if max_epochs is not None and not max_epochs > 0:
-    problems.append(f'max_epochs must be above 0 or None, got {max_epochs}')
-if explicit.get('max_iters') == explicit.get('max_epochs') == 'command line':
-    problems.append('max_iters and max_epochs both say how long to train: give one of them')
+lengths = ('max_iters', 'max_epochs', 'max_minutes')  # how long to train: one of them counts
+for name in lengths[1:]:
+    if globals()[name] is not None and not globals()[name] > 0:
+        problems.append(f'{name} must be above 0 or None, got {globals()[name]}')
+typed = [name for name in lengths if explicit.get(name) == 'command line' and globals()[name] is not None]
+if len(typed) > 1:
+    problems.append(f'{" and ".join(typed)} both say how long to train: give one of them')
+if typed:  # what is typed here and now counts, whatever a config file says
+    globals().update({name: None for name in lengths[1:] if name != typed[0]})
 if label_smoothing and cutoffs:
     problems.append('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
 Model, Config = checkpoint.KINDS[arch]
@@ -220,9 +226,7 @@ if eval_split not in meta['counts']:
 if pretrained:
     gpt2.grow(pretrained, tok, gpt2.load_tokenizer(init_from), folder)
 train_data, val_data = open_split('train'), open_split(eval_split if eval_only else 'val')
-if explicit.get('max_iters') == 'command line':
-    max_epochs = None  # what is typed here and now counts, whatever a config file says
-elif max_epochs is not None:
+if max_epochs is not None:
     max_iters = train_data.steps(max_epochs, gradient_accumulation_steps)
 eval_interval = eval_interval or train_data.steps(1, gradient_accumulation_steps)
 val_bytes = val_data.count_bytes(tok.byte_lengths())
@@ -436,17 +440,25 @@ def lr_factor(step):
     if schedule == 'constant':
         return 1.0
     end = max_iters if lr_decay_iters is None else lr_decay_iters
-    left = (end - step) / (end - warmup_iters) if step < end else 0.0  # from 1, after the warm-up, to 0
+    if max_minutes is not None:
+        left = max(0.0, 1 - spent / budget())
+    else:
+        left = (end - step) / (end - warmup_iters) if step < end else 0.0  # from 1, after the warm-up, to 0
     if schedule == 'cosine':
         left = 0.5 - 0.5 * math.cos(math.pi * left)
     floor = min_lr / learning_rate if learning_rate else 0.0
     return floor + left * (1 - floor)
 
 
+def budget():
+    """Seconds that --max_minutes leaves for training: less the last evaluation, which is to take as long as the one before."""
+    return max(1.0, 60 * max_minutes - eval_seconds)
+
+
 def agree(n):
-    """n, summed over all processes. And whichever of them was told to stop, from here on all know, at the same step."""
-    global stop
-    n, *told = parallel.total(n, *(stop == name for name in SIGNALS))
+    """n, summed over all processes. And whichever of them was told to stop, from here on all know, at the same step; and the time."""
+    global stop, spent
+    n, spent, *told = parallel.total(n, elapsed() if main else 0, *(stop == name for name in SIGNALS))
     stop = stop or next((name for name, t in zip(SIGNALS, told) if t), None)
     return int(n)
 
@@ -469,15 +481,18 @@ def diverged(**what):
 step = first_step = progress['step']
 log_tokens = progress['tokens']
 t_start = t_log = time.perf_counter()
-log_rows, val_loss, speed = read_log(), None, 0.0
+log_rows, val_loss, speed, eval_seconds, spent = read_log(), None, 0.0, 0.0, 0.0
 model.train()
-print(f'step {step} of {max_iters}; checkpoints go to {out_dir}', flush=True)
+print(f'step {step} of {max_iters if max_minutes is None else f"what fits into {max_minutes:g} minutes"}; checkpoints go to {out_dir}', flush=True)
 while True:
     batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world))
     n = agree(sum((batch['targets'] != -1).sum().item() for batch in batches))  # real targets in the whole step
-    finished = step >= max_iters or bool(patience and progress['bad_evals'] >= patience)
+    finished = bool(patience and progress['bad_evals'] >= patience)
+    finished |= step >= max_iters if max_minutes is None else spent >= budget()
     if (finished or step % eval_interval == 0) and step > progress['evaluated'] and not stop:
+        begin = elapsed()
         score = evaluate(model, val_data, where, precision, lambda: stop)
+        eval_seconds, = parallel.total(elapsed() - begin if main else 0)
         if score is None:
             continue
         val_loss = score['loss']
@@ -526,7 +541,7 @@ while True:
     if step % log_interval == 0 or step == first_step + 1:
         now = time.perf_counter()
         speed = (progress['tokens'] - log_tokens) / (now - t_log)  # of target tokens
-        left = (now - t_start) / (step - first_step) * (max_iters - step)
+        left = (now - t_start) / (step - first_step) * (max_iters - step) if max_minutes is None else max(0, 60 * max_minutes - elapsed())
         print(f'step {step}: loss {step_loss:.4f}, lr {learning_rate * lr_factor(step - 1):.2e}, {speed:,.0f} tokens/s, '
               f'{timedelta(seconds=int(left))} left', flush=True)
         t_log, log_tokens = now, progress['tokens']

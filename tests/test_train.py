@@ -299,6 +299,19 @@ def test_resume_keeps_what_the_run_was_started_with(project):
     assert state['step'] == 4 and state['model_args']['n_layer'] == 2
 
 
+def test_max_minutes(project):
+    """The rates fall with the clock, to nearly nothing when the time is over; a config file's length gives way to what is typed."""
+    (project.root / 'config' / 'mine.py').write_text('dataset = "toy"\nblock_size = 16\nn_embd = 16\nn_layer = 1\nbatch_size = 4\nmax_epochs = 1e6\n', encoding='utf-8')
+    out, _ = project.run('train.py', 'config/mine.py', '--max_minutes=0.03', '--device=cpu', '--eval_interval=40', '--log_interval=1', '--warmup_iters=0')
+    assert 'step 0 of what fits into 0.03 minutes' in out
+    rates = [float(line.split('lr ')[1].split(',')[0]) for line in out.splitlines() if ', lr ' in line]
+    assert rates == sorted(rates, reverse=True) and rates[0] > 9e-3 and rates[-1] < 2e-3 and len(rates) > 10
+    assert project.checkpoint('mine')['step'] == len(rates) and 1 < project.checkpoint('mine')['seconds'] < 10
+    out, _ = project.run('train.py', 'config/mine.py', '--resume', f'--max_iters={len(rates) + 2}')
+    assert 'max_minutes 0.03 -> None' not in out and project.checkpoint('mine')['step'] == len(rates) + 2
+    assert 'max_iters and max_minutes both say how long' in project.fails('train.py', '--max_minutes=1', '--max_iters=5')
+
+
 def test_a_run_older_than_a_switch_goes_on_without_it(project):
     import torch
     project.train('--token_shift=False', '--out_dir=whole')
