@@ -188,10 +188,11 @@ def main(config: str = '', overrides: str = '', name: str = '', gpu: str = GPUS,
     """Train. To out/NAME, which is the config's name where none is given."""
     args, path = shlex.split(overrides), find(config).resolve()
     datasets = ['stdlib', *(arg.partition('=')[2] for arg in args if arg.startswith('--dataset='))]
-    if config and not path.is_relative_to(HERE / 'config'):
-        raise UserError(f'{config} is not in {HERE / "config"}, which is what containers get: copy it there')
-    args = [path.relative_to(HERE).as_posix()] * bool(config) + args
     name = plain(name or (path.stem if config else datasets[-1]))
+    if config:
+        if not path.is_relative_to(HERE / 'config'):
+            raise UserError(f'{config} is not in {HERE / "config"}, which is what containers get: copy it there')
+        args.insert(0, path.relative_to(HERE).as_posix())
     call = with_secret(train, secret).spawn(args, name, gpus, fresh, time.strftime('%Y-%m-%d %H:%M:%S'))  # it may outlive us
     end(*call.get())
     print(f'the result lies in out/{name} of the volume pocketgpt: modal run modal_train.py::download --name={name}')
