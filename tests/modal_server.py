@@ -147,7 +147,8 @@ class Server:
     def FunctionCreate(self, r):
         definition = r.function if r.HasField('function') else r.function_data.ranked_functions[0].function
         self.functions[f'fu-{definition.function_name}'] = definition
-        return pb.FunctionCreateResponse(function_id=f'fu-{definition.function_name}', function=r.function, function_data=r.function_data, handle_metadata=self.metadata(definition.function_name, definition.function_type))
+        kind = 'function' if r.HasField('function') else 'function_data'
+        return pb.FunctionCreateResponse(function_id=f'fu-{definition.function_name}', **{kind: getattr(r, kind)}, handle_metadata=self.metadata(definition.function_name, definition.function_type))
 
     def FunctionBindParams(self, r):
         bound = f'{r.function_id}-bound'
@@ -250,7 +251,7 @@ class Server:
         folder = self.volume / r.path.strip('/')
         if not folder.is_dir():
             raise grpclib.GRPCError(grpclib.Status.NOT_FOUND, f'No such file or directory: {r.path}')
-        yield pb.VolumeListFilesResponse(entries=[pb.FileEntry(path=str(p.relative_to(self.volume)), type=2 if p.is_dir() else 1, size=p.stat().st_size) for p in folder.iterdir()])
+        yield pb.VolumeListFilesResponse(entries=[pb.FileEntry(path=str(p.relative_to(self.volume)), type=2 if p.is_dir() else 1, size=p.stat().st_size) for p in (folder.rglob('*') if r.recursive else folder.iterdir())])
 
     def VolumeGetFile2(self, r):
         size = (self.volume / r.path).stat().st_size
@@ -274,7 +275,7 @@ class Server:
     async def QueueGet(self, r):
         try:
             await asyncio.wait_for(self.until(lambda: self.queue), r.timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return pb.QueueGetResponse()
         return pb.QueueGetResponse(values=[self.queue.pop(0)])
 
