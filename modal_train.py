@@ -247,14 +247,14 @@ def download(name: str):
                     f.writelines(volume.read_file(entry.path))
                 print(f'{path.name}: {path.stat().st_size:,} bytes', flush=True)
                 if path.stat().st_size != entry.size or path.suffix == '.pt' and zipfile.ZipFile(path).testzip():
-                    raise zipfile.BadZipFile
+                    raise EOFError(f'{path.name} was cut, or has changed on the way')
         if out.exists():
             print(f'{out} was there: it is now {out.rename(free_name(out))}')
         part.rename(out)
     except modal.exception.NotFoundError:
         raise UserError(f'there is no run {name} on the volume: modal run modal_train.py::ls shows those that are') from None
-    except (zipfile.BadZipFile, FileNotFoundError):
-        raise UserError(f'{path.name} was cut, or has changed while it came: try again') from None
+    except Exception as e:
+        raise UserError(f'out/{name} did not come whole ({e}), nothing was changed here: try again') from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f'python sample.py --out_dir={shlex.quote(str(out))} --chat')

@@ -147,8 +147,8 @@ class Server:
     def FunctionCreate(self, r):
         definition = r.function if r.HasField('function') else r.function_data.ranked_functions[0].function
         self.functions[f'fu-{definition.function_name}'] = definition
-        kind = 'function' if r.HasField('function') else 'function_data'
-        return pb.FunctionCreateResponse(function_id=f'fu-{definition.function_name}', **{kind: getattr(r, kind)}, handle_metadata=self.metadata(definition.function_name, definition.function_type))
+        data = pb.FunctionData(ranked_functions=[pb.FunctionData.RankedFunction(function=definition)]) if r.HasField('function') else r.function_data
+        return pb.FunctionCreateResponse(function_id=f'fu-{definition.function_name}', function=r.function, function_data=data, handle_metadata=self.metadata(definition.function_name, definition.function_type))
 
     def FunctionBindParams(self, r):
         bound = f'{r.function_id}-bound'
