@@ -72,10 +72,9 @@ def cloud(tmp_path):
     p.volume = p.root / 'vol'
 
     def run(ref, *args, status=0, typed=None, on_commit=lambda server: None):
-        with Server(tmp_path, p.volume) as server:
-            server.on_commit, env = on_commit, {**server.env, 'PATH': f'{torchrun.parent}:{os.environ["PATH"]}'}
-            server.path = env['PATH']
-            done = subprocess.run([*MODAL, f'{p.root / "modal_train.py"}{ref}', *args], env=env, cwd='/', input=typed, capture_output=True, text=True, timeout=60)
+        with Server(p.root, p.volume) as server:
+            server.on_commit, server.path = on_commit, f'{torchrun.parent}:{os.environ["PATH"]}'
+            done = subprocess.run([*MODAL, f'{p.root / "modal_train.py"}{ref}', *args], env=server.env, cwd='/', input=typed, capture_output=True, text=True, timeout=60)
         assert done.returncode == status, done.stdout + done.stderr
         assert 'Traceback' not in done.stderr
         server.out, server.err = done.stdout, done.stderr
@@ -119,7 +118,7 @@ def test_a_preempted_run_goes_on_by_itself_and_the_platform_is_asked_for_what_it
     assert 'torch' in wanted and all(re.search(rf'^{name}\b', files['/.requirements.txt'], re.M) for name in wanted)
     sent = {f.filename for r in server.requests('MountGetOrCreate') for f in r.files}
     here = {str(Path(p).relative_to(cloud.root)) for pattern in ('*.py', 'prepare/*.py', 'config/*.py') for p in cloud.root.glob(pattern)}
-    assert sent == {f'{cloud.root}/{name}' for name in here} | {'/root/modal_train.py'}
+    assert sent == {f'/root/pocketgpt/{name}' for name in here} | {'/root/modal_train.py'}
 
     again = cloud.modal('')
     assert 'finished before' in again.out and len(steps(cloud, 'stdlib')) == 60
@@ -147,7 +146,7 @@ def test_a_run_comes_home_whole_or_not_at_all_and_is_listed(cloud, tmp_path):
     assert 'no run none' in cloud.modal('::download', '--name=none', status=2).err
     run = cloud.volume / 'out' / 'toy'
     run.mkdir(parents=True)
-    torch.save({'x': torch.arange(9)}, run / 'last.pt')
+    torch.save({'x': torch.arange(9000)}, run / 'last.pt')
     (run / 'log.csv').write_text('step,seconds,val_loss,tokens_per_s\n20,720,1.5,4321\n')
     (run / 'config.json').write_text('{"max_iters": 100}')
     (run / 'modal.json').write_text(json.dumps({'gpus': ['NVIDIA L4', 'NVIDIA L4']}))
