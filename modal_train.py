@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,10 +28,10 @@ from threading import Thread
 import modal
 
 GPUS = 'L4,A10,T4'                 # the first of these that is free; --gpu=H100 asks for another, --gpu=H100,A100 for either
-VOLUME = Path('/vol')              # where containers see the volume: data/, out/, cache/
+VOLUME = '/vol'                    # where containers see the volume: data/, out/, cache/
 TIMEOUT = 24 * 3600                # seconds an attempt may take, Modal's limit; a longer run goes on in the next attempt
 GRACE = 25                         # seconds to save in when a run is stopped: Modal kills after 30
-PRICES = {'L4': None, 'A10G': None, 'T4': None, 'A100': None, 'H100': None}  # USD an hour, from modal.com/pricing: fill in yours
+PRICES = {'L4': None, 'A10': None, 'T4': None, 'A100': None, 'H100': None}  # USD an hour, from modal.com/pricing: fill in
 
 HERE = Path(__file__).resolve().parent if modal.is_local() else Path('/root/pocketgpt')
 sys.path.append(str(HERE))
@@ -52,7 +53,7 @@ image = (modal.Image.debian_slim(python_version='3.11')
          .add_local_dir(str(HERE), '/root/pocketgpt',  # last: it is mounted, so that an edit rebuilds nothing
                         ignore=lambda path: path.suffix != '.py' or str(path.parent) not in ours))
 volume = modal.Volume.from_name('pocketgpt', create_if_missing=True)
-on_cpu = {'image': image, 'volumes': {str(VOLUME): volume}, 'timeout': TIMEOUT}
+on_cpu = {'image': image, 'volumes': {VOLUME: volume}, 'timeout': TIMEOUT}
 on_gpu = {**on_cpu, 'gpu': gpu if len(gpu) > 1 else gpu[0]}
 try_again = modal.Retries(max_retries=10, initial_delay=0.0, backoff_coefficient=1.0)
 app = modal.App('pocketgpt')
@@ -72,20 +73,22 @@ def free_name(path):
 
 
 @app.function(**on_gpu, retries=try_again, single_use_containers=True)
-def train(args: list[str], name: str, gpus: int = 1, fresh: bool = False, when: str = '') -> tuple[int, str]:
+def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = False, when: str = '') -> tuple[int, str]:
     """train.py with args, to out/NAME on the volume; goes on where the same command was stopped. Returns (status, words).
 
     Preemption (SIGINT) stops train.py, which saves, and the same call comes again. A crash is raised and tried again; bad input
     (status 2) is returned: no attempt mends it. `when` is one for all attempts of a call: with --fresh, they alone go on.
     """
-    out, forced, args = VOLUME / 'out' / name, '--resume' in args, [arg for arg in args if arg != '--resume']
-    note, log, last, words = out / 'modal.json', out / 'train.log', out / 'last.pt', 'starts anew'
-    saved, done, aside = json.loads(note.read_text(encoding='utf-8')) if note.is_file() else {}, out / 'finished', None
-    same = saved.get('when') == when != '' or not fresh and (forced or saved.get('args') == args)
-    if resume := same and last.is_file():
+    out, aside, words = Path(VOLUME, 'out', name), None, 'starts anew'
+    last, note, log, done = (out / file for file in ('last.pt', 'modal.json', 'train.log', 'finished'))
+    saved = json.loads(note.read_text(encoding='utf-8')) if note.is_file() else {}
+    resume = '--resume' in shlex.split(args)
+    same = saved.get('when') == when != '' or not fresh and saved.get('args') == args
+    if last.is_file() and (resume or same):
         words = 'goes on from its last.pt'
-        if done.exists() and not forced:
+        if done.exists() and not resume:
             return 0, f'out/{name} was finished before: --fresh trains anew and keeps this one, --name=… makes another'
+        resume = True
     elif last.is_file():
         aside = out.rename(free_name(out))
         words += f'; the run of another command that was there is now out/{aside.name}'
@@ -96,7 +99,7 @@ def train(args: list[str], name: str, gpus: int = 1, fresh: bool = False, when: 
     write_whole(note, lambda f: f.write(content))
     done.unlink(missing_ok=True)
     start = ['torchrun', '--standalone', f'--nproc_per_node={gpus}'] if gpus > 1 else [sys.executable]
-    start += ['train.py', *args, f'--data_dir={VOLUME}/data', f'--out_dir={out}', *['--resume'] * resume]
+    start += ['train.py', *shlex.split(args), f'--data_dir={VOLUME}/data', f'--out_dir={out}', *['--resume'] * resume]
     before, seen, end = log.stat().st_size if log.exists() else 0, None, time.monotonic() + TIMEOUT - min(300, TIMEOUT / 10)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     child = Popen(start, cwd=HERE, stdout=PIPE, stderr=STDOUT, start_new_session=True)  # what is sent to our group is not for it
@@ -112,17 +115,17 @@ def train(args: list[str], name: str, gpus: int = 1, fresh: bool = False, when: 
         child.terminate()  # nothing happens where it has ended
         try:
             child.wait(GRACE)
+            tee.wait(1)  # longer, where train.py has left a child behind
         except TimeoutExpired:
             child.kill()
             tee.kill()
-        tee.wait()
         commit()
     lines = log.read_bytes()[before:].decode('utf-8', 'replace').splitlines()
     if child.returncode == 2 or any(line.split()[:3] == ['exitcode', ':', '2'] for line in lines):  # so torchrun says it
-        if aside:  # it was refused, so that one stays what it was
+        if aside and not last.exists():  # it did not even start, so that one stays where it was
             shutil.rmtree(out)
             aside.rename(out)
-        elif saved:
+        elif saved and not aside:
             write_whole(note, lambda f: f.write(json.dumps(saved).encode('utf-8')))
         return 2, [line for line in ['train.py: bad input', *lines] if line.startswith('train.py: ')][-1]
     if child.returncode:
@@ -158,11 +161,11 @@ def pass_on(read, write):
 # What follows runs here, all above it on Modal
 
 
-def run_of(name):
-    """Where a run of that name lies on the volume. Raises UserError where it can't be a name."""
+def plain(name):
+    """The name of a run or dataset, if it can be one. Raises UserError."""
     if name in ('', '.', '..') or name != Path(name).name:
-        raise UserError(f'a run is named by a plain word, got {name!r}: see modal run modal_train.py::ls')
-    return f'out/{name}'
+        raise UserError(f'runs and datasets are named by a plain word, got {name!r}: see modal run modal_train.py::ls')
+    return name
 
 
 def end(status, words):
@@ -183,12 +186,12 @@ def main(config: str = '', overrides: str = '', name: str = '', gpu: str = GPUS,
     """Trains to out/NAME; without a name, to that of the config file or dataset."""
     args, path = shlex.split(overrides), find(config).resolve()
     datasets = ['stdlib', *(arg.partition('=')[2] for arg in args if arg.startswith('--dataset='))]
-    name = run_of(name or (path.stem if config else datasets[-1])).partition('/')[2]
+    name = plain(name or (path.stem if config else datasets[-1]))
     if config:
         args.insert(0, f'config/{path.name}')
         if path.parent != HERE / 'config':
             raise UserError(f'{config} is not in {HERE / "config"}, which is what containers get: copy it there')
-    call = with_secret(train, secret).spawn(args, name, gpus, fresh, time.strftime('%Y-%m-%d %H:%M:%S'))
+    call = with_secret(train, secret).spawn(shlex.join(args), name, gpus, fresh, time.strftime('%Y-%m-%d %H:%M:%S'))
     end(*call.get())  # spawn(): with --detach the call outlives us
 
 
@@ -213,13 +216,13 @@ def command(function=None, **place):
 def prepare(dataset: str = 'stdlib', args: str = '', secret: str = ''):
     """A dataset, to data/ on the volume."""
     remote = with_secret(on_modal['prepare'], secret).remote
-    end(*remote([f'prepare/{dataset}.py', *shlex.split(args), f'--data_dir={VOLUME}/data'], True))
+    end(*remote([f'prepare/{plain(dataset)}.py', *shlex.split(args), f'--data_dir={VOLUME}/data'], True))
 
 
 @command(script, **on_gpu)
 def sample(name: str, args: str = '', gpu: str = GPUS):
     """sample.py, with args."""
-    end(*on_modal['sample'].remote(['sample.py', f'--out_dir={VOLUME / run_of(name)}', *shlex.split(args)], False))
+    end(*on_modal['sample'].remote(['sample.py', f'--out_dir={VOLUME}/out/{plain(name)}', *shlex.split(args)], False))
 
 
 @command(talk, **on_gpu)
@@ -227,7 +230,7 @@ def chat(name: str, args: str = '', gpu: str = GPUS):
     """sample.py --chat, with args: it runs there, and reads what is typed here."""
     with modal.Queue.ephemeral() as typed:
         pass_on(lambda: os.read(0, 2**12), typed.put)
-        script = ['sample.py', '--chat', f'--out_dir={VOLUME / run_of(name)}', *shlex.split(args)]
+        script = ['sample.py', '--chat', f'--out_dir={VOLUME}/out/{plain(name)}', *shlex.split(args)]
         for text in on_modal['chat'].remote_gen(script, typed):
             os.write(1, text)
 
@@ -235,12 +238,12 @@ def chat(name: str, args: str = '', gpu: str = GPUS):
 @command()
 def download(name: str):
     """The folder of a run, whole or not at all; one of that name that is there is moved aside."""
-    out = HERE / run_of(name)
+    out = HERE / 'out' / plain(name)
     part = out.with_name(f'{name}.part')  # it gets its name when all is there
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        for entry in volume.listdir(run_of(name)):
+        for entry in volume.listdir(f'out/{name}'):
             path = part / Path(entry.path).name
             if path.name != '.lock' and path.suffix != '.tmp':
                 with open(path, 'wb') as f:
@@ -261,17 +264,18 @@ def download(name: str):
 
 
 @command()
-def ls():
-    """Runs, with the hours that the whole run takes and what they cost where PRICES knows it; datasets."""
+def ls(steps: int = 0):
+    """Datasets and runs: hours and cost of the whole run or of so many steps, by what was measured and by PRICES."""
     there = {entry.path.strip('/') for folder in ('out', 'data') if any(e.path.strip('/') == folder for e in volume.listdir('/'))
              for entry in volume.listdir(folder, recursive=True)}
+    print('datasets:', ', '.join(sorted(path[5:-10] for path in there if path.endswith('/meta.json'))))
     print(f'{"run":24} {"step":>16} {"best val":>8} {"tokens/s":>9} {"hours":>7} {"USD":>7}  GPU')
     for out in sorted(path[:-8] for path in there if path.endswith('/log.csv')):
         log, config, note = (b''.join(volume.read_file(out + file)).decode('utf-8')
                              for file in ('/log.csv', '/config.json', '/modal.json'))
-        rows, steps, cards = list(csv.DictReader(log.splitlines())), json.loads(config)['max_iters'], json.loads(note)['gpus']
-        hours = float(rows[-1]['seconds']) / int(rows[-1]['step']) * steps / 3600
-        price = next((price for card, price in PRICES.items() if price and cards and card in cards[0].split()), None)
-        print(f'{out[4:]:24} {rows[-1]["step"] + " of " + str(steps):>16} {min(float(row["val_loss"]) for row in rows):8.4f} '
-              f'{rows[-1]["tokens_per_s"]:>9} {hours:7.2f} {f"{hours * price * len(cards):.2f}" if price else "?":>7}  {cards}')
-    print('datasets:', ', '.join(sorted(path[5:-10] for path in there if path.endswith('/meta.json'))))
+        rows, total, cards = list(csv.DictReader(log.splitlines())), json.loads(config)['max_iters'], json.loads(note)['gpus']
+        hours = float(rows[-1]['seconds']) / int(rows[-1]['step']) * (steps or total) / 3600
+        price = next((price for card, price in PRICES.items() if price and re.search(rf'\b{card}G?\b', ''.join(cards[:1]))), None)
+        print(f'{out[4:]:24} {rows[-1]["step"] + " of " + str(total):>16} {min(float(row["val_loss"]) for row in rows):8.4f} '
+              f'{rows[-1]["tokens_per_s"]:>9} {hours:7.2f} {f"{hours * price * len(cards):.2f}" if price else "?":>7}  '
+              + ', '.join(cards))

@@ -288,9 +288,9 @@ def copied(project):
     """A project whose modal_train.py has its volume, and its place in containers, in the project's own folder."""
     path = project.root / 'modal_train.py'
     text = path.read_text(encoding='utf-8')
-    for before, after in (("Path('/vol')", project.root / 'vol'), ("Path('/root/pocketgpt')", project.root)):
+    for before, after in (("'/vol'", project.root / 'vol'), ("'/root/pocketgpt')\n", project.root)):
         assert text.count(before) == 1
-        text = text.replace(before, f'Path({str(after)!r})')
+        text = text.replace(before, repr(str(after)) + before[len(before.rstrip(')\n')):])
     path.write_text(text, encoding='utf-8')
     Path(project.root / 'vol').mkdir()
     return path
