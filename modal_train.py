@@ -175,11 +175,6 @@ def end(status, words):
         raise SystemExit(status)
 
 
-def with_secret(function, name):
-    """The function, with the variables of a secret (HF_TOKEN, …) that the user keeps at Modal, where one is named."""
-    return function.with_options(secrets=[modal.Secret.from_name(name)]) if name else function
-
-
 @app.local_entrypoint()
 def main(config: str = '', overrides: str = '', name: str = '', gpu: str = GPUS, gpus: int = 1, fresh: bool = False,
          secret: str = ''):
@@ -191,8 +186,9 @@ def main(config: str = '', overrides: str = '', name: str = '', gpu: str = GPUS,
         args.insert(0, f'config/{path.name}')
         if path.parent != HERE / 'config':
             raise UserError(f'{config} is not in {HERE / "config"}, which is what containers get: copy it there')
-    call = with_secret(train, secret).spawn(shlex.join(args), name, gpus, fresh, time.strftime('%Y-%m-%d %H:%M:%S'))
-    end(*call.get())  # spawn(): with --detach the call outlives us
+    function = train.with_options(secrets=[modal.Secret.from_name(secret)]) if secret else train  # HF_TOKEN, WANDB_API_KEY, …
+    call = function.spawn(shlex.join(args), name, gpus, fresh, time.strftime('%Y-%m-%d %H:%M:%S'))  # with --detach it outlives us
+    end(*call.get())
 
 
 on_modal = {}
@@ -213,10 +209,10 @@ def command(function=None, **place):
 
 
 @command(script, **on_cpu)
-def prepare(dataset: str = 'stdlib', args: str = '', secret: str = ''):
+def prepare(dataset: str = 'stdlib', args: str = ''):
     """A dataset, to data/ on the volume."""
-    remote = with_secret(on_modal['prepare'], secret).remote
-    end(*remote([f'prepare/{plain(dataset)}.py', *shlex.split(args), f'--data_dir={VOLUME}/data'], True))
+    script = [f'prepare/{plain(dataset)}.py', *shlex.split(args), f'--data_dir={VOLUME}/data']
+    end(*on_modal['prepare'].remote(script, True))
 
 
 @command(script, **on_gpu)
@@ -270,7 +266,7 @@ def ls(steps: int = 0):
              for entry in volume.listdir(folder, recursive=True)}
     print('datasets:', ', '.join(sorted(path[5:-10] for path in there if path.endswith('/meta.json'))))
     print(f'{"run":24} {"step":>16} {"best val":>8} {"tokens/s":>9} {"hours":>7} {"USD":>7}  GPU')
-    for out in sorted(path[:-8] for path in there if path.endswith('/log.csv')):
+    for out in sorted(path[:-11] for path in there if path.endswith('/modal.json') and f'{path[:-11]}/log.csv' in there):
         log, config, note = (b''.join(volume.read_file(out + file)).decode('utf-8')
                              for file in ('/log.csv', '/config.json', '/modal.json'))
         rows, total, cards = list(csv.DictReader(log.splitlines())), json.loads(config)['max_iters'], json.loads(note)['gpus']
