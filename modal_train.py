@@ -11,6 +11,7 @@ Train on a GPU of Modal, with the same train.py, and take home what comes out. O
 """
 import argparse
 import csv
+import ctypes
 import json
 import os
 import re
@@ -102,7 +103,9 @@ def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = Fal
     start += ['train.py', *shlex.split(args), f'--data_dir={VOLUME}/data', f'--out_dir={out}', *['--resume'] * resume]
     before, seen, end = log.stat().st_size if log.exists() else 0, None, time.monotonic() + TIMEOUT - min(300, TIMEOUT / 10)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    child = Popen(start, cwd=HERE, stdout=PIPE, stderr=STDOUT, start_new_session=True)  # what is sent to our group is not for it
+    prctl = ctypes.CDLL(None).prctl
+    child = Popen(start, cwd=HERE, stdout=PIPE, stderr=STDOUT, start_new_session=True,  # what our group is sent is not for it …
+                  preexec_fn=lambda: prctl(1, signal.SIGTERM))  # … but it stops where we are killed outright
     tee = Popen(['tee', '-a', log], stdin=child.stdout, start_new_session=True)
     try:
         while child.poll() is None:

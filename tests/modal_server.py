@@ -5,7 +5,6 @@ ends without an output was preempted: the same input goes to the next one; a fai
 """
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -191,10 +190,6 @@ class Server:
         container.wait()
         if call not in self.outputs and not self.over.is_set():
             self.loop.call_soon_threadsafe(self.start, call)
-
-    def preempt(self):
-        """What Modal does when it wants the machine back."""
-        self.containers[-1].send_signal(signal.SIGINT)
 
     def ContainerHello(self, r):
         return Empty()

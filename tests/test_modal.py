@@ -19,13 +19,18 @@ MODAL = [sys.executable, '-m', 'modal', 'run']
 
 # In place of the scripts, for what is not about them: they do what modal_train.py relies on, without torch. steps.txt has every step taken
 TRAIN = '''
-import os, signal, sys, time
+import fcntl, os, signal, sys, time
 from pathlib import Path
 args = dict(arg[2:].partition('=')[::2] for arg in sys.argv[1:] if arg.startswith('--'))
 if 'bad' in args:
     print('train.py: unknown knob', file=sys.stderr)
     sys.exit(2)
 out, stop = Path(args['out_dir']), []
+lock = open(out / '.lock', 'w')
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit('train.py: another run is writing')
 step = int((out / 'last.pt').read_text()) if 'resume' in args else 0
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 def save():
@@ -72,9 +77,9 @@ def cloud(tmp_path):
     copied(p)
     p.volume = p.root / 'vol'
 
-    def run(ref, *args, status=0, typed=None, on_commit=lambda server: None):
+    def run(ref, *args, status=0, typed=None, on_commit=lambda server: None, how=None):
         with Server(p.root, p.volume) as server:
-            server.on_commit, server.path = on_commit, f'{torchrun.parent}:{os.environ["PATH"]}'
+            server.on_commit, server.how, server.path = on_commit, how, f'{torchrun.parent}:{os.environ["PATH"]}'
             done = subprocess.run([*MODAL, f'{p.root / "modal_train.py"}{ref}', *args], env=server.env, cwd='/', input=typed, capture_output=True, text=True, timeout=60)
         assert done.returncode == status, done.stdout + done.stderr
         assert 'Traceback' not in done.stderr
@@ -87,15 +92,16 @@ def cloud(tmp_path):
 def preempt_once(server):
     if len(server.containers) == 1 and (server.volume / 'out/stdlib/last.pt').exists() and not hasattr(server, 'preempted'):
         server.preempted = server.containers[0]
-        server.preempt()
+        server.preempted.send_signal(server.how)
 
 
 def steps(cloud, run):
     return [int(line) for line in (cloud.volume / 'out' / run / 'steps.txt').read_text().split()]
 
 
-def test_a_preempted_run_goes_on_by_itself_and_the_platform_is_asked_for_what_it_needs(cloud):
-    server = cloud.modal('', on_commit=preempt_once)
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
+def test_a_preempted_run_goes_on_by_itself_and_the_platform_is_asked_for_what_it_needs(cloud, how):
+    server = cloud.modal('', on_commit=preempt_once, how=how)
     assert server.preempted.returncode is not None and len(server.containers) == 2
     assert steps(cloud, 'stdlib') == list(range(1, 61))  # each step once, over both containers
     assert 'out/stdlib starts anew' in server.out and 'out/stdlib goes on from its last.pt' in server.out
