@@ -92,7 +92,7 @@ def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = Fal
         resume = True
     elif last.is_file():
         aside = out.rename(free_name(out))
-        words += f'; the run of another command that was there is now out/{aside.name}'
+        words += f'; the run that was there is now out/{aside.name}'
     cards = getoutput('nvidia-smi --query-gpu=name --format=csv,noheader').splitlines() if shutil.which('nvidia-smi') else []
     print(f'out/{name} {words} ({", ".join(cards) or "no GPU"})', flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = Fal
         child.terminate()  # nothing happens where it has ended
         try:
             child.wait(GRACE)
-            tee.wait(1)  # longer, where train.py has left a child behind
+            tee.wait(5)  # it ends where train.py has left no child behind
         except TimeoutExpired:
             child.kill()
             tee.kill()
