@@ -279,8 +279,8 @@ def start(who):
     with tempfile.TemporaryDirectory() as folder:
         net, tok = GPT(GPTConfig(**TINY | dict(vocab_size=257))), ByteTokenizer()
         checkpoint.save(Path(folder) / 'best.pt', checkpoint.model_state(net, tok, {}))
-        command = [sys.executable, ROOT / 'sample.py', f'--out_dir={folder}', '--max_new_tokens=1', '--start=a', f'--device={device}']
-        return timed(lambda i: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), [1]), None
+        command = [sys.executable, ROOT / 'sample.py', f'--out_dir={folder}', '--start=a', '--max_new_tokens=1']
+        return timed(lambda i: subprocess.run([*command, f'--device={where}'], check=True, stdout=subprocess.DEVNULL), [1]), None
 
 
 WORK = {  # name: (unit, ceiling that the cost of a unit counts against, peers, what to time)

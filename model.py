@@ -297,8 +297,8 @@ class MLP(nn.Module):
 def shift(x, cache, key, first):
     """x (B, T, C) with the first half of the channels of each token replaced by those of the token before it, or by zeros.
 
-    A layer so knows pairs of tokens without any attention. cache: what the token before x had is kept there under key. first: (B, T, 1)
-    bool, where rows begin that are padded at the left, or None.
+    A layer so knows pairs of tokens without any attention. cache: what the token before x had is kept there under key.
+    first: (B, T, 1) bool, where rows begin that are padded at the left, or None.
     """
     a, b = x.chunk(2, dim=-1)
     before = a.new_zeros(a[:, :1].shape) if cache is None or key not in cache.last else cache.last[key]
@@ -451,7 +451,7 @@ class LanguageModel(Generation, nn.Module):
         return None, loss if reduction == 'sum' else loss / len(targets)
 
     def new_cache(self, B, T):
-        """An empty KVCache for B rows of up to T tokens; on a CPU in float32, which reads it up to eight times as fast (LOG.md)."""
+        """An empty KVCache for B rows of up to T tokens; on a CPU in float32, which is read several times as fast (LOG.md)."""
         p = next(self.parameters())
         return KVCache(self.config, B, T, p.device, torch.float32 if p.dtype == torch.bfloat16 and p.is_cpu else p.dtype)
 

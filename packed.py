@@ -1,8 +1,8 @@
 """
-Linear layers for writing. A token costs one pass over all weights, so how they lie in memory, and how large they are, is its price.
+Linear layers for writing. A token costs one pass over all weights: how they lie in memory, and how large they are, is its price.
 
-On a CPU bfloat16 weights are laid out in the blocks that oneDNN's kernels read; rounded to 8 bits they are half as large. LOG.md has
-what either gains. Training keeps the plain layers of model.py.
+On a CPU bfloat16 weights are laid out in the blocks that oneDNN's kernels read; rounded to 8 bits they are half as large. LOG.md
+has what either gains. Training keeps the plain layers of model.py.
 """
 import warnings
 
@@ -41,11 +41,12 @@ class Int8Linear(PackedLinear):
 
     def pack(self, weight):
         scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)             # (out,)
-        self.fbgemm = weight.is_cpu and 'fbgemm' in torch.backends.quantized.supported_engines and hasattr(torch, 'quantize_per_channel')
+        self.fbgemm = weight.is_cpu and 'fbgemm' in torch.backends.quantized.supported_engines
+        self.fbgemm &= hasattr(torch, 'quantize_per_channel')  # it is to leave PyTorch some day: then the other branch serves
         if self.fbgemm:
             zero = torch.zeros(len(scale), dtype=torch.int64)
             with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # these tensors are to leave PyTorch some day: then the other branch serves
+                warnings.simplefilter('ignore')
                 weight = torch.quantize_per_channel(weight.float(), scale, zero, axis=0, dtype=torch.qint8)
             self.weight = torch.ops.quantized.linear_prepack(weight, None)
             self.reduce_range = not torch.cpu._is_vnni_supported()  # older processors add products up in 16 bits: leave one free
@@ -66,12 +67,13 @@ class Int8Linear(PackedLinear):
 
 
 def pack(model, bits=None):
-    """Replace the linear layers of a GPT or Seq2Seq, in place, by what writes fastest where its weights are; bits=8: by Int8Linear.
+    """Replace the linear layers of a GPT or Seq2Seq, in place, by what writes fastest where they are; bits=8: by Int8Linear.
 
     Embeddings stay as they are. Returns the model; it can't be trained any more.
     """
     p = next(model.parameters())
-    blocks = p.is_cpu and p.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    blocks = p.is_cpu and p.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if bits == 8 or blocks:
         for module in list(model.modules()):
             for name, child in module.named_children():

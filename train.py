@@ -50,7 +50,7 @@ batch_tokens = 4096                # of a dataset of pairs: sources and targets 
 gradient_accumulation_steps = 1    # micro-batches a step
 max_iters = 800                    # steps in all …
 max_epochs: float | None = None    # … or so many times the whole dataset …
-max_minutes: float | None = None   # … or as many as fit into so much time: the rates fall with the clock, so no two runs are alike
+max_minutes: float | None = None   # … or as fit into so much time: the rates fall with the clock, so no two runs are alike
 seed = 1337                        # of initial weights, order of data, dropout
 # Optimizer
 optimizer: Literal['muon', 'adamw'] = 'muon'  # muon: for the matrices in the blocks, AdamW for the rest
@@ -456,7 +456,7 @@ def budget():
 
 
 def agree(n):
-    """n, summed over all processes. And whichever of them was told to stop, from here on all know, at the same step; and the time."""
+    """n, summed over all processes. And whichever was told to stop, from here on all know, at the same step; and the time."""
     global stop, spent
     n, spent, *told = parallel.total(n, elapsed() if main else 0, *(stop == name for name in SIGNALS))
     stop = stop or next((name for name, t in zip(SIGNALS, told) if t), None)
@@ -483,7 +483,8 @@ log_tokens = progress['tokens']
 t_start = t_log = time.perf_counter()
 log_rows, val_loss, speed, eval_seconds, spent = read_log(), None, 0.0, 0.0, 0.0
 model.train()
-print(f'step {step} of {max_iters if max_minutes is None else f"what fits into {max_minutes:g} minutes"}; checkpoints go to {out_dir}', flush=True)
+goal = max_iters if max_minutes is None else f'what fits into {max_minutes:g} minutes'
+print(f'step {step} of {goal}; checkpoints go to {out_dir}', flush=True)
 while True:
     batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world))
     n = agree(sum((batch['targets'] != -1).sum().item() for batch in batches))  # real targets in the whole step
@@ -541,7 +542,8 @@ while True:
     if step % log_interval == 0 or step == first_step + 1:
         now = time.perf_counter()
         speed = (progress['tokens'] - log_tokens) / (now - t_log)  # of target tokens
-        left = (now - t_start) / (step - first_step) * (max_iters - step) if max_minutes is None else max(0, 60 * max_minutes - elapsed())
+        left = (now - t_start) / (step - first_step) * (max_iters - step)
+        left = left if max_minutes is None else max(0, 60 * max_minutes - elapsed())
         print(f'step {step}: loss {step_loss:.4f}, lr {learning_rate * lr_factor(step - 1):.2e}, {speed:,.0f} tokens/s, '
               f'{timedelta(seconds=int(left))} left', flush=True)
         t_log, log_tokens = now, progress['tokens']
