@@ -26,7 +26,7 @@ def start(device):
     if missing := [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
         raise UserError(f'WORLD_SIZE is {world}, but {", ".join(missing)} is not set: start with torchrun, or unset WORLD_SIZE')
     if device.type == 'mps' or device.index is not None:
-        raise UserError(f'{world} processes can\'t share {device}: leave torchrun or --device={device} away, or take --device=cpu')
+        raise UserError(f'{world} processes can\'t share {device}: leave torchrun or --device={device} away, or say --device=cpu')
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         if device.index >= (n := torch.cuda.device_count()):

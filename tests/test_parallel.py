@@ -14,7 +14,9 @@ import torch
 from conftest import TINY, make_pairs
 
 import memory
+import parallel
 from checkpoint import build, load
+from configurator import UserError
 from data import Pairs, Stream, read_meta
 from model import GPT, GPTConfig
 
@@ -196,7 +198,14 @@ def test_ctrl_c_under_torchrun(project):
     assert f'step {step} of {step + 1}' in out
 
 
-def test_what_cannot_be_shared(project):
+def test_what_cannot_be_shared(project, monkeypatch):
+    monkeypatch.setattr(parallel, 'world', 2)
+    for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '3')
+    for device, said in (('mps', "2 processes can't share mps"), ('cuda:1', "can't share cuda:1"), ('cuda', 'lower --nproc_per_node')):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+        with pytest.raises(UserError, match=said):
+            parallel.start(torch.device(device))
     env = {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}
     assert 'WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start with torchrun' in project.fails('train.py', *TINY, env=env)
 
