@@ -10,7 +10,6 @@ from configurator import UserError, configure
 
 batch_size = 4                     # rows of a micro-batch; how many of these make a step costs nothing
 block_size = 1024                  # tokens in a row
-processes = 1                      # of torchrun: with more than one, gradients have a second copy while they are exchanged
 dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'  # of matrix products
 device: Literal['cuda', 'mps', 'cpu'] = 'cuda'  # the table is for such a machine
 measure: tuple[str, ...] = ()      # 124M, 350M, 774M or 1.5B: take real steps here; may be given several times
@@ -41,11 +40,11 @@ def estimate(c, others, matrices, tokens, precision, device, world=1):
     kept = e * C if c.gradient_checkpointing else layer  # checkpointing: only what enters the layer
     return {
         'parameters': n * (4 if e == 4 else 4 + e),             # in float32, and a copy for products in 16 bits
-        'gradients': n * (4 if world == 1 else 8),
+        'gradients': n * (4 if world == 1 else 8),              # and what DistributedDataParallel exchanges
         'optimizer': others * 8 + matrices * 4,                 # two moments of AdamW, one of Muon
         'activations': tokens * (c.n_layer * kept + layer),     # one layer is at work
         'head': min(tokens * c.vocab_size, MAX_LOGITS) * (8 + e) + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
-        'PyTorch': 3e8 if device == 'cpu' else 0,               # its share of a GPU is in no allocator's figure
+        'PyTorch': 5e8 if device == 'cpu' else 0,               # its share of a GPU is in no allocator's figure
     }
 
 
@@ -79,9 +78,9 @@ def take_steps(c):
 def table():
     """Print the table, in Markdown."""
     names = ('124M', '350M', '774M', '1.5B')
-    if not set(measure) <= set(names) or min(batch_size, block_size, processes) < 1:
-        raise UserError(f'measure must be of {", ".join(names)}, batch_size, block_size and processes at least 1, '
-                        f'got {", ".join(measure) or None}, {batch_size}, {block_size} and {processes}')
+    if not set(measure) <= set(names) or min(batch_size, block_size) < 1:
+        raise UserError(f'measure must be of {", ".join(names)}, batch_size and block_size at least 1, '
+                        f'got {", ".join(measure) or None}, {batch_size} and {block_size}')
     parts = ('parameters', 'gradients', 'optimizer', 'head', 'activations')
     head = ['millions', *parts, '**in all**', 'checkpointed', '**in all**'] + ['measured', '… checkpointed'] * bool(measure)
     print(f'GB, micro-batches of {batch_size} x {block_size:,} tokens, products in {dtype}, AdamW, {device}\n\n'
@@ -89,7 +88,7 @@ def table():
     for name in names:
         with torch.device('meta'):
             n = GPT(shape(name)).num_params()
-        plain, less = (estimate(shape(name, c), n, 0, batch_size * block_size, DTYPES[dtype], device, processes) for c in (0, 1))
+        plain, less = (estimate(shape(name, c), n, 0, batch_size * block_size, DTYPES[dtype], device) for c in (0, 1))
         sizes = [*(plain[part] for part in parts), sum(plain.values()), less['activations'], sum(less.values())]
         for c in ('', ' checkpointed') if name in measure else ():
             argv = [sys.executable, __file__, *sys.argv[1:], f'--worker={name}{c}']  # a process of its own: its peak is its own

@@ -1,14 +1,6 @@
 """
-Several processes that train one model: torchrun starts them, each learns from its share of every step, gradients are summed.
-
-    rank, world, main     which process this is (0 …), of how many; main: the one that prints, writes and prepares
-    start(device)         meet the others; returns the device of this process
-    total(1, 2.5)         each number summed over all processes: everybody gets the same
-    main_first()          a with block that the main process goes through alone, before the others
-    wrap(model, …)        the model in DistributedDataParallel
-    finish()              part; nothing may be summed after it
-
-Without torchrun there is one process and none of this does anything: torch.distributed is not even imported.
+Several processes that train one model: torchrun starts them, each learns from its share of every step, gradients are averaged.
+Without torchrun there is one, and nothing here does anything: torch.distributed is not even imported.
 """
 import os
 import sys
@@ -17,7 +9,7 @@ from datetime import timedelta
 
 world = int(os.environ.get('WORLD_SIZE') or 1)
 rank = int(os.environ.get('RANK') or 0) if world > 1 else 0
-main = rank == 0
+main = rank == 0  # the one that prints, writes and prepares
 local_world = int(os.environ.get('LOCAL_WORLD_SIZE') or world)
 launcher = 'python' if world == 1 else 'torchrun …' if local_world != world else f'torchrun --standalone --nproc_per_node={world}'
 host = None  # the group for numbers on the CPU, whatever the model is on
@@ -33,16 +25,12 @@ def start(device):
     from configurator import UserError  # which asks us who speaks
     if missing := [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
         raise UserError(f'WORLD_SIZE is {world}, but {", ".join(missing)} is not set: start with torchrun, or unset WORLD_SIZE')
-    if device.type == 'mps':
-        raise UserError('a Mac has one GPU: leave torchrun away, or run its processes with --device=cpu')
+    if device.type == 'mps' or device.index is not None:
+        raise UserError(f'{world} processes can\'t share {device}: leave torchrun or --device={device} away, or say --device=cpu')
     if device.type == 'cuda':
-        local = int(os.environ['LOCAL_RANK'])
-        if device.index is not None:
-            raise UserError(f'torchrun gives each process a GPU of its own: leave --device={device} away')
-        if local >= torch.cuda.device_count():
-            raise UserError(f'{local_world} processes need as many GPUs, this machine has {torch.cuda.device_count()}: '
-                            f'lower --nproc_per_node')
-        device = torch.device('cuda', local)
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        if device.index >= (n := torch.cuda.device_count()):
+            raise UserError(f'{local_world} processes need as many GPUs, this machine has {n}: lower --nproc_per_node')
         torch.cuda.set_device(device)
     global host
     hook = sys.excepthook
@@ -74,10 +62,9 @@ def main_first():
 
 
 def wrap(model, some_unused):
-    """The model in DistributedDataParallel: the last backward of a step averages gradients over all processes.
+    """The model, compiled already where it should be, so that the last backward of a step averages gradients over all processes.
 
-    some_unused: parameters may get no gradient, those of an adaptive softmax's cluster when no target falls into it.
-    Its graph is then searched for them. Compiling comes before wrapping, as PyTorch's documentation has it.
+    some_unused: parameters may get no gradient, as in an adaptive softmax when no target falls into a cluster.
     """
     if world == 1:
         return model

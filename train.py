@@ -329,7 +329,7 @@ print(f'{raw_model.num_params() / 1e6:.2f} M parameters, {size}; {where} in {str
 # evaluation, samples, files
 
 SIGNALS = ('SIGINT', 'SIGTERM')
-stop = stop_time = None  # the name of the signal that asked us to stop, and when
+stop = stop_time = None  # the name of the signal that asked us, or another process, to stop; when we got the first
 
 
 def in_words(loss):
@@ -407,9 +407,10 @@ def ask_to_stop(number, frame):
     Within a second of the first it is no second: torchrun passes on what the terminal has sent to us, too.
     """
     global stop, stop_time
-    if stop and time.monotonic() - stop_time > 1:
+    now = time.monotonic()
+    if now > (stop_time or now) + 1:
         raise KeyboardInterrupt
-    stop, stop_time = stop or signal.Signals(number).name, stop_time or time.monotonic()
+    stop, stop_time = stop or signal.Signals(number).name, stop_time or now
 
 
 if eval_only:
@@ -419,6 +420,7 @@ if eval_only:
         print(f'{told}loss with smoothing {label_smoothing}, mean over batches of 32 in file order: {mean:.4f}')
         raise SystemExit(0)
     score = evaluate(raw_model, val_data, where, precision)
+    parallel.finish()
     print(f'{told}loss {in_words(score["loss"])}, accuracy {score["accuracy"]:.2%} of {val_data.targets:,} target tokens')
     if pairs and eval_replies and main:
         replies = write_replies(raw_model, tok, style, val_data, eval_replies, min(block_size // 2, 128), num_beams)
@@ -516,7 +518,7 @@ while True:
     if finished or stop:
         break
 
-    torch.manual_seed((seed * 1_000_003 + step + rank * 7_919_000_021) % 2**63)  # so dropout, too, resumes exactly
+    torch.manual_seed((seed * 1_000_003 + step + rank * 7_919_000_021) % 2**63)  # of dropout: resume is exact
     for o, rates in zip(optimizers, peaks):
         for group, peak in zip(o.param_groups, rates):
             group['lr'] = peak * lr_factor(step)

@@ -14,7 +14,9 @@ import torch
 from conftest import TINY, make_pairs
 
 import memory
+import parallel
 from checkpoint import build, load
+from configurator import UserError
 from data import Pairs, Stream, read_meta
 from model import GPT, GPTConfig
 
@@ -161,6 +163,25 @@ def test_when_one_is_killed_the_other_ends(project, victim):
     run[victim].communicate()
 
 
+def test_a_signal_to_one_during_evaluation(project):
+    """All leave it, at once and alike; the evaluation is made when the run goes on."""
+    path = project.root / 'scores.py'
+    text = path.read_text(encoding='utf-8')
+    line = '            bar.update(count - bar.n)\n'
+    assert text.count(line) == 1
+    path.write_text(text.replace(line, line + '            if rank == 1 and count:\n                __import__("signal").raise_signal(15)\n'), encoding='utf-8')
+    script = (project.root / 'train.py').read_text(encoding='utf-8')
+    assert script.count('    if finished or stop:\n') == 1  # and one that comes when another process's has been heard of is no second
+    late = script.replace('    if finished or stop:\n', '    if finished or stop:\n        signal.raise_signal(2)\n')
+    (project.root / 'train.py').write_text(late, encoding='utf-8')
+    ended = [(*p.communicate(timeout=60), p.returncode) for p in start(project, 2, '--dataset=toy', '--block_size=16', *SAME, '--batch_size=4')]
+    (project.root / 'train.py').write_text(script, encoding='utf-8')
+    assert [status for *_, status in ended] == [143, 143] and 'stopped by SIGTERM at step 3' in ended[0][0] and ', val ' not in ended[0][0]
+    path.write_text(text, encoding='utf-8')
+    out, _ = project.run('train.py', '--dataset=toy', '--resume')
+    assert 'step 3 of 3' in out and ', val ' in out
+
+
 def test_ctrl_c_under_torchrun(project):
     """torchrun passes the signal on: the run is saved, nobody is left, and it goes on without torchrun."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(project.root / 'train.py')]
@@ -177,7 +198,14 @@ def test_ctrl_c_under_torchrun(project):
     assert f'step {step} of {step + 1}' in out
 
 
-def test_what_cannot_be_shared(project):
+def test_what_cannot_be_shared(project, monkeypatch):
+    monkeypatch.setattr(parallel, 'world', 2)
+    for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '3')
+    for device, said in (('mps', "2 processes can't share mps"), ('cuda:1', "can't share cuda:1"), ('cuda', 'lower --nproc_per_node')):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+        with pytest.raises(UserError, match=said):
+            parallel.start(torch.device(device))
     env = {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}
     assert 'WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start with torchrun' in project.fails('train.py', *TINY, env=env)
 
