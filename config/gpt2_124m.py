@@ -16,6 +16,7 @@ bias = True
 pos = 'learned'
 act = 'gelu'
 qk_norm = False
+token_shift = False
 tie_weights = True
 zero_init = False
 batch_size = 16                    # 16 x 1,024 x 32 = 524,288 tokens; eight GPUs take four micro-batches each
