@@ -56,7 +56,7 @@ def show_user_errors(script):
             sys.stderr.close()  # whoever read our output has left: nothing to say, nobody to say it to
             raise SystemExit(1)
         elif 'gloo' in text or kind.__name__.startswith('Dist'):  # torch.distributed's errors
-            text, status = f'lost another process of this run, or never met it: {text.splitlines()[0].split("] ")[-1][:100]}', 1
+            text, status = f'lost another process of this run, or never met it: {text.split("] ")[-1].split(". ")[0]}', 1
         else:
             return sys.__excepthook__(kind, error, traceback)
         if rank:  # all find the same mistakes, and torchrun ends us when the first has said so: only what it does not see is ours

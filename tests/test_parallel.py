@@ -199,15 +199,15 @@ def test_ctrl_c_under_torchrun(project):
 
 
 def test_what_cannot_be_shared(project, monkeypatch):
+    env = {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}
+    assert 'WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start with torchrun' in project.fails('train.py', *TINY, env=env)
     monkeypatch.setattr(parallel, 'world', 2)
     for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.setenv(name, '3')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     for device, said in (('mps', "2 processes can't share mps"), ('cuda:1', "can't share cuda:1"), ('cuda', 'lower --nproc_per_node')):
-        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
         with pytest.raises(UserError, match=said):
             parallel.start(torch.device(device))
-    env = {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}
-    assert 'WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start with torchrun' in project.fails('train.py', *TINY, env=env)
 
 
 def test_the_serious_run(project):
