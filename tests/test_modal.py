@@ -47,6 +47,8 @@ while step < 60 and not stop:
         save()
     if step == 40 and 'crash' in args and 'resume' not in args:
         os._exit(1)
+    for _ in range(300 * (step == 40 and 'wait' in args and 'resume' not in args)):  # until it is told to stop
+        time.sleep(0 if stop else 0.1)
 save()
 sys.exit(143 if stop else 0)
 '''
@@ -101,7 +103,7 @@ def steps(cloud, run):
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_a_preempted_run_goes_on_by_itself_and_the_platform_is_asked_for_what_it_needs(cloud, how):
-    server = cloud.modal('', on_commit=preempt_once, how=how)
+    server = cloud.modal('', '--overrides=--wait', on_commit=preempt_once, how=how)
     assert server.preempted.returncode is not None and len(server.containers) == 2
     assert steps(cloud, 'stdlib') == list(range(1, 61))  # each step once, over both containers
     assert 'out/stdlib starts anew' in server.out and 'out/stdlib goes on from its last.pt' in server.out
