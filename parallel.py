@@ -4,7 +4,8 @@ Without torchrun there is one, and nothing here does anything: torch.distributed
 """
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+import time
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 world = int(os.environ.get('WORLD_SIZE') or 1)
@@ -79,7 +80,12 @@ def no_sync(model, last):
 
 
 def finish():
-    """Part from the other processes."""
+    """Part from the other processes, once all are here: who leaves early may cut the last answer of another short."""
     if world > 1:
         import torch.distributed as dist
+        store, patience = dist.distributed_c10d._get_default_store(), time.monotonic() + 10
+        with suppress(dist.DistError):  # the store's host may have left: then all had come
+            store.add('parting', 1)
+            while store.add('parting', 0) < world and time.monotonic() < patience:
+                time.sleep(0.01)
         dist.destroy_process_group()
