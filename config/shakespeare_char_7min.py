@@ -1,4 +1,5 @@
-# Tiny Shakespeare by characters, what two CPU cores do in seven minutes.
+# Tiny Shakespeare by characters, what two CPU cores do in seven minutes: 1.8 M parameters, val 1.4343, the mean of three seeds
+# (1.4445, 1.4299, 1.4286; 1,301 to 1,415 steps as the machine was slower or faster), 0.75 GB.
 dataset = 'shakespeare_char'
 max_minutes = 7
 block_size = 256

@@ -77,6 +77,22 @@ def test_packed_equals_plain(head):
             torch.testing.assert_close(PackedLinear(head)(x), head(x), atol=0.02, rtol=0.02)
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason='this CPU has no bfloat16')
+@pytest.mark.parametrize('bits, limit', [(None, 0.02), (8, 0.05)])
+def test_a_packed_model_in_bfloat16_with_its_float32_cache(mine, bits, limit):
+    """… has the logits of the plain one without a cache, whatever was read at once, to what bfloat16 and 8 bits can hold."""
+    path = mine.root / 'out' / 'mine' / 'best.pt'
+    model, tok = checkpoint.build(checkpoint.load(path), path)
+    idx = torch.tensor(tok.encode(toy_text(300, seed=1))[:24]).view(2, 12)
+    with torch.inference_mode():
+        plain = model(idx)[0]
+        pack(model.to(torch.bfloat16), bits)
+        cache = model.new_cache(2, 12)
+        assert cache.k.dtype == torch.float32
+        got = torch.cat([model(part, cache=cache)[0] for part in idx.split((5, 1, 1, 5), dim=1)], dim=1)
+    assert (got - plain).norm() < limit * plain.norm()
+
+
 @pytest.mark.parametrize('fbgemm', [True, False])
 def test_int8(mine, fbgemm, monkeypatch):
     """Within what rounding weights, and with FBGEMM inputs, can do to each output; and the same perplexity to a percent."""
