@@ -320,6 +320,9 @@ if nanogpt and not (Path(nanogpt) / 'model.py').is_file():
     raise UserError(f'--nanogpt={nanogpt} holds no model.py: name the folder of a clone of nanoGPT')
 if rounds < 1 or seconds <= 0:
     raise UserError(f'rounds must be at least 1 and seconds above 0, got {rounds} and {seconds}')
+if worker == 'ceilings':
+    print(json.dumps(ceilings()))
+    raise SystemExit(0)
 if worker:
     torch.manual_seed(0)
     print(json.dumps([*WORK[rows][3](worker), peak_memory(where)]))
@@ -329,7 +332,18 @@ if not chosen:
     raise UserError(f'no row holds {rows!r}: there are {"; ".join(WORK)}')
 found = {who for who in ('transformers', 'ctranslate2', 'tokenizers') if importlib.util.find_spec(who)}
 found = found | {'padded', 'uncached', 'import torch', *(['nanogpt'] if nanogpt else [])} if peers or nanogpt else set()
-limits = ceilings()
+
+
+def ask(who, *more):
+    """What a process of its own prints as its last line, JSON: its peak of memory is its own, ours stays small."""
+    told = [a for a in sys.argv[1:] if not a.startswith('--rows=')] + [f'--worker={who}', *more]
+    done = subprocess.run([sys.executable, __file__, *told], stdout=subprocess.PIPE, text=True, encoding='utf-8')
+    if done.returncode:
+        raise UserError(f'the {who} process {" ".join(more)} failed: see above')
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+limits = ask('ceilings')
 print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; at the most {limits["FLOP"] / 1e9:,.0f} GFLOP/s '
       f'({str(precision).removeprefix("torch.")}) and {limits["bytes"] / 1e9:,.1f} GB/s read')
 result = {'torch': torch.__version__, 'device': str(where), 'threads': torch.get_num_threads(), 'limits': limits, 'work': {}}
@@ -338,11 +352,7 @@ for name in chosen:
     got = {who: [] for who in ['ours', *(who for who in rivals if who in found)]}
     for _ in range(rounds):
         for who in got:
-            told = [a for a in sys.argv[1:] if not a.startswith('--rows=')] + [f'--worker={who}', f'--rows={name}']
-            done = subprocess.run([sys.executable, __file__, *told], stdout=subprocess.PIPE, text=True, encoding='utf-8')
-            if done.returncode:
-                raise UserError(f'the {who} process of {name!r} failed: see above')
-            got[who].append(json.loads(done.stdout.splitlines()[-1]))
+            got[who].append(ask(who, f'--rows={name}'))
     print(name)
     for who, values in got.items():
         rates, cost, peak = [rate for rate, *_ in values], values[0][1], median(memory or 0 for *_, memory in values)
