@@ -16,3 +16,4 @@ learning_rate = 3e-3
 muon_lr = 0.01
 warmup_iters = 50
 eval_interval = 800
+token_shift = False                # what stands above was measured so

@@ -15,3 +15,4 @@ learning_rate = 3e-3
 muon_lr = 0.01
 eval_interval = 0
 patience = 3
+token_shift = False                # what stands above was measured so
