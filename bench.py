@@ -1,7 +1,7 @@
 """
 How fast this machine trains, reads and writes, and which share that is of what its processor and its memory can do.
 
-    python bench.py                       two minutes: every row once
+    python bench.py                       every row once, in two to three minutes
     python bench.py --rows=decode         only rows whose name holds this
     python bench.py --peers --rounds=3    beside peers: nn.Transformer and, where installed, transformers, ctranslate2, tokenizers
     python bench.py --nanogpt=FOLDER      … and nanoGPT, FOLDER holding a clone of github.com/karpathy/nanoGPT
@@ -18,7 +18,7 @@ rows = ''                          # only rows whose name holds this
 peers = False                      # the same work by whatever peer is installed
 nanogpt: str | None = None         # a clone of nanoGPT to run beside us; switches peers on
 rounds = 1                         # processes of each, in turns
-seconds = 4.0                      # of timed steps in each process
+seconds = 2.0                      # of timed steps in each process
 profile = False                    # write traces to out/bench
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of our products; peers run in theirs
