@@ -1,6 +1,7 @@
 """Files that are whole or not there, downloads, folders that one process writes to, and the version of our formats."""
 import hashlib
 import os
+from itertools import count
 from pathlib import Path
 
 from configurator import UserError
@@ -33,6 +34,11 @@ def make_folder(folder, knob='--data_dir=…'):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with {knob}') from None
+
+
+def free_name(path):
+    """The first of path.1, path.2, … that is not there: nobody's work is overwritten."""
+    return next(p for n in count(1) if not (p := path.with_name(f'{path.name}.{n}')).exists())
 
 
 def lock(folder):

@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 import zipfile
-from itertools import count
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired, getoutput, run
 from threading import Thread
@@ -37,7 +36,7 @@ PRICES = {'L4': None, 'A10': None, 'T4': None, 'A100': None, 'H100': None}  # US
 HERE = Path(__file__).resolve().parent if modal.is_local() else Path('/root/pocketgpt')
 sys.path.append(str(HERE))
 from configurator import UserError, find, show_user_errors
-from files import write_whole
+from files import free_name, write_whole
 
 show_user_errors('modal_train.py')
 # Modal wants the GPU where a function is defined, before main() gets its options; with_options() comes later, but takes no list
@@ -66,11 +65,6 @@ def commit():
         volume.commit()
     except Exception as e:
         print(f'the volume is not committed: {e}')
-
-
-def free_name(path):
-    """The first of path.1, path.2, … that is not there: nobody's work is overwritten."""
-    return next(p for n in count(1) if not (p := path.with_name(f'{path.name}.{n}')).exists())
 
 
 @app.function(**on_gpu, retries=try_again, single_use_containers=True)

@@ -55,7 +55,9 @@ class Int8Linear(PackedLinear):
             self.register_buffer('weight', (weight.float() / scale[:, None]).round().to(torch.int8))
 
     def product(self, rows):
-        if not self.fbgemm:
+        if not self.fbgemm and len(rows) <= 4 and rows.device.type in ('cpu', 'mps') and rows.dtype != torch.float64:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)              # PyTorch's kernel: it reads the bytes once
+        elif not self.fbgemm:
             y = rows @ self.weight.to(rows.dtype).t() * self.scale
         elif len(rows) == 1:
             y = torch.ops.quantized.linear_dynamic(rows.float(), self.weight, self.reduce_range)

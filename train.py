@@ -106,7 +106,7 @@ from chat import PLAIN, start_ids
 from configurator import ROOT, nearby
 from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
-from files import lock, write_whole
+from files import free_name, lock, write_whole
 from muon import Muon
 from parallel import main, rank, world
 from scores import evaluate, reply_scores, smoothed_batch_mean, to_device, write_replies
@@ -241,10 +241,7 @@ if main and not eval_only:
     try:
         if state is None and (out_dir / 'last.pt').is_file():  # nobody's work is overwritten
             lock(out_dir).close()  # and no run loses its folder while it is writing to it
-            number = 1
-            while (aside := out_dir.resolve().with_name(f'{out_dir.resolve().name}.{number}')).exists():
-                number += 1
-            out_dir.rename(aside)
+            aside = out_dir.rename(free_name(out_dir.resolve()))
             print(f'{out_dir} held a run: it is now {nearby(aside)} (--resume would have gone on with it)')
         out_dir.mkdir(parents=True, exist_ok=True)
         claim = lock(out_dir)
