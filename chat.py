@@ -42,3 +42,8 @@ def start_ids(tok, style):
 def reply_text(tok, style, ids):
     """A whole target, or what was written after start_ids(), as the bare text of the reply."""
     return tok.decode(ids).removeprefix(style['reply']).strip()
+
+
+def never_written(tok, vocab_size, but):
+    """The ids that are banned when text is written: special ones but for one, and rows of the head that mean nothing."""
+    return set(tok.specials.values()) - {but} | set(range(tok.vocab_size, vocab_size))

@@ -3,7 +3,7 @@ from itertools import islice
 
 import torch
 
-from chat import reply_text, start_ids
+from chat import never_written, reply_text, start_ids
 from configurator import UserError
 from device import autocast
 from parallel import main, rank, total, world
@@ -72,7 +72,6 @@ def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, b
     from tqdm import tqdm
     model.eval()
     tokens, out = data.tokens(), {}
-    banned = set(tok.specials.values()) - {tok.end} | set(range(tok.vocab_size, model.config.vocab_size))
     start, N = start_ids(tok, style), len(data.S)
     order = sorted({i * N // min(count, N) for i in range(min(count, N))}, key=lambda i: data.S[i])
     with tqdm(desc='writing replies', total=len(order), unit='reply', leave=False, disable=None, delay=2) as bar:
@@ -80,7 +79,7 @@ def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, b
             members = order[first:first + batch_size]
             pairs = [[ids.tolist() for ids in data.pair(tokens, i)] for i in members]
             prompts = model.reply_prompts([source for source, _ in pairs], start, max_new_tokens)
-            told = {'start': start, 'eot': tok.end, 'banned': banned}
+            told = {'start': start, 'eot': tok.end, 'banned': never_written(tok, model.config.vocab_size, but=tok.end)}
             if num_beams > 1:
                 new = [found[0][0] for found in model.beam_search(prompts, max_new_tokens, num_beams, **told)]
             else:

@@ -104,7 +104,7 @@ class Project:
 
     def __init__(self, root):
         self.root = root
-        for pattern in ('*.py', 'prepare/*.py', 'config/*.py'):
+        for pattern in ('*.py', '*.html', 'prepare/*.py', 'config/*.py', 'pretrained/*/*'):
             for path in CHECKOUT.glob(pattern):
                 (root / path.relative_to(CHECKOUT)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, root / path.relative_to(CHECKOUT))

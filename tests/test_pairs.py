@@ -57,7 +57,7 @@ def test_conversation(talked, run):
     assert out.count('\nU: B: ') + out.count('\nB: B: ') == 5 and 'not read' not in out and '/reset' in out
     assert 'temperature must be a number' in err and 'it stays 0.8' in err and "'/nonsense' is no command" in err and "does not know 'ß'" in err
     assert "num_beams=2 searches for the likeliest text and draws nothing, so top_k can't be honoured" in err and len(err.splitlines()) == 4
-    assert 'temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1, max_new_tokens=12, num_beams=2' in out
+    assert 'temperature=0.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, max_new_tokens=12, num_beams=2' in out
     out, _ = talked.run('sample.py', '--chat', f'--out_dir=out/{run}', '--device=cpu', '--max_new_tokens=5', typed='ba')  # end of input
 
 

@@ -1,5 +1,7 @@
 """sample.py: prompts, samples, stop strings, the completion prompt, and mistakes."""
+import ast
 import os
+import re
 import signal
 
 import pytest
@@ -70,8 +72,12 @@ def test_drop_unknown(trained):
     assert out == trained.run('sample.py', *QUICK, '--start=ba', '--temperature=0')[0]
 
 
-def test_nothing_trained_yet(project):
-    assert 'train one with python train.py' in project.fails('sample.py')
+def test_knobs_are_the_settings_that_a_talk_has(trained):
+    from configurator import read_knobs
+    from talk import SETTINGS
+    source = (trained.root / 'sample.py').read_text(encoding='utf-8')
+    assert SETTINGS == {name: (kind, ast.literal_eval(re.search(rf'(?m)^{name}[^=]*= (\S+)', source)[1]))
+                        for name, kind, _ in read_knobs(source) if name in SETTINGS}
 
 
 def test_checkpoint_that_does_not_fit_together(project, trained):

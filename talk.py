@@ -1,0 +1,172 @@
+"""
+A trained model as something that writes, text in and text out: what sample.py, its page in the browser and notebooks share.
+
+    >>> from talk import load
+    >>> bard = load('out/shakespeare_char')      # a run, by its folder; load() takes the newest, load(init_from='gpt2') GPT-2
+    >>> print(bard('ROMEO:', max_new_tokens=100, temperature=0.7))
+    >>> for piece in bard.pieces('JULIET:'):     # the same as it is written
+    ...     print(piece, end='')
+    >>> bard.model, bard.tok                     # a GPT or Seq2Seq, in eval mode, and its tokenizer
+"""
+import sys
+from itertools import zip_longest
+
+import checkpoint
+from chat import never_written, source_ids, start_ids
+from configurator import ROOT, UserError, convert, describe, find, nearby
+from device import pick_device, pick_dtype
+from generate import check_sampling
+from packed import pack
+from tokenizer import UnknownCharacters
+
+SETTINGS = {'temperature': (float, 0.8), 'top_k': (int | None, 200), 'top_p': (float | None, None), 'min_p': (float | None, None),
+            'repetition_penalty': (float, 1.0), 'max_new_tokens': (int, 500), 'num_beams': (int, 1),
+            'length_penalty': (float, 0.6)}  # name: (type, default)
+SAMPLING = [*SETTINGS][:5]  # what draws: a beam search knows none of it
+PRESETS = {name: dict(zip([*SAMPLING, 'num_beams'], values)) for name, values in {
+    'focused': (0.5, 20, 0.9, None, 1.1, 1), 'balanced': (0.8, 50, 0.95, None, 1.1, 1),
+    'creative': (1.1, 200, 0.98, None, 1.0, 1), 'greedy': (0.0, None, None, None, 1.0, 1)}.items()}
+COMES_ALONG = ROOT / 'pretrained' / 'shakespeare'  # for those who have trained nothing yet
+
+
+def change(settings, new, named=None):
+    """settings with those of `new` in their place: values, or text as it is typed. Raises UserError where one makes no sense,
+    or one of `named` (None: all of `new`), which the person asked for, contradicts a beam search."""
+    settings = dict(settings)
+    for key, value in new.items():
+        if key not in SETTINGS:
+            raise UserError(f'unknown setting {key!r}: there are {", ".join(SETTINGS)}, and the presets {", ".join(PRESETS)}')
+        try:
+            settings[key] = convert(value, SETTINGS[key][0])
+        except (ValueError, OverflowError):
+            raise UserError(f'{key} must be {describe(SETTINGS[key][0])}, got {value!r}; it stays {settings[key]}') from None
+    try:
+        check_sampling(**{key: settings[key] for key in SAMPLING})
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    for key in ('max_new_tokens', 'num_beams'):
+        if settings[key] < 1:
+            raise UserError(f'{key} must be at least 1, got {settings[key]}')
+    if settings['num_beams'] > 1 and (drawing := [key for key in SAMPLING if key in (new if named is None else named)]):
+        raise UserError(f'num_beams={settings["num_beams"]} searches for the likeliest text and draws nothing, so '
+                        f'{", ".join(drawing)} can\'t be honoured: leave that away, or set num_beams to 1')
+    return settings
+
+
+def load(out_dir=None, init_from=None, weights='best', device='auto', dtype='float32', quantize='', **more):
+    """A Talk. out_dir: a run's folder, None for the newest in out/ or, before there is one, the model that comes along.
+    init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs. Raises UserError."""
+    device = pick_device(device)
+    if init_from:
+        import gpt2
+        model, tok, style, name = gpt2.load(init_from)[0], gpt2.load_tokenizer(init_from), None, init_from
+    else:
+        if out_dir is None:
+            runs = sorted((ROOT / 'out').glob('*/last.pt'), key=lambda p: p.stat().st_mtime)
+            out_dir = runs[-1].parent if runs else COMES_ALONG
+        name = nearby(find(out_dir)) / f'{weights}.pt'
+        if not name.is_file():  # stopped before its first evaluation
+            name = name.with_name('last.pt')
+        state = checkpoint.load(name)
+        model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
+        if out_dir == COMES_ALONG:
+            print(f'no run in {nearby(ROOT / "out")} yet, so this is {nearby(COMES_ALONG)}, which comes along; '
+                  f'python train.py trains one of your own', file=sys.stderr)
+        style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
+    model = model.to(device, pick_dtype(device, dtype)[0])
+    return Talk(pack(model, 8 if quantize else None), tok, style, name, **more)
+
+
+class Talk:
+    """A model that writes text. See load().
+
+    style: the format of conversations (chat.py), None for a model of plain text. stop: texts that end what is written, before
+    them. settings: those of SETTINGS that are to hold where a call says nothing else.
+    """
+
+    def __init__(self, model, tok, style=None, name='', stop=(), ignore_eot=False, drop_unknown=False, **settings):
+        self.model, self.tok, self.style, self.name = model, tok, style, name
+        self.stop, self.drop_unknown = [s for s in stop if s], drop_unknown
+        self.eot = None if ignore_eot else tok.end
+        self.start = start_ids(tok, style) if style else None
+        self.banned = never_written(tok, model.config.vocab_size, but=self.eot)
+        self.settings = change({key: default for key, (_, default) in SETTINGS.items()}, settings, named=())
+
+    def __call__(self, text='', turns=(), seed=None, **settings):
+        """What the model writes behind text or, after the turns [(speaker, text), …] of a conversation, replies to it."""
+        return ''.join(self.pieces(text, turns, seed, **settings))
+
+    def pieces(self, text='', turns=(), seed=None, **settings):
+        """The same as it is written: yields pieces of text. Raises UserError where text or a setting makes no sense."""
+        settings = change(self.settings, settings)
+        prompt, begun = self.prompt(self.encodable(text), turns, settings), not self.style
+        for _, piece in self.write([prompt], settings, seed):
+            piece = piece if begun else piece.lstrip()
+            begun = begun or bool(piece)
+            yield piece
+
+    def encodable(self, text):
+        """text, once every character of it is known. Raises UserError where it has others, or leaves them out."""
+        try:
+            self.tok.encode(text)
+        except UnknownCharacters as e:
+            if not self.drop_unknown:
+                raise UserError(f'{e}: this model was trained without them; leave them out, or set drop_unknown') from None
+            return ''.join(c for c in text if c not in e.characters)
+        return text
+
+    def prompt(self, text, turns, settings):
+        """What the model is given for a text: its ids or, in a conversation, a source with the turns before it."""
+        length = settings['max_new_tokens']
+        if not self.style:
+            ids, T = self.tok.prompt(text), self.model.config.block_size
+            return ids if settings['num_beams'] == 1 else ids[-max(1, T - min(length, T // 2)):]  # a beam's context stays
+        turns = [*turns, (self.style['you'], text)]
+        source = source_ids(self.tok, self.style, turns, self.model.reply_room(self.start, length))
+        return self.model.reply_prompts([source], self.start, length)[0]
+
+    def write(self, prompts, settings, seed):
+        """Generate behind each prompt (ids). Yields (row, text): the first row as it comes, the others whole, in order."""
+        writers, rest = [Writer(self.tok, self.stop) for _ in prompts], [''] * len(prompts)
+        length, beams = settings['max_new_tokens'], settings['num_beams']
+        if beams > 1:
+            best = self.model.beam_search(prompts, length, beams, self.eot, self.start, settings['length_penalty'],
+                                          banned=self.banned)
+            columns = zip_longest(*[ids for (ids, _), *_ in best], fillvalue=-1)
+        else:
+            how = {key: settings[key] for key in SAMPLING}
+            columns = (c.tolist() for c in self.model.stream(prompts, length, self.eot, self.start, seed, self.banned, **how))
+        for column in columns:
+            for row, i in enumerate(column):
+                text = writers[row].add(i) if i >= 0 else ''
+                if row == 0 and text:
+                    yield 0, text
+                rest[row] += text
+            if all(w.done for w in writers):
+                break
+        for row, w in enumerate(writers):
+            tail = w.add(None)
+            yield row, tail if row == 0 else rest[row] + tail
+
+
+class Writer:
+    """Turns the ids of one row into text as they come, and ends it before the first stop string."""
+
+    def __init__(self, tok, stop):
+        self.decode, self.stop, self.held, self.done = tok.stream_decoder(), stop, '', False
+
+    def add(self, i):
+        """The next id, None at the end. Returns the text that can be shown now: nothing that may begin a stop string."""
+        if self.done:
+            return ''
+        self.held += self.decode(i)
+        ends = [at for at in map(self.held.find, self.stop) if at >= 0]
+        keep = 0
+        if ends:
+            self.held, self.done = self.held[:min(ends)], True
+        elif i is None:
+            self.done = True
+        else:  # the longest end of the text that begins a stop string
+            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        text, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
+        return text
