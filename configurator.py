@@ -8,7 +8,7 @@ Configuration: a script's knobs are the assignments at its top; config files and
 
 Config files are plain Python and are executed, in the order given; then --key=value in order. The type of a knob is that
 of its default, or its annotation where it has one (int | None, Literal['a', 'b']). Every problem with
-them is reported, not only the first. --help prints each knob with its comment.
+them is reported, not only the first. --help lists the knobs, --help=all prints each with its comment.
 """
 import ast
 import difflib
@@ -16,6 +16,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import time
 import tokenize
 import types
@@ -160,14 +161,24 @@ def convert(value, kind):
     return value
 
 
-def print_help(script, doc, knobs, namespace):
-    """The script's docstring, then a line a knob: name, default, comment."""
-    print((doc or '').strip() + f'\n\nusage: python {script} [config/FILE.py ...] [--key=value ...]\n')
-    for name, _, comment in knobs:
-        if name is None:
-            print(f'\n{comment}')
-            continue
-        print(f'  --{f"{name}={namespace[name]}":38} {comment}')
+def print_help(script, doc, knobs, namespace, asked):
+    """The script's docstring, then its knobs. asked: 'all' for a line each, with the default and the comment; '' for that where
+    it fits a screen, else for their names; or a word, for those that have it in their line. Raises UserError where none has."""
+    lines = [(name, comment if name is None else f'  --{f"{name}={namespace[name]}":38} {comment}') for name, _, comment in knobs]
+    if not asked:
+        print(f'{(doc or "").strip()}\n\nusage: python {script} [config/FILE.py ...] [--key=value ...]\n')
+    if not asked and len(lines) > 16:
+        groups = [[]]
+        for name, _, comment in knobs:
+            groups += [[f'{comment.partition(":")[0]}:']] if name is None else []
+            groups[-1] += [name] if name else []
+        print(*(textwrap.fill(' '.join(group), 110, subsequent_indent='    ') for group in groups if group), sep='\n')
+        print(f'\npython {script} --help=all explains each, --help=WORD those about it')
+        return
+    found = [line for name, line in lines if asked in ('', 'all') or name and asked.lower() in line.lower()]
+    if not found:
+        raise UserError(f'--help={asked}: no knob of {script} is about that; --help=all explains all of them')
+    print(*found, sep='\n')
 
 
 def configure(script_file, namespace, argv=None):
@@ -181,9 +192,12 @@ def configure(script_file, namespace, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     knobs = read_knobs(Path(script_file).read_text(encoding='utf-8'))
     kinds = {name: kind for name, kind, _ in knobs if name}
-    if any(arg in ('-h', '--help', '--help=True') for arg in argv):
-        print_help(script, namespace.get('__doc__'), knobs, namespace)
-        raise SystemExit(0)
+    for arg in argv:
+        if arg.partition('=')[0] in ('-h', '--help'):
+            path = Path(script_file).resolve()
+            name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else script
+            print_help(name, namespace.get('__doc__'), knobs, namespace, arg.partition('=')[2])
+            raise SystemExit(0)
     problems, explicit = [], {}
 
     def put(name, value, where, append=False):

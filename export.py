@@ -1,7 +1,8 @@
 """
-Write a trained GPT as a folder that Hugging Face's transformers, and what builds on it, read as a GPT-2.
+Write a trained model for others: as a folder that Hugging Face's transformers read as a GPT-2, or as a checkpoint that is small.
 
-    python export.py --out_dir=out/RUN --to=FOLDER
+    python export.py --out_dir=out/RUN --to=FOLDER      a GPT, for Hugging Face's tools
+    python export.py --out_dir=out/RUN --to=FILE.pt     any model: what sample.py needs, in bfloat16: a sixth of best.pt
 """
 from pathlib import Path
 from typing import Literal
@@ -9,19 +10,34 @@ from typing import Literal
 from configurator import UserError, configure, find, nearby
 
 out_dir: str | None = None         # the run
-to: str | None = None              # the folder to make
+to: str | None = None              # the folder to make, or the file
 weights: Literal['best', 'last'] = 'best'  # which of the run's checkpoints
 configure(__file__, globals())
 
 if not out_dir or not to:
-    raise UserError('name a run and a new folder: python export.py --out_dir=out/RUN --to=FOLDER')
+    raise UserError('name a run and a new folder or file: python export.py --out_dir=out/RUN --to=FOLDER')
+import torch
+
 import checkpoint
+from files import make_folder
 from gpt2 import export
 
-path, folder = nearby(find(out_dir)) / f'{weights}.pt', Path(to).expanduser()
-model, tok = checkpoint.build(checkpoint.load(path), path)
-export(model, tok, folder)
-kind = tok.to_dict()['kind']
-print(f'{folder}: {", ".join(sorted(p.name for p in folder.iterdir()))}'
-      + ('' if (folder / 'tokenizer.json').is_file() else f'; no tokenizer.json, which can\'t describe a {kind} tokenizer'))
-print(f'next: AutoModelForCausalLM.from_pretrained({str(folder)!r})')
+path, target = nearby(find(out_dir)) / f'{weights}.pt', Path(to).expanduser()
+state = checkpoint.load(path)
+model, tok = checkpoint.build(state, path)
+if target.suffix == '.pt':
+    if target.exists():
+        raise UserError(f'{target} is there already: name a new file with --to=')
+    make_folder(target.parent, '--to=…')
+    slim = {key: value for key, value in state.items() if key not in ('optimizers', 'scaler')}
+    slim['config'] = slim['config'] | {'out_dir': None, 'data_dir': None}  # paths that mean nothing elsewhere
+    checkpoint.save(target, slim | {'model': model.to(torch.bfloat16).state_dict()})
+    print(f'{target}: {target.stat().st_size / 1e6:.2f} MB, {path} has {path.stat().st_size / 1e6:.2f}')
+    print(f'next: python sample.py --out_dir={target.parent}' if target.name == 'best.pt' else
+          'next: as best.pt in a folder of its own it is a run that sample.py reads')
+else:
+    export(model, tok, target)
+    kind = tok.to_dict()['kind']
+    print(f'{target}: {", ".join(sorted(p.name for p in target.iterdir()))}'
+          + ('' if (target / 'tokenizer.json').is_file() else f'; no tokenizer.json, which can\'t describe a {kind} tokenizer'))
+    print(f'next: AutoModelForCausalLM.from_pretrained({str(target)!r})')

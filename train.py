@@ -101,6 +101,7 @@ import torch
 import checkpoint
 import memory
 import parallel
+import plot
 import tokenizer as tokenizers
 from chat import PLAIN, start_ids
 from configurator import ROOT, nearby
@@ -321,6 +322,10 @@ size = (f'{len(train_data.S):,} pairs to learn from, {train_data.padding:.1%} pa
 size += f', shared out to {world} processes' * (world > 1)
 print(f'{raw_model.num_params() / 1e6:.2f} M parameters, {size}; {where} in {str(precision).removeprefix("torch.")} ({why}), '
       f'{engine}; {memory.in_words(needs)}', flush=True)
+passes = max_iters / train_data.steps(1, gradient_accumulation_steps)
+if passes > 20 and max_minutes is None and dropout < 0.1 and not eval_only:
+    print(f'advice: this is little text, each token will be seen {passes:.0f} times: more of it, fewer steps or --dropout=0.2 '
+          f'keep the model from learning it by heart')
 
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation, samples, files
@@ -374,28 +379,13 @@ def write_log(rows):
     write_whole(out_dir / 'log.csv', lambda f: f.write(text.encode('utf-8')))
 
 
-def draw(rows):
-    """loss.png from the rows of log.csv, where there is more than a point to see."""
-    if len(rows) < 2:
-        return
-    try:
-        import matplotlib
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print('no loss.png: pip install matplotlib')
-        return
-    steps, train, val = zip(*[(int(r[0]), float(r[3]), float(r[4])) for r in rows])
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    axis.plot(steps, train, label='train', marker='.')
-    axis.plot(steps, val, label='val', marker='.')
-    at = val.index(min(val))
-    axis.plot(steps[at], val[at], 'o', color='black', fillstyle='none', label=f'best val {val[at]:.4f}')
-    axis.set(xlabel='step', ylabel='loss (nats a token)', title=out_dir.name)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    write_whole(out_dir / 'loss.png', lambda f: figure.savefig(f, format='png', dpi=120))
-    plt.close(figure)
+def draw():
+    """loss.png from log.csv, where there is more than a point to see. A picture is worth no run: what goes wrong is said."""
+    if len(log_rows) > 1:
+        try:
+            plot.draw([plot.read(out_dir)], out_dir / 'loss.png')
+        except UserError as e:
+            print(f'no loss.png: {e}')
 
 
 def ask_to_stop(number, frame):
@@ -454,6 +444,16 @@ def budget():
     return max(1.0, 60 * max_minutes - eval_seconds)
 
 
+def advise(train_loss):
+    """What to do about a run that goes wrong, as this evaluation shows it; None where it does not."""
+    if train_loss > 0.95 * math.log(meta['vocab_size']) and step >= 2 * warmup_iters and not finished:
+        return ('the loss hardly moves from that of guessing: the rates are far too low or too high; those that come with '
+                'train.py are --learning_rate=1e-2 --muon_lr=0.015')
+    if progress['bad_evals'] == 3 and train_loss < progress['best'] and not finished:
+        return ('val has not fallen for 3 evaluations while train has: the model learns its text by heart. best.pt keeps the '
+                f'best; --patience=3 would stop here; more text, a smaller model or --dropout={max(0.2, dropout + 0.1):.1g} help')
+
+
 def agree(n):
     """n, summed over all processes. And whichever was told to stop, from here on all know, at the same step; and the time."""
     global stop, spent
@@ -470,7 +470,7 @@ def elapsed():
 def diverged(**what):
     """The error for a loss or gradient that is no longer a number: nothing after this is worth saving."""
     if main:
-        draw(log_rows)
+        draw()
     kept = f'the checkpoints in {out_dir} are from before this' if progress['evaluated'] else 'there is no checkpoint yet'
     what['learning rate'] = f'{learning_rate * lr_factor(step):.3e}'
     return UserError(f'training diverged at step {step} ({", ".join(f"{k} {v}" for k, v in what.items())}): '
@@ -503,6 +503,8 @@ while True:
         progress.update(evaluated=step, best=min(progress['best'], val_loss), loss_sum=0.0, loss_tokens=0,
                         bad_evals=0 if better else progress['bad_evals'] + 1)
         print(f'step {step}: train {train_loss:.4f}, val {in_words(val_loss)}' + ', the best so far' * better, flush=True)
+        if advice := advise(train_loss):
+            print(f'advice: {advice}', flush=True)
         log_rows.append([step, progress['tokens'], f'{elapsed():.2f}', f'{train_loss:.5f}', f'{val_loss:.5f}', f'{lr:.3e}',
                          f'{progress["grad_norm"]:.4f}', f'{speed:.0f}'])
         if main:
@@ -553,7 +555,7 @@ while True:
 parallel.finish()
 if not main:  # the rest is writing
     raise SystemExit(128 + getattr(signal, stop) if stop else 0)
-draw(log_rows)
+draw()
 if step > progress['evaluated']:  # stopped, and not behind an evaluation that has saved already
     save('last.pt')
 if stop:

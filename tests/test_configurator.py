@@ -80,13 +80,17 @@ def test_broken_config(run, text, said):
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'prepare/shakespeare_char.py', 'prepare/stdlib.py'])
 def test_help(project, script):
-    out, _ = project.run(script, '--help')
+    short, out = project.run(script, '--help')[0], project.run(script, '--help=all')[0]
     source = (project.root / script).read_text(encoding='utf-8')
     knobs = [name for name, _, _ in configurator.read_knobs(source) if name]
-    assert len(knobs) >= 1 and all(f'--{name}=' in out for name in knobs)
+    assert len(knobs) >= 1 and all(f'--{name}=' in out and name in short for name in knobs)
+    assert len(short.splitlines()) <= 30 and f'python {script}' in short
     for line in source.splitlines():  # a comment beside each knob is in the help
         if line.split(' ')[0].rstrip(':') in knobs and '  # ' in line:
             assert line.split('  # ')[1].strip() in out
+    name = knobs[0]
+    assert f'--{name}=' in project.run(script, f'--help={name}')[0]
+    assert "no knob of" in project.fails(script, '--help=xyzzy')
 
 
 def test_exit_status_and_one_sentence(project):
@@ -96,5 +100,5 @@ def test_exit_status_and_one_sentence(project):
 
 
 def test_works_from_anywhere(project, tmp_path):
-    out, _ = project.run('train.py', 'config/shakespeare_char_cpu.py', '--help', cwd=tmp_path)
+    out, _ = project.run('train.py', 'config/shakespeare_char_cpu.py', '--help=all', cwd=tmp_path)
     assert '--batch_size=' in out
