@@ -33,7 +33,9 @@ def required(file):
 def test_uv_and_pip_install_the_same():
     project = tomllib.loads((CHECKOUT / 'pyproject.toml').read_text(encoding='utf-8'))
     assert project['project']['dependencies'] == required('requirements.txt')
-    assert project['dependency-groups']['dev'] == required('requirements-dev.txt')
+    groups = project['dependency-groups']
+    assert groups['dev'] == required('requirements-dev.txt')
+    assert len({re.split('[=<>]', line)[0] for line in groups['web'] + groups['dev']}) == len({*groups['web'], *groups['dev']})
     assert project['tool']['uv'] == {'package': False, 'default-groups': []}
     assert project['project']['version'] in (CHECKOUT / 'CHANGELOG.md').read_text(encoding='utf-8')
     assert 'uv.lock' in (CHECKOUT / '.gitignore').read_text().split()  # it names hosts
