@@ -103,7 +103,7 @@ import memory
 import parallel
 import tokenizer as tokenizers
 from chat import PLAIN, start_ids
-from configurator import ROOT, nearby
+from configurator import ROOT, convert, describe, nearby, read_knobs
 from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
 from files import free_name, lock, write_whole
@@ -123,9 +123,14 @@ if resume or eval_only and init_from == 'scratch':
         raise UserError(f'there is no {path} to {"evaluate" if eval_only else "go on from"}: name the run with --out_dir=…'
                         + ('' if eval_only else ', or leave --resume away to start anew'))
     state = checkpoint.load(path)
-    saved, changed, refused = state['config'], [], []
     fields = checkpoint.KINDS['seq2seq'][1].__dataclass_fields__.items()  # switches that are younger than the run were off in it
-    saved |= {name: field.default for name, field in fields if name in config and name not in saved}
+    saved = {name: field.default for name, field in fields if name in config} | state['config'] | state['model_args']
+    kinds, changed, refused = {name: kind for name, kind, _ in read_knobs(Path(__file__).read_text(encoding='utf-8'))}, [], []
+    for key in config.keys() & saved.keys():
+        try:
+            saved[key] = convert(saved[key], kinds[key])
+        except (ValueError, OverflowError):
+            raise UserError(f'{path} is damaged: its {key} should be {describe(kinds[key])}') from None
     here = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split', 'eval_replies', 'num_beams', 'eval_protocol'}
     for key in sorted(config.keys() & saved.keys() - here):  # what is asked for here and now is not the run's
         now = globals()[key]
