@@ -71,6 +71,19 @@ def check_weights(state, size):
             raise ValueError(f'{key} must have each place once')
 
 
+def check_optimizer(saved, optimizer):
+    """Raise ValueError where saved, an optimizer's state from a file, has not what this optimizer keeps of its parameters."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+    for i, kept in saved['state'].items():
+        if isinstance(optimizer, torch.optim.AdamW):
+            want = {'step': (), 'exp_avg': shapes[i], 'exp_avg_sq': shapes[i]}
+        else:  # Muon keeps matrices of a shape together
+            want = {'momentum': (shapes.count(shapes[i]), *shapes[i])}
+        if kept.keys() != want.keys() or any(type(t := kept[key]) is not torch.Tensor or t.shape != shape or not finite(t)
+                                             for key, shape in want.items()):
+            raise ValueError('what the optimizer has kept of the steps before is damaged')
+
+
 def load(path):
     """The checkpoint as a dict, its tensors on the CPU, those of a model that can be built. Raises UserError where it is none."""
     path = Path(path)
@@ -92,6 +105,7 @@ def load(path):
     wrong = [part for part, kind in PARTS.items() if not isinstance(state.get(part), kind)]
     wrong += [name for name, kind in NUMBERS.items() if type(value := state.get(name, kind())) is not kind
               or not 0 <= value <= (math.inf if name == 'best' else 2**46)]
+    wrong += ['loss_tokens'] if state.get('step') != state.get('evaluated') and state.get('loss_tokens') == 0 else []
     if wrong:
         raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing or no such thing ({", ".join(wrong)})')
     if state['kind'] not in KINDS:

@@ -93,6 +93,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -284,12 +285,13 @@ if state is not None:
         progress = {key: state.get(key, 0) if key == 'tokens' else state[key] for key in progress}  # (older files have none)
         if resume:
             for o, saved in zip(optimizers, state['optimizers'], strict=True):
+                checkpoint.check_optimizer(saved, o)
                 settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in o.param_groups]
                 o.load_state_dict(saved)
                 for group, now in zip(o.param_groups, settings):
                     group.update(now)  # betas, weight decay … are those of today's knobs, not of the file
             scaler.load_state_dict(state['scaler'])
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f'{path} does not fit this model and optimizer: {str(e).splitlines()[-1].strip()}') from None
     del state
 
@@ -366,11 +368,14 @@ COLUMNS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'grad_no
 
 def read_log():
     """Rows of log.csv up to the step that we are at, as lists of text."""
-    try:
-        rows = list(csv.reader((out_dir / 'log.csv').read_text(encoding='utf-8').splitlines()))[1:]
-        return [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= progress['evaluated']]
-    except (OSError, ValueError):
-        return []
+    rows = []
+    with suppress(OSError, ValueError, csv.Error):  # up to where it is damaged
+        reader = csv.reader((out_dir / 'log.csv').read_text(encoding='utf-8', errors='replace').splitlines())
+        next(reader, None)
+        for row in reader:
+            if len(row) == len(COLUMNS) and int(row[0]) <= progress['evaluated'] and all(math.isfinite(float(n)) for n in row):
+                rows.append(row)
+    return rows
 
 
 def write_log(rows):
