@@ -17,7 +17,6 @@ from files import FORMAT, write_whole
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
 
 KINDS = {'gpt': (GPT, GPTConfig), 'seq2seq': (Seq2Seq, Seq2SeqConfig)}
-PARTS = {'kind': str, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
 NUMBERS = {'step': int, 'tokens': int, 'evaluated': int, 'bad_evals': int, 'loss_tokens': int, 'loss_sum': float,
            'grad_norm': float, 'seconds': float, 'best': float}  # how far a run is: what was only exported may lack them
 
@@ -35,12 +34,9 @@ class Plain(TorchFunctionMode):
 
 
 def blank(Model, config):
-    """A model whose weights and tables are shapes only. Raises ValueError where they are too large for a shape."""
-    try:
-        with torch.device('meta'), Plain():
-            return Model(config)
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f'such a model can\'t be ({str(e).splitlines()[0]})') from None
+    """A model whose weights and tables are shapes only. Raises RuntimeError or TypeError where they are too large for that."""
+    with torch.device('meta'), Plain():
+        return Model(config)
 
 
 def finite(t):
@@ -73,14 +69,11 @@ def check_weights(state, size):
 
 def check_optimizer(saved, optimizer):
     """Raise ValueError where saved, an optimizer's state from a file, has not what this optimizer keeps of its parameters."""
-    shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
-    for i, kept in saved['state'].items():
-        if isinstance(optimizer, torch.optim.AdamW):
-            want = {'step': (), 'exp_avg': shapes[i], 'exp_avg_sq': shapes[i]}
-        else:  # Muon keeps matrices of a shape together
-            want = {'momentum': (shapes.count(shapes[i]), *shapes[i])}
-        if kept.keys() != want.keys() or any(type(t := kept[key]) is not torch.Tensor or t.shape != shape or not finite(t)
-                                             for key, shape in want.items()):
+    adam, shapes = isinstance(optimizer, torch.optim.AdamW), [p.shape for g in optimizer.param_groups for p in g['params']]
+    for i, kept in saved['state'].items():  # Muon keeps matrices of a shape together
+        shape = shapes[i]
+        want = {'step': (), 'exp_avg': shape, 'exp_avg_sq': shape} if adam else {'momentum': (shapes.count(shape), *shape)}
+        if {key: t.shape for key, t in kept.items()} != want:
             raise ValueError('what the optimizer has kept of the steps before is damaged')
 
 
@@ -102,9 +95,10 @@ def load(path):
         raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing')
     if state['format'] > FORMAT:  # before all else: what follows may have changed
         raise UserError(f'{path} has format {state["format"]}, this version reads up to {FORMAT}: use a newer pocketGPT')
-    wrong = [part for part, kind in PARTS.items() if not isinstance(state.get(part), kind)]
+    parts = {'kind': str, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
+    wrong = [part for part, kind in parts.items() if not isinstance(state.get(part), kind)]
     wrong += [name for name, kind in NUMBERS.items() if type(value := state.get(name, kind())) is not kind
-              or not 0 <= value <= (math.inf if name == 'best' else 2**46)]
+              or name != 'grad_norm' and not 0 <= value <= (math.inf if name == 'best' else 2**46)]
     wrong += ['loss_tokens'] if state.get('step') != state.get('evaluated') and state.get('loss_tokens') == 0 else []
     if wrong:
         raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing or no such thing ({", ".join(wrong)})')
@@ -114,8 +108,8 @@ def load(path):
         state['chat'] = chat.PLAIN
     try:
         check_weights(state, size)
-    except (TypeError, ValueError) as e:
-        raise UserError(f'{path} does not fit together: {e}') from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f'{path} does not fit together: {str(e).splitlines()[0]}') from None
     return state
 
 

@@ -77,12 +77,12 @@ def usable(path):
     """A Path, ~ expanded. Raises UserError where nothing can have such a name, whether it is there or not."""
     try:
         path = Path(path).expanduser()
-        if '\0' in str(path):
-            raise ValueError('it has a byte of zero')
-        path.exists()  # raises where it is too long
-        return path
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f'{str(path)!r} can\'t be a path: {getattr(e, "strerror", None) or e}') from None
+    return path
 
 
 def find(path):

@@ -141,8 +141,8 @@ def load(name, dtype=torch.float32, **overrides):
     c, tensors, state = read_config(folder / 'config.json', overrides), find_tensors(folder), {}
     try:
         model = blank(GPT, c)
-    except ValueError as e:
-        raise UserError(f'{folder / "config.json"}: {e}') from None
+    except (RuntimeError, TypeError) as e:
+        raise UserError(f'{folder / "config.json"} asks for what can\'t be: {e}') from None
     shapes = {key: t.shape for key, t in model.state_dict().items()}
     if c.tie_weights:
         del shapes['lm_head.weight']

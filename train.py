@@ -373,7 +373,7 @@ def read_log():
         reader = csv.reader((out_dir / 'log.csv').read_text(encoding='utf-8', errors='replace').splitlines())
         next(reader, None)
         for row in reader:
-            if len(row) == len(COLUMNS) and int(row[0]) <= progress['evaluated'] and all(math.isfinite(float(n)) for n in row):
+            if len([float(n) for n in row]) == len(COLUMNS) and int(row[0]) <= progress['evaluated']:
                 rows.append(row)
     return rows
 
