@@ -99,7 +99,8 @@ def load(path):
     wrong = [part for part, kind in parts.items() if not isinstance(state.get(part), kind)]
     wrong += [name for name, kind in NUMBERS.items() if type(value := state.get(name, kind())) is not kind
               or name != 'grad_norm' and not 0 <= value <= (math.inf if name == 'best' else 2**46)]
-    wrong += ['loss_tokens'] if state.get('step') != state.get('evaluated') and state.get('loss_tokens') == 0 else []
+    if not wrong and state.get('step') != state.get('evaluated') and state.get('loss_tokens') == 0:
+        wrong = ['loss_tokens']
     if wrong:
         raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing or no such thing ({", ".join(wrong)})')
     if state['kind'] not in KINDS:

@@ -72,7 +72,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            if not isinstance(value := getattr(self, f.name), (int, float) if f.type is float else f.type):
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if not isinstance(value, kind) or isinstance(value, bool) and 'bool' not in str(f.type):
                 raise ValueError(f'{f.name} must be of type {getattr(f.type, "__name__", f.type)}, got {type(value).__name__}')
         problems = [f'{name} must be one of {", ".join(valid)}, got {getattr(self, name)!r}'
                     for name, valid in CHOICES.items() if getattr(self, name) not in valid]

@@ -168,7 +168,7 @@ def test_no_memory_is_taken_on_a_files_word(tmp_path):
     for fields, tensors, said in (({'n_layer': 10**9}, {}, 'n_layer must be from 1 to 1,024'), ({'block_size': 10**12}, {}, 'block_size must be from 1 to'),
                                   ({'block_size': 2**20, 'n_embd': 2**12}, {}, 'too large with 1048576: lower block_size'),
                                   ({'n_embd': 2**24}, {}, 'positions are a table'), ({'vocab_size': 2**61}, {}, 'does not fit together'),
-                                  ({'vocab_size': 2**40}, {}, 'must be'), ({'n_inner': 2**24}, {}, 'c_fc'), ({'cutoffs': tuple(range(1, 20))}, {}, 'cutoffs'),
+                                  ({'vocab_size': 2**40}, {}, 'must be'), ({'n_inner': 2**24}, {}, 'c_fc'), ({'cutoffs': tuple(range(1, 20))}, {}, 'cutoffs'), ({'n_head': True}, {}, 'n_head must be of type int, got bool'),
                                   ({'vocab_size': 2**40}, {'transformer.wte.weight': wte, 'lm_head.weight': wte}, 'smaller than its weights say')):
         torch.save({**state, 'model_args': {**state['model_args'], **fields}, 'model': {**state['model'], **tensors}}, path)
         with pytest.raises(UserError, match=said):
@@ -199,13 +199,13 @@ def test_weights_that_are_no_numbers(tmp_path):
 
 def test_versions(tmp_path):
     """Older checkpoints load: before token_shift, chat and the count of tokens. Newer ones are refused before anything else is said."""
-    path, state = tmp_path / 'x.pt', some_state(tmp_path, 'seq2seq')
+    path, state = tmp_path / 'x.pt', some_state(tmp_path, 'seq2seq') | {'grad_norm': math.inf}  # as float16 leaves it now and then
     for field in ('token_shift', 'cutoffs', 'div_value'):
         del state['model_args'][field]
     del state['tokens'], state['chat']
     torch.save(state, path)
     assert checkpoint.build(checkpoint.load(path), path)[0].config.token_shift is False
-    write_with(path)
+    write_with(path)  # with chat.PLAIN
     torch.save({'format': 2, 'weights': 'elsewhere'}, path)
     with pytest.raises(UserError, match='has format 2, this version reads up to 1: use a newer pocketGPT'):
         checkpoint.load(path)
