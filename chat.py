@@ -10,7 +10,21 @@ A format is a dict that travels in meta.json and in checkpoints:
     you, me   whom the person and the model speak as
     reply     what the model's own turn begins with ('Bot: '): it is written, not sampled
 """
+import re
+
+from configurator import UserError
+
 PLAIN = {'turn': '{text}', 'between': '', 'begin': '', 'turns': 1, 'you': 'you', 'me': 'model', 'reply': ''}  # of any pairs
+
+
+def check(style, tok=None):
+    """Raise ValueError where a format, which comes in files, is not one, or has text that tok, if given, does not know."""
+    if not isinstance(style, dict) or any(type(style.get(key)) is not type(value) for key, value in PLAIN.items()) \
+            or style['turns'] < 1 or '{text}' not in style['turn'] or any(len(str(style[key])) > 1000 for key in PLAIN):
+        raise ValueError(f'chat, the format of conversations, must have {", ".join(PLAIN)}, as chat.py has them')
+    if tok is not None:
+        source_ids(tok, style, [(style['you'], ''), (style['me'], '')])
+        start_ids(tok, style)
 
 
 def piece_ids(tok, piece):
@@ -26,7 +40,8 @@ def source_ids(tok, style, turns, max_tokens=None):
     """
     begin, ids = piece_ids(tok, style['begin']), []
     for number, (speaker, text) in enumerate(reversed(turns[-style['turns']:])):
-        turn = tok.encode(style['turn'].format(speaker=speaker, text=text))
+        said, parts = {'{speaker}': speaker, '{text}': text}, re.split('({speaker}|{text})', style['turn'])
+        turn = tok.encode(''.join(said.get(part, part) for part in parts))
         turn += piece_ids(tok, style['between']) if number else []
         if max_tokens is not None and len(begin) + len(turn) + len(ids) > max_tokens:
             return begin + (ids or turn[-max(1, max_tokens - len(begin)):])
@@ -35,8 +50,14 @@ def source_ids(tok, style, turns, max_tokens=None):
 
 
 def start_ids(tok, style):
-    """What a reply begins with: the id between source and target, then the format's `reply`."""
-    return [tok.start] + tok.encode(style['reply'])
+    """What a reply begins with: the id between source and target, then the format's `reply`. Raises UserError: there is none."""
+    try:
+        reply = tok.encode(style['reply'])
+    except ValueError as e:
+        raise UserError(f'replies begin with {style["reply"]!r}, but {e}: prepare the dataset again') from None
+    if tok.start is None:
+        raise UserError('the tokenizer has no special id to begin a reply with: prepare the dataset again')
+    return [tok.start, *reply]
 
 
 def reply_text(tok, style, ids):

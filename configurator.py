@@ -31,6 +31,10 @@ ROOT = Path(__file__).resolve().parent
 class UserError(ValueError):
     """Something that the person at the keyboard can mend: its text is one clear sentence, shown without a traceback."""
 
+    def __init__(self, text):
+        text = ' '.join(text.splitlines())  # what it quotes can be anything
+        super().__init__(text if len(text) < 3000 else f'{text[:1000]} … {text[-1000:]}')
+
 
 def show_user_errors(script):
     """From here on an uncaught UserError, Ctrl-C or lack of memory ends in one sentence on stderr, not in a traceback.
@@ -70,15 +74,27 @@ def show_user_errors(script):
     sys.excepthook = hook
 
 
+def usable(path):
+    """A Path, ~ expanded. Raises UserError where nothing can have such a name, whether it is there or not."""
+    try:
+        path = Path(path).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, RuntimeError, ValueError) as e:
+        raise UserError(f'{str(path)!r} can\'t be a path: {getattr(e, "strerror", None) or e}') from None
+    return path
+
+
 def find(path):
     """A path as typed from the working directory or, where that does not exist, from the folder that holds the scripts."""
-    path = Path(path).expanduser()
+    path = usable(path)
     return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
 
 
 def nearby(path):
     """The same path, relative to the working directory where it lies inside: shorter to read and to type."""
-    path = Path(path).resolve()
+    path = usable(path).resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
@@ -148,7 +164,7 @@ def convert(value, kind):
             value = value.capitalize()  # true and false are as clear
         try:
             value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             if kind is not float:
                 raise ValueError from None
             value = float(value)  # inf
@@ -156,7 +172,7 @@ def convert(value, kind):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)  # 1e4
-    if type(value) is not kind:
+    if type(value) is not kind or kind is int and abs(value) >= 2**63:
         raise ValueError
     return value
 
@@ -229,7 +245,7 @@ def configure(script_file, namespace, argv=None):
         before = dict(values)
         try:
             exec(compile(path.read_bytes(), str(path), 'exec'), values)
-        except Exception as e:  # it is somebody's program: anything can go wrong in it
+        except (Exception, SystemExit) as e:  # it is somebody's program: anything can go wrong in it
             line = getattr(e, 'lineno', None)
             tb = e.__traceback__
             while line is None and tb is not None:
@@ -237,7 +253,8 @@ def configure(script_file, namespace, argv=None):
             problems.append(f'config file {arg}, line {line}: {type(e).__name__}: {e}')
             continue
         for name, value in values.items():
-            private = name.startswith('_') or isinstance(value, (types.ModuleType, types.FunctionType, type))
+            private = not isinstance(name, str) or name.startswith('_') \
+                or isinstance(value, (types.ModuleType, types.FunctionType, type))
             if not private and (name not in before or value is not before[name]):
                 put(name, value, arg)
     seen = set()

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import ROOT, UserError
+import chat
+from configurator import ROOT, UserError, usable
 from files import FORMAT
 
 SHARED = {'common', 'corpus', 'text'}  # what makes no dataset of its own name in prepare/
@@ -23,11 +24,11 @@ IN_MEMORY = 2**28     # bytes: smaller files are loaded whole, larger ones memor
 
 def ensure_prepared(dataset, data_dir, make=True):
     """Folder of a dataset; where it is missing and prepare/DATASET.py exists, that is run first if make. Raises UserError."""
-    folder = Path(data_dir) / dataset
+    folder = usable(Path(data_dir) / dataset)
     if (folder / 'meta.json').is_file():
         return folder
     script = ROOT / 'prepare' / f'{dataset}.py'
-    if not make or not script.is_file() or dataset in SHARED:
+    if not make or not script.is_file() or dataset in SHARED or Path(dataset).name != dataset:  # a checkpoint can name any
         ready = sorted(p.parent.name for p in Path(data_dir).glob('*/meta.json'))
         known = sorted(p.stem for p in (ROOT / 'prepare').glob('*.py') if p.stem not in SHARED)
         raise UserError(f'there is no dataset {dataset!r} in {data_dir} and no prepare/{dataset}.py to make it; '
@@ -44,18 +45,23 @@ def read_meta(folder):
     path = Path(folder) / 'meta.json'
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
+        if type(meta['format']) is int and meta['format'] > FORMAT:  # before all else: what follows may have changed
+            raise UserError(f'{path} has format {meta["format"]}, this version reads up to {FORMAT}: '
+                            f'use a newer pocketGPT, or prepare the dataset again')
         fields = {'format': int, 'kind': str, 'dtype': str, 'vocab_size': int, 'tokenizer': dict, 'counts': dict}
         bad = [f for f, kind in fields.items() if not isinstance(meta[f], kind)]
         bad += ['kind'] if meta['kind'] not in ('stream', 'pairs') else []
-        bad += [f'counts.{s}' for s in ('train', 'val') if not isinstance(meta['counts'][s], int)]
-        bad += ['pairs'] if meta['kind'] == 'pairs' and not isinstance(meta['pairs'], dict) else []
+        pairs = meta['kind'] == 'pairs'
+        for part in ('counts', 'pairs') if pairs else ('counts',):
+            bad += [f'{part}.{s}' for s in {'train', 'val', *meta[part]} if type(meta[part][s]) is not int or meta[part][s] < 0]
+        if pairs and 'chat' in meta:
+            chat.check(meta['chat'])
+    except UserError:
+        raise
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise UserError(f'{path} is not a dataset\'s meta.json ({type(e).__name__}: {e}); prepare the dataset again') from None
-    if meta['format'] > FORMAT:
-        raise UserError(f'{path} has format {meta["format"]}, this version reads up to {FORMAT}: '
-                        f'use a newer pocketGPT, or prepare the dataset again')
     if bad or meta['dtype'] not in ('uint16', 'uint32'):
         raise UserError(f'{path} is wrong at {", ".join(bad) or "dtype"}; prepare the dataset again')
     return meta
@@ -97,7 +103,7 @@ class Tokens:
         except OSError as e:
             raise UserError(f'cannot read {self.path}: {e.strerror}; prepare the dataset again') from None
         self.n = meta['counts'][split]
-        if size != self.n * self.dtype.itemsize:
+        if not size or size != self.n * self.dtype.itemsize:
             raise UserError(f'{self.path} has {size:,} bytes, but meta.json speaks of {self.n:,} ids of {self.dtype.itemsize} '
                             f'bytes: the file is cut short or not from this dataset; prepare it again')
         self.loaded = self.check(np.fromfile(self.path, dtype=self.dtype)) if size <= IN_MEMORY else None
@@ -221,17 +227,15 @@ class Pairs(Tokens):
 
     def __init__(self, folder, meta, split, start, block_size, src_block_size=None, batch_tokens=4096):
         super().__init__(folder, meta, split)
-        path, N = self.path.with_suffix('.idx'), meta.get('pairs', {}).get(split)
+        path, N = self.path.with_suffix('.idx'), meta['pairs'].get(split, 0)
         try:
-            self.offsets = np.fromfile(path, dtype='<i8')
+            self.offsets = np.fromfile(path, dtype='<i8') if path.stat().st_size == 8 * (2 * N + 1) else np.zeros(1)
         except OSError as e:
             raise UserError(f'cannot read {path}: {e.strerror}; prepare the dataset again') from None
-        if N is None or N < 1 or len(self.offsets) != 2 * N + 1 or self.offsets[0] != 0 or self.offsets[-1] != self.n \
-                or (np.diff(self.offsets) < 1).any():
+        if N < 1 or len(self.offsets) != 2 * N + 1 or self.offsets[0] != 0 or self.offsets[-1] != self.n \
+                or self.offsets.min() < 0 or self.offsets.max() > self.n or (np.diff(self.offsets) < 1).any():
             raise UserError(f'{path} does not fit {self.path} and meta.json: prepare the dataset again')
         self.start, *self.given = start
-        if self.start is None:
-            raise UserError(f'the tokenizer of {folder} has no special id to begin a target with: prepare the dataset again')
         self.joined = src_block_size is None
         if self.tokens()[self.offsets[1]:self.offsets[2]].tolist()[:len(self.given)] != self.given:
             raise UserError(f'targets in {self.path} do not begin as meta.json says; prepare the dataset again')

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch.overrides import TorchFunctionMode
 
+from checkpoint import blank, finite
 from configurator import UserError, find
 from files import download, make_folder, write_whole
 from model import GPT, GPTConfig
@@ -132,15 +132,6 @@ def find_tensors(folder):
     return tensors
 
 
-class Blank(TorchFunctionMode):
-    """Modules built in its scope have weights that are shapes only, without memory or random numbers; tables are as ever."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__.endswith(('normal_', 'uniform_')):  # on the device meta their first call costs a second, for imports
-            return None
-        return func(*args, **(kwargs or {}) | ({'device': 'meta'} if func is torch.empty else {}))
-
-
 def load(name, dtype=torch.float32, **overrides):
     """(GPT in eval mode, its model_args) from one of NAMES or a folder; its parameters are dtype, whatever the file holds.
 
@@ -148,10 +139,10 @@ def load(name, dtype=torch.float32, **overrides):
     """
     folder = fetch(name)
     c, tensors, state = read_config(folder / 'config.json', overrides), find_tensors(folder), {}
-    if f'transformer.h.{c.n_layer - 1}.ln_1.weight' not in tensors:  # before a wrong config.json has us build a million layers
-        raise UserError(f'{folder} has no weights for the {c.n_layer} layers that its config.json speaks of')
-    with Blank():
-        model = GPT(c)
+    try:
+        model = blank(GPT, c)
+    except (RuntimeError, TypeError) as e:
+        raise UserError(f'{folder / "config.json"} asks for what can\'t be: {e}') from None
     shapes = {key: t.shape for key, t in model.state_dict().items()}
     if c.tie_weights:
         del shapes['lm_head.weight']
@@ -160,12 +151,17 @@ def load(name, dtype=torch.float32, **overrides):
     problems += [f'{key} is surplus' for key in tensors if key not in shapes]
     for key, shape in shapes.items() if not problems else ():
         path, theirs = tensors[key]
-        with safe_open(path, 'pt') as f:  # mapped anew for each tensor, so that the pages of those copied are given back
-            t = f.get_tensor(theirs)
+        try:
+            with safe_open(path, 'pt') as f:  # mapped anew for each tensor, so that the pages of those copied are given back
+                t = f.get_tensor(theirs)
+        except (OSError, SafetensorError, RuntimeError, TypeError, AttributeError) as e:  # types that this PyTorch lacks
+            raise UserError(f'cannot read {theirs} in {path}: {e}') from None
         t = t.t() if key.endswith(CONV1D) and t.ndim == 2 else t[:c.block_size] if key.endswith('wpe.weight') else t
         if t.shape != shape or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             problems.append(f'{theirs} makes {tuple(t.shape)} of {t.dtype}, not {tuple(shape)}')
             break
+        if not finite(t):
+            raise UserError(f'{theirs} in {path} has values that are infinite or no numbers (NaN): download it anew')
         state[key] = torch.nn.Parameter(torch.empty(shape, dtype=dtype).copy_(t))
     if problems:
         raise UserError(f'the weights in {folder} do not fit its config.json: {"; ".join(problems[:3])}')

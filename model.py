@@ -18,7 +18,7 @@ From the last layer to logits and loss: head.py. How they write text: generate.p
   token shift  Peng et al. 2023,  https://arxiv.org/abs/2305.13048 (RWKV's)
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -35,6 +35,10 @@ CHOICES = {  # what the switches of GPTConfig that are names may be
     'norm_position': ('pre', 'post'),
     'act': ('gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'),
     'init': ('gpt2', 'xavier'),
+}
+LIMITS = {  # … and how large its sizes: a config can come from a stranger's file, and what it asks for is made
+    'block_size': 2**20, 'src_block_size': 2**20, 'vocab_size': 2**62, 'n_layer': 2**10, 'n_encoder_layer': 2**10,
+    'n_head': 2**24, 'n_embd': 2**24, 'n_inner': 2**24,
 }
 
 
@@ -67,10 +71,14 @@ class GPTConfig:
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
 
     def __post_init__(self):
+        for f in fields(self):
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if not isinstance(value, kind) or isinstance(value, bool) and 'bool' not in str(f.type):
+                raise ValueError(f'{f.name} must be of type {getattr(f.type, "__name__", f.type)}, got {type(value).__name__}')
         problems = [f'{name} must be one of {", ".join(valid)}, got {getattr(self, name)!r}'
                     for name, valid in CHOICES.items() if getattr(self, name) not in valid]
-        problems += [f'{name} must be at least 1, got {getattr(self, name)}'
-                     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if getattr(self, name) < 1]
+        problems += [f'{name} must be from 1 to {most:,}, got {value}' for name, most in LIMITS.items()
+                     if (value := getattr(self, name, None)) is not None and not 1 <= value <= most]
         problems += [f'{name} must be at least 0 and below 1, got {getattr(self, name)}'
                      for name in ('dropout', 'attn_dropout') if not 0 <= getattr(self, name) < 1]
         if self.n_head >= 1 and self.n_embd % self.n_head:
@@ -79,14 +87,17 @@ class GPTConfig:
             problems.append(f'rotary positions need an even n_embd / n_head, got {self.n_embd // self.n_head}')
         if self.token_shift and self.n_embd % 2:
             problems.append(f'token_shift needs an even n_embd, got {self.n_embd}')
-        if self.n_inner is not None and self.n_inner < 1:
-            problems.append(f'n_inner must be at least 1 or None, got {self.n_inner}')
-        self.cutoffs = tuple(self.cutoffs)
+        if not 0 <= self.softcap < math.inf:
+            problems.append(f'softcap must be at least 0, got {self.softcap}')
+        width = {'sinusoidal': self.n_embd, 'rotary': self.n_embd // max(1, self.n_head)}.get(self.pos, 0)
+        if (T := max(self.block_size, getattr(self, 'src_block_size', None) or 0)) * width > 2**26:
+            problems.append(f'{self.pos} positions are a table of block_size x {width}, too large with {T}: lower block_size')
         if self.cutoffs:
             if not (all(isinstance(n, int) for n in self.cutoffs) and list(self.cutoffs) == sorted(set(self.cutoffs))
-                    and 0 < self.cutoffs[0] and self.cutoffs[-1] < self.vocab_size and self.div_value >= 1):
-                problems.append(f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s {self.vocab_size}, '
-                                f'and div_value at least 1, got {self.cutoffs} and {self.div_value}')
+                    and 0 < self.cutoffs[0] and self.cutoffs[-1] < self.vocab_size and len(self.cutoffs) <= 16
+                    and 1 <= self.div_value <= self.n_embd and self.div_value ** len(self.cutoffs) <= self.n_embd):
+                problems.append(f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s {self.vocab_size}, 16 at '
+                                f'most, div_value at least 1, the last cluster 1 wide, got {self.cutoffs} and {self.div_value}')
             if without := [name for name in ('tie_weights', 'softcap', 'head_bias') if getattr(self, name)]:
                 problems.append(f'cutoffs (adaptive softmax) don\'t go with {", ".join(without)}: switch one of the two off')
         if problems:
@@ -107,12 +118,6 @@ class Seq2SeqConfig(GPTConfig):
     tie_weights: bool = False
     tie_source: bool = True          # source and target share their embedding
     init: str = 'xavier'
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ('src_block_size', 'n_encoder_layer'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1 or None, got {getattr(self, name)}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class Tokenizer:
     def prompt(self, text):
         """Ids to start writing from, never none: those of text or, where it is empty, of a line break if there is one."""
         try:
-            return self.encode(text or '\n')
+            return self.encode(text or '\n') or [0]
         except UnknownCharacters:
             if text:
                 raise

@@ -93,6 +93,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -104,7 +105,7 @@ import parallel
 import plot
 import tokenizer as tokenizers
 from chat import PLAIN, start_ids
-from configurator import ROOT, nearby
+from configurator import ROOT, convert, describe, nearby, read_knobs
 from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
 from files import free_name, lock, write_whole
@@ -124,9 +125,14 @@ if resume or eval_only and init_from == 'scratch':
         raise UserError(f'there is no {path} to {"evaluate" if eval_only else "go on from"}: name the run with --out_dir=…'
                         + ('' if eval_only else ', or leave --resume away to start anew'))
     state = checkpoint.load(path)
-    saved, changed, refused = state['config'], [], []
     fields = checkpoint.KINDS['seq2seq'][1].__dataclass_fields__.items()  # switches that are younger than the run were off in it
-    saved |= {name: field.default for name, field in fields if name in config and name not in saved}
+    saved = {name: field.default for name, field in fields if name in config} | state['config'] | state['model_args']
+    kinds, changed, refused = {name: kind for name, kind, _ in read_knobs(Path(__file__).read_text(encoding='utf-8'))}, [], []
+    for key in config.keys() & saved.keys():
+        try:
+            saved[key] = convert(saved[key], kinds[key])
+        except (ValueError, OverflowError):
+            raise UserError(f'{path} is damaged: its {key} should be {describe(kinds[key])}') from None
     here = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split', 'eval_replies', 'num_beams', 'eval_protocol'}
     for key in sorted(config.keys() & saved.keys() - here):  # what is asked for here and now is not the run's
         now = globals()[key]
@@ -280,12 +286,13 @@ if state is not None:
         progress = {key: state.get(key, 0) if key == 'tokens' else state[key] for key in progress}  # (older files have none)
         if resume:
             for o, saved in zip(optimizers, state['optimizers'], strict=True):
+                checkpoint.check_optimizer(saved, o)
                 settings = [{k: v for k, v in group.items() if k not in ('params', 'lr')} for group in o.param_groups]
                 o.load_state_dict(saved)
                 for group, now in zip(o.param_groups, settings):
                     group.update(now)  # betas, weight decay … are those of today's knobs, not of the file
             scaler.load_state_dict(state['scaler'])
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f'{path} does not fit this model and optimizer: {str(e).splitlines()[-1].strip()}') from None
     del state
 
@@ -366,11 +373,14 @@ COLUMNS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'grad_no
 
 def read_log():
     """Rows of log.csv up to the step that we are at, as lists of text."""
-    try:
-        rows = list(csv.reader((out_dir / 'log.csv').read_text(encoding='utf-8').splitlines()))[1:]
-        return [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= progress['evaluated']]
-    except (OSError, ValueError):
-        return []
+    rows = []
+    with suppress(OSError, ValueError, csv.Error):  # up to where it is damaged
+        reader = csv.reader((out_dir / 'log.csv').read_text(encoding='utf-8', errors='replace').splitlines())
+        next(reader, None)
+        for row in reader:
+            if len([float(n) for n in row]) == len(COLUMNS) and int(row[0]) <= progress['evaluated']:
+                rows.append(row)
+    return rows
 
 
 def write_log(rows):

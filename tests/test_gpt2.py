@@ -114,7 +114,7 @@ def test_what_may_be_chosen(small, tmp_path):
     ({'scale_attn_weights': False}, 'scale_attn_weights is False'), ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by'),
     ({'reorder_and_upcast_attn': True}, 'reorder_and_upcast'), ({'add_cross_attention': True}, 'add_cross_attention'),
     ({'n_layer': '2'}, "n_layer is '2', not a whole number"), ({'n_embd': None}, 'n_embd is None'), ({'n_head': 5}, 'divisible by n_head'),
-    ({'n_layer': 10**9}, 'no weights for the 1000000000 layers'), ({'n_layer': 1}, 'h.1.[a-z_1.]* is surplus'), ({'n_inner': 'x'}, 'config.json'),
+    ({'n_layer': 10**9}, 'n_layer must be from 1 to 1,024, got 1000000000'), ({'n_layer': 1}, 'h.1.[a-z_1.]* is surplus'), ({'n_inner': 'x'}, 'config.json'),
     ({'vocab_size': 998}, r'wte.weight makes \(997, 24\) of torch.float32, not \(998, 24\)'), ({'tie_word_embeddings': False}, 'lm_head.weight is missing'),
     ({'resid_pdrop': 3}, 'dropout must be')])
 def test_other_models_are_refused(small, tmp_path, change, said):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import head as head_module
 import model as m
-from model import GPT, GPTConfig, KVCache, shift
+from model import GPT, GPTConfig, shift
 
 
 def small(seed=0, scale=3.0, **kwargs):
@@ -125,26 +125,6 @@ def test_no_token_sees_the_future(kwargs):
         changed[:, t:] = (changed[:, t:] + 1) % 23
         after = gpt(changed)[0]
         assert torch.equal(before[:, :t], after[:, :t]) and not torch.allclose(before[:, t:], after[:, t:])
-
-
-@pytest.mark.parametrize('kwargs', SWITCHES)
-def test_cached_logits_equal_uncached(kwargs):
-    """In chunks of any size; and in a ragged batch each row's logits are those of the row alone."""
-    gpt, idx = small(**kwargs), torch.randint(23, (3, 16))
-    want = gpt(idx)[0]
-    for chunks in ((16,), (1,) * 16, (5, 1, 1, 6, 3)):
-        cache, got = KVCache(gpt.config, 3, 16, 'cpu', torch.float32), []
-        for part in idx.split(chunks, dim=1):
-            got.append(gpt(part, cache=cache)[0])
-        torch.testing.assert_close(torch.cat(got, dim=1), want, atol=1e-5, rtol=1e-5)
-    pad = torch.tensor([0, 5, 14])
-    cache, got = KVCache(gpt.config, 3, 16, 'cpu', torch.float32), []
-    for part in idx.split((15, 1), dim=1):  # padding may not end later than the first chunk's last column
-        got.append(gpt(part, cache=cache, pad=pad)[0])
-    got = torch.cat(got, dim=1)
-    for row, p in enumerate(pad):
-        torch.testing.assert_close(got[row, p:], gpt(idx[row:row + 1, p:])[0][0], atol=1e-5, rtol=1e-5)
-    assert got.isfinite().all()
 
 
 @pytest.mark.parametrize('kwargs', SWITCHES)

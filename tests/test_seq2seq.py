@@ -191,7 +191,7 @@ def test_xavier_and_smoothing():
 
 @pytest.mark.parametrize('bad, says', [
     ({'cutoffs': (5, 3)}, 'cutoffs must be rising'), ({'cutoffs': (5, 200)}, 'cutoffs must be rising'),
-    ({'cutoffs': (5,), 'tie_weights': True}, "don't go with tie_weights"), ({'src_block_size': 0}, 'src_block_size must be at least 1'),
+    ({'cutoffs': (5,), 'tie_weights': True}, "don't go with tie_weights"), ({'src_block_size': 0}, 'src_block_size must be from 1 to 1,048,576, got 0'),
     ({'init': 'lecun'}, 'init must be one of gpt2, xavier')])
 def test_contradictions(bad, says):
     with pytest.raises(ValueError, match=says):
