@@ -1,0 +1,126 @@
+"""
+The page that sample.py --web opens: a small server, on Starlette and uvicorn, between chat.html and a Talk.
+
+    GET /        the page, and in it, as JSON, what it shows: the model's name and size, settings with comments, presets, …
+    POST /write  {"settings": {"temperature": "0.5", …}}: {} where they make sense, else a sentence and status 400. With "text"
+                 and, in a conversation, "turns": [[speaker, text], …] before it and "you", who says it, that is gone on with,
+                 in lines of JSON as it is written: {"text": a piece}, at last {"end": true} or {"error": a sentence}
+
+The conversation lies with the page, the server keeps nothing. It writes one text at a time: who comes meanwhile is told
+{"wait": true} and waits. Writing ends when its connection does. Any page open in the same browser could send requests here, so
+those of other pages are refused: their Origin tells, or a Host that is a name we don't go by (DNS rebinding).
+"""
+import asyncio
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import webbrowser
+from concurrent.futures import ThreadPoolExecutor
+
+from configurator import ROOT, UserError, read_knobs
+from talk import PRESETS, SAMPLING, change
+
+try:
+    import uvicorn
+    from starlette import applications, exceptions, responses, routing
+except ImportError:
+    raise UserError('the page needs two more packages: pip install starlette uvicorn') from None
+
+
+def listen(host, port):
+    """A listening socket. Raises UserError where there can't be one; says so where other machines can reach it."""
+    try:
+        sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
+    except (OSError, OverflowError) as e:
+        raise UserError(f'cannot listen on port {port} of {host} ({e.args[-1]}): choose another, --port={port % 65535 + 1}') from None
+    if not sock.getsockname()[0].startswith(('127.', '::1')):
+        print(f'--host={host}: whoever can reach this machine can use the model, there is no password', file=sys.stderr)
+    return sock
+
+
+class Page:
+    """A Talk behind a listening socket. host: the name it was told to go by; seed, start: what the page begins with."""
+
+    def __init__(self, talk, sock, host, seed=None, start=''):
+        self.talk, self.sock, self.host = talk, sock, host
+        self.thread, self.turn, self.stopped = ThreadPoolExecutor(1), asyncio.Lock(), threading.Event()
+        talk.model.register_forward_pre_hook(self.go_on)  # so that a beam search, silent to its end, can be stopped as well
+        comments = {name: comment for name, _, comment in read_knobs((ROOT / 'sample.py').read_text('utf-8'))}
+        self.about = {'name': str(talk.name), 'size': talk.model.num_params(), 'style': talk.style, 'start': start, 'presets': PRESETS,
+                      'settings': {**talk.settings, 'seed': seed}, 'sampling': SAMPLING, 'comments': comments}
+        app = applications.Starlette(
+            routes=[routing.Route('/', self.page), routing.Route('/write', self.write, methods=['POST'])],
+            exception_handlers={UserError: lambda request, e: responses.PlainTextResponse(str(e), 400)})
+        self.server = uvicorn.Server(uvicorn.Config(app, http='h11', ws='none', lifespan='off', log_level='error',
+                                                    timeout_graceful_shutdown=1))
+
+    def run(self):
+        """Open the page in a browser where there is one, and serve until Ctrl-C."""
+        host, port = self.sock.getsockname()[:2]
+        host = '127.0.0.1' if host == '0.0.0.0' else f'[{host}]' if ':' in host else host
+        print(f'{self.talk.name} is at http://{host}:{port}/ (Ctrl-C ends it)', flush=True)
+        if sys.platform != 'linux' or any(name in os.environ for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'BROWSER')):
+            threading.Thread(target=webbrowser.open, args=[f'http://{host}:{port}/'], daemon=True).start()
+        self.server.run([self.sock])
+
+    def go_on(self, *_):
+        """Called before every step of the model: ends the writing where nobody waits for it."""
+        if self.stopped.is_set() or self.server.should_exit:
+            raise UserError('stopped')
+
+    def guard(self, request):
+        """Refuse what another page has sent: that has a name where ours has an address."""
+        host, origin = request.headers.get('host', ''), request.headers.get('origin')
+        address = re.fullmatch(r'(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?', host)
+        if not address and re.sub(r':\d+$', '', host) != self.host or origin not in (None, f'http://{host}'):
+            raise exceptions.HTTPException(403, f'refused: this server answers its own page, not {origin or host}')
+
+    async def page(self, request):
+        self.guard(request)
+        about, key = json.dumps(self.about).replace('<', '\\u003c'), secrets.token_hex()
+        html = (ROOT / 'chat.html').read_text('utf-8').replace('{"about": "us"}', about)  # read each time: edit it and reload
+        html = html.replace('<style>', f'<style nonce="{key}">', 1).replace('<script>', f'<script nonce="{key}">', 1)
+        return responses.HTMLResponse(html, headers={'Cache-Control': 'no-store', 'Content-Security-Policy': (
+            f"default-src 'none'; style-src 'nonce-{key}'; script-src 'nonce-{key}'; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")})
+
+    async def write(self, request):
+        self.guard(request)
+        body = b''
+        async for part in request.stream():
+            if len(body := body + part) > 2**20:
+                raise exceptions.HTTPException(413, 'this is longer than the 1 MB that a request may have: begin anew')
+        try:
+            asked = {'turns': [], 'you': '', **json.loads(body)}
+            settings, turns = dict(asked['settings']), [(speaker, text) for speaker, text in asked['turns']]
+            ''.join([asked.get('text', ''), asked['you'], *map(''.join, turns)]).encode()  # is it text, and all of it Unicode?
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError('a request is JSON like {"settings": {}, "text": "…", "turns": [["you", "…"]]}') from None
+        seed = settings.pop('seed', None)
+        if type(seed) not in (int, type(None)):
+            raise UserError(f'seed must be a whole number or None, got {seed!r}')
+        change(self.talk.settings, settings)
+        if 'text' not in asked:
+            return responses.JSONResponse({})
+        return responses.StreamingResponse(self.lines(self.talk.pieces(asked['text'], turns, seed, asked['you'], **settings)))
+
+    async def lines(self, pieces):
+        """Have them written, and yield lines of JSON as they are. Closed early, that ends the writing."""
+        if self.turn.locked():
+            yield '{"wait": true}\n'
+        async with self.turn:
+            work = asyncio.get_running_loop().run_in_executor
+            try:
+                await work(self.thread, self.stopped.clear)  # there is one thread: whatever went before is over now
+                while (piece := await work(self.thread, next, pieces, None)) is not None:
+                    yield json.dumps({'text': piece}) + '\n'
+                yield '{"end": true}\n'
+            except UserError as e:
+                yield json.dumps({'error': str(e)}) + '\n'
+            finally:
+                self.stopped.set()
+                self.thread.submit(pieces.close)
