@@ -53,6 +53,16 @@ def change(settings, new, named=None):
     return settings
 
 
+def check_seed(seed):
+    """seed, a number or text as it is typed, as a number, or None. Raises UserError where PyTorch knows no such seed."""
+    try:
+        if (number := convert(seed, int | None)) is None or -2**63 <= number < 2**64:
+            return number
+    except ValueError:
+        pass
+    raise UserError(f'seed must be a whole number of up to 64 bits, or None, got {seed!r}')
+
+
 def load(out_dir=None, init_from=None, weights='best', device='auto', dtype='float32', quantize='', **more):
     """A Talk. out_dir: a run's folder, None for the newest in out/ or, before there is one, the model that comes along.
     init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs. Raises UserError."""
@@ -130,8 +140,7 @@ class Talk:
         """Generate behind each prompt (ids). Yields (row, text): the first row as it comes, the others whole, in order."""
         writers, rest = [Writer(self.tok, self.stop) for _ in prompts], [''] * len(prompts)
         length, beams = settings['max_new_tokens'], settings['num_beams']
-        if seed is not None and not -2**63 <= seed < 2**64:
-            raise UserError(f'seed must be a whole number of 64 bits, got {seed}')
+        seed = check_seed(seed)
         if beams > 1:
             best = self.model.beam_search(prompts, length, beams, self.eot, self.start, settings['length_penalty'],
                                           banned=self.banned)

@@ -2,19 +2,18 @@
 The page that sample.py --web opens: a small server, on Starlette and uvicorn, between chat.html and a Talk.
 
     GET /        the page, and in it, as JSON, what it shows: the model's name and size, settings with comments, presets, …
-    POST /write  {"settings": {"temperature": "0.5", …}}: {} where they make sense, else a sentence and status 400. With "text"
-                 and, in a conversation, "turns": [[speaker, text], …] before it and "you", who says it, that is gone on with,
-                 in lines of JSON as it is written: {"text": a piece}, at last {"end": true} or {"error": a sentence}
+    POST /write  {"settings": {"temperature": "0.5", …}}: {} where they make sense, else {"error": a sentence}. With "text" and,
+                 in a conversation, "turns": [[speaker, text], …] before it and "you", who says it, that is gone on with, in
+                 lines of JSON as it is written: {"text": a piece}, at last {"end": true} or {"error": a sentence}
 
-The conversation lies with the page, the server keeps nothing. It writes one text at a time: who comes meanwhile is told
-{"wait": true} and waits. Writing ends when its connection does. Any page open in the same browser could send requests here, so
-those of other pages are refused: their Origin tells, or a Host that is a name we don't go by (DNS rebinding).
+The page keeps the conversation, the server nothing. It writes one text at a time: who comes meanwhile is told {"wait": true}.
+Writing ends when its connection does. Any page open in the same browser could send requests here, so those of others are
+refused: their Origin tells, or a Host that is a name we don't go by (DNS rebinding).
 """
 import asyncio
 import json
 import os
 import re
-import secrets
 import socket
 import sys
 import threading
@@ -22,7 +21,7 @@ import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 
 from configurator import ROOT, UserError, read_knobs
-from talk import PRESETS, SAMPLING, change
+from talk import PRESETS, SAMPLING, change, check_seed
 
 try:
     import uvicorn
@@ -36,10 +35,15 @@ def listen(host, port):
     try:
         sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except (OSError, OverflowError) as e:
-        raise UserError(f'cannot listen on port {port} of {host} ({e.args[-1]}): choose another, --port={port % 65535 + 1}') from None
+        raise UserError(f'cannot listen on port {port} of {host} ({e.args[-1].split(" (")[0]}): choose another, '
+                        f'--port={port % 65535 + 1}') from None
     if not sock.getsockname()[0].startswith(('127.', '::1')):
         print(f'--host={host}: whoever can reach this machine can use the model, there is no password', file=sys.stderr)
     return sock
+
+
+def line(**event):
+    return json.dumps(event) + '\n'
 
 
 class Page:
@@ -50,27 +54,27 @@ class Page:
         self.thread, self.turn, self.stopped = ThreadPoolExecutor(1), asyncio.Lock(), threading.Event()
         talk.model.register_forward_pre_hook(self.go_on)  # so that a beam search, silent to its end, can be stopped as well
         comments = {name: comment for name, _, comment in read_knobs((ROOT / 'sample.py').read_text('utf-8'))}
-        self.about = {'name': str(talk.name), 'size': talk.model.num_params(), 'style': talk.style, 'start': start, 'presets': PRESETS,
-                      'settings': {**talk.settings, 'seed': seed}, 'sampling': SAMPLING, 'comments': comments}
+        self.about = {'name': str(talk.name), 'size': talk.model.num_params(), 'style': talk.style, 'start': start,
+                      'settings': {**talk.settings, 'seed': seed}, 'presets': PRESETS, 'sampling': SAMPLING, 'comments': comments}
         app = applications.Starlette(
             routes=[routing.Route('/', self.page), routing.Route('/write', self.write, methods=['POST'])],
-            exception_handlers={UserError: lambda request, e: responses.PlainTextResponse(str(e), 400)})
+            exception_handlers={UserError: lambda request, e: responses.PlainTextResponse(line(error=str(e)))})
         self.server = uvicorn.Server(uvicorn.Config(app, http='h11', ws='none', lifespan='off', log_level='error',
                                                     timeout_graceful_shutdown=1))
 
     def run(self):
         """Open the page in a browser where there is one, and serve until Ctrl-C."""
         host, port = self.sock.getsockname()[:2]
-        host = '127.0.0.1' if host == '0.0.0.0' else f'[{host}]' if ':' in host else host
-        print(f'{self.talk.name} is at http://{host}:{port}/ (Ctrl-C ends it)', flush=True)
+        url = f'http://{"127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host}:{port}/'
+        print(f'{self.talk.name} is at {url} (Ctrl-C ends it)', flush=True)
         if sys.platform != 'linux' or any(name in os.environ for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'BROWSER')):
-            threading.Thread(target=webbrowser.open, args=[f'http://{host}:{port}/'], daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
         self.server.run([self.sock])
 
     def go_on(self, *_):
         """Called before every step of the model: ends the writing where nobody waits for it."""
         if self.stopped.is_set() or self.server.should_exit:
-            raise UserError('stopped')
+            raise UserError('the server has ended')
 
     def guard(self, request):
         """Refuse what another page has sent: that has a name where ours has an address."""
@@ -81,7 +85,7 @@ class Page:
 
     async def page(self, request):
         self.guard(request)
-        about, key = json.dumps(self.about).replace('<', '\\u003c'), secrets.token_hex()
+        about, key = json.dumps(self.about).replace('<', '\\u003c'), os.urandom(16).hex()
         html = (ROOT / 'chat.html').read_text('utf-8').replace('{"about": "us"}', about)  # read each time: edit it and reload
         html = html.replace('<style>', f'<style nonce="{key}">', 1).replace('<script>', f'<script nonce="{key}">', 1)
         return responses.HTMLResponse(html, headers={'Cache-Control': 'no-store', 'Content-Security-Policy': (
@@ -90,37 +94,33 @@ class Page:
 
     async def write(self, request):
         self.guard(request)
-        body = b''
-        async for part in request.stream():
-            if len(body := body + part) > 2**20:
-                raise exceptions.HTTPException(413, 'this is longer than the 1 MB that a request may have: begin anew')
+        if 'transfer-encoding' in request.headers or int(request.headers.get('content-length', 0)) > 2**20:
+            raise exceptions.HTTPException(413, 'this is longer than the 1 MB that a request may have: begin anew')
         try:
-            asked = {'turns': [], 'you': '', **json.loads(body)}
+            asked = {'turns': [], 'you': '', **await request.json()}
             settings, turns = dict(asked['settings']), [(speaker, text) for speaker, text in asked['turns']]
             ''.join([asked.get('text', ''), asked['you'], *map(''.join, turns)]).encode()  # is it text, and all of it Unicode?
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError('a request is JSON like {"settings": {}, "text": "…", "turns": [["you", "…"]]}') from None
-        seed = settings.pop('seed', None)
-        if type(seed) not in (int, type(None)):
-            raise UserError(f'seed must be a whole number or None, got {seed!r}')
+            raise exceptions.HTTPException(400, 'expected is {"settings": {}, "text": "…", "turns": [["you", "…"]]}') from None
+        seed = check_seed(settings.pop('seed', None))
         change(self.talk.settings, settings)
         if 'text' not in asked:
-            return responses.JSONResponse({})
+            return responses.PlainTextResponse(line())
         return responses.StreamingResponse(self.lines(self.talk.pieces(asked['text'], turns, seed, asked['you'], **settings)))
 
     async def lines(self, pieces):
         """Have them written, and yield lines of JSON as they are. Closed early, that ends the writing."""
         if self.turn.locked():
-            yield '{"wait": true}\n'
+            yield line(wait=True)
         async with self.turn:
             work = asyncio.get_running_loop().run_in_executor
             try:
                 await work(self.thread, self.stopped.clear)  # there is one thread: whatever went before is over now
                 while (piece := await work(self.thread, next, pieces, None)) is not None:
-                    yield json.dumps({'text': piece}) + '\n'
-                yield '{"end": true}\n'
+                    yield line(text=piece)
+                yield line(end=True)
             except UserError as e:
-                yield json.dumps({'error': str(e)}) + '\n'
+                yield line(error=str(e))
             finally:
                 self.stopped.set()
                 self.thread.submit(pieces.close)
