@@ -1,14 +1,12 @@
 """
-The page that sample.py --web opens: a small server, on Starlette and uvicorn, between chat.html and a Talk.
+The page of sample.py --web: a small server, on Starlette and uvicorn, between chat.html and a Talk.
 
-    GET /        the page, and in it, as JSON, what it shows: the model's name and size, settings with comments, presets, …
-    POST /write  {"settings": {"temperature": "0.5", …}}: {} where they make sense, else {"error": a sentence}. With "text" and,
-                 in a conversation, "turns": [[speaker, text], …] before it and "you", who says it, that is gone on with, in
-                 lines of JSON as it is written: {"text": a piece}, at last {"end": true} or {"error": a sentence}
-
-The page keeps the conversation, the server nothing. It writes one text at a time: who comes meanwhile is told {"wait": true}.
-Writing ends when its connection does. Any page open in the same browser could send requests here, so those of others are
-refused: their Origin tells, or a Host that is a name we don't go by (DNS rebinding).
+GET / is the page, and in it, as JSON, what it shows. POST /write with {"settings": {"temperature": "0.5", …}} is answered {} if
+they make sense, else {"error": a sentence}. With "text" and, in a conversation, "turns": [[speaker, text], …] before it and
+"you", who says it, that is gone on with, in lines of JSON as it is written: {"text": a piece}, at last {"end": true} or
+{"error": …}. The page keeps the conversation, the server nothing. It writes one text at a time: who comes meanwhile is told
+{"wait": true}. Writing ends when its connection does. Any page open in the same browser could send requests here, so those of
+others are refused: their Origin tells, or a Host that is a name we don't go by (DNS rebinding).
 """
 import asyncio
 import json
@@ -53,14 +51,13 @@ class Page:
         self.talk, self.sock, self.host = talk, sock, host
         self.thread, self.turn, self.stopped = ThreadPoolExecutor(1), asyncio.Lock(), threading.Event()
         talk.model.register_forward_pre_hook(self.go_on)  # so that a beam search, silent to its end, can be stopped as well
-        comments = {name: comment for name, _, comment in read_knobs((ROOT / 'sample.py').read_text('utf-8'))}
         self.about = {'name': str(talk.name), 'size': talk.model.num_params(), 'style': talk.style, 'start': start,
-                      'settings': {**talk.settings, 'seed': seed}, 'presets': PRESETS, 'sampling': SAMPLING, 'comments': comments}
-        app = applications.Starlette(
-            routes=[routing.Route('/', self.page), routing.Route('/write', self.write, methods=['POST'])],
-            exception_handlers={UserError: lambda request, e: responses.PlainTextResponse(line(error=str(e)))})
-        self.server = uvicorn.Server(uvicorn.Config(app, http='h11', ws='none', lifespan='off', log_level='error',
-                                                    timeout_graceful_shutdown=1))
+                      'settings': {**talk.settings, 'seed': seed}, 'presets': PRESETS, 'sampling': SAMPLING, 'comments': {
+                          name: comment for name, _, comment in read_knobs((ROOT / 'sample.py').read_text('utf-8'))}}
+        routes = [routing.Route('/', self.page), routing.Route('/write', self.write, methods=['POST'])]
+        app = applications.Starlette(routes=routes, exception_handlers={
+            UserError: lambda request, e: responses.PlainTextResponse(line(error=str(e)))})
+        self.server = uvicorn.Server(uvicorn.Config(app, ws='none', log_level='error', timeout_graceful_shutdown=1))
 
     def run(self):
         """Open the page in a browser where there is one, and serve until Ctrl-C."""
@@ -104,9 +101,8 @@ class Page:
             raise exceptions.HTTPException(400, 'expected is {"settings": {}, "text": "…", "turns": [["you", "…"]]}') from None
         seed = check_seed(settings.pop('seed', None))
         change(self.talk.settings, settings)
-        if 'text' not in asked:
-            return responses.PlainTextResponse(line())
-        return responses.StreamingResponse(self.lines(self.talk.pieces(asked['text'], turns, seed, asked['you'], **settings)))
+        return responses.PlainTextResponse(line()) if 'text' not in asked else responses.StreamingResponse(
+            self.lines(self.talk.pieces(asked['text'], turns, seed, asked['you'], **settings)))
 
     async def lines(self, pieces):
         """Have them written, and yield lines of JSON as they are. Closed early, that ends the writing."""
