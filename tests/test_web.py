@@ -42,6 +42,14 @@ def server(trained):
         yield process
 
 
+def until(true, tries=200):
+    for _ in range(tries):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError('it never came to that')
+
+
 def ask(server, text=None, headers=None, **asked):
     """The events that a request is answered with."""
     asked = {'settings': SHORT, **({} if text is None else {'text': text}), **asked}
@@ -111,13 +119,13 @@ def test_own_page_is_answered(server):
 
 
 class Slow:
-    """A page in this process, whose model counts its steps and takes a while for each."""
+    """A page in this process, whose model counts its steps, and takes them while `go` is set."""
 
     def __init__(self, trained, monkeypatch):
         import talk
         import web
         monkeypatch.setenv('BROWSER', 'true')
-        self.sock, self.steps = web.listen('127.0.0.1', 0), 0
+        self.sock, self.steps, self.go = web.listen('127.0.0.1', 0), 0, threading.Event()
         writer = talk.load(trained.root / 'out' / 'toy', device='cpu')
         writer.model.register_forward_pre_hook(self.step)
         self.page = web.Page(writer, self.sock, '127.0.0.1')
@@ -126,7 +134,7 @@ class Slow:
 
     def step(self, *_):
         self.steps += 1
-        time.sleep(0.02)
+        assert self.go.wait(20)
 
     def ask(self, **settings):
         """An open connection, and its answer, of which nothing is read yet."""
@@ -135,19 +143,18 @@ class Slow:
         return connection, connection.getresponse()
 
     def at_rest(self):
-        """Does it come to rest?"""
-        before = -1
-        for _ in range(50):
-            if self.steps == before:
-                return True
-            before = self.steps
-            time.sleep(0.1)
+        """Wait until it writes nothing, and nobody waits; how many steps were taken by then."""
+        until(self.page.stopped.is_set)
+        self.go.set()
+        self.page.thread.submit(int).result(20)  # the thread that writes has come to that
+        return self.steps
 
 
 @pytest.fixture
 def slow(trained, monkeypatch):
     s = Slow(trained, monkeypatch)
     yield s
+    s.go.set()
     s.page.server.should_exit = True
     s.thread.join(10)
     assert not s.thread.is_alive()
@@ -156,15 +163,15 @@ def slow(trained, monkeypatch):
 @pytest.mark.parametrize('settings', [{'max_new_tokens': 100_000}, {'max_new_tokens': 15, 'num_beams': 2}])
 def test_writing_ends_with_its_connection(slow, settings):
     connection, answer = slow.ask(**settings)
-    while slow.steps < 3:
-        time.sleep(0.005)
+    until(lambda: slow.steps)  # it is amid the first one
     answer.close()
     connection.close()
-    assert slow.at_rest() and slow.steps < 14
+    assert slow.at_rest() <= 2
     assert slow.ask(max_new_tokens=2)[1].read().splitlines()[-1] == b'{"end": true}'  # and it goes on to serve
 
 
 def test_one_text_at_a_time(slow):
+    slow.go.set()
     connection, first = slow.ask(max_new_tokens=100_000)
     first.readline()
     (left, second), (_, third) = slow.ask(max_new_tokens=3), slow.ask(max_new_tokens=3)
@@ -174,8 +181,7 @@ def test_one_text_at_a_time(slow):
     assert b'text' in first.readline()
     connection.close()
     first.close()
-    assert [list(json.loads(line)) for line in third.read().splitlines()][-1] == ['end']
-    assert slow.at_rest()
+    assert json.loads(third.read().splitlines()[-1]) == {'end': True}
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
@@ -214,10 +220,7 @@ def test_opens_a_browser(trained, tmp_path):
     (tmp_path / 'browser').write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/visited.tmp && mv {tmp_path}/visited.tmp {tmp_path}/visited', encoding='utf-8')
     (tmp_path / 'browser').chmod(0o755)
     with serving(trained, env={'BROWSER': f'{tmp_path}/browser %s'}) as process:
-        for _ in range(100):
-            if (tmp_path / 'visited').exists():
-                break
-            time.sleep(0.05)
+        until((tmp_path / 'visited').exists)
         assert (tmp_path / 'visited').read_text().strip() == process.url
 
 
@@ -281,7 +284,7 @@ class Tab:
         self.page.context.close()
 
 
-def seconds_of_cpu(pid):
+def cpu_seconds(pid):
     return sum(map(int, Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()[11:13])) / os.sysconf('SC_CLK_TCK')
 
 
@@ -316,10 +319,7 @@ def test_document_in_a_browser(chromium, trained):
         assert lengths == sorted(set(lengths))
         page.keyboard.press('Escape')
         page.wait_for_selector('#stop', state='hidden')
-        time.sleep(0.1)
-        before = seconds_of_cpu(process.pid)
-        time.sleep(0.3)
-        assert seconds_of_cpu(process.pid) - before < 0.1  # the server rests
+        until(lambda: cpu_seconds(process.pid) + 0.03 > (time.sleep(0.3), cpu_seconds(process.pid))[1], 5)  # the server rests
 
         tab.set('temperature', 'warm')
         page.wait_for_selector('.bad')
