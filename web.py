@@ -40,10 +40,6 @@ def listen(host, port):
     return sock
 
 
-def line(**event):
-    return json.dumps(event) + '\n'
-
-
 class Page:
     """A Talk behind a listening socket. host: the name it was told to go by; seed, start: what the page begins with."""
 
@@ -56,7 +52,7 @@ class Page:
                           name: comment for name, _, comment in read_knobs((ROOT / 'sample.py').read_text('utf-8'))}}
         routes = [routing.Route('/', self.page), routing.Route('/write', self.write, methods=['POST'])]
         app = applications.Starlette(routes=routes, exception_handlers={
-            UserError: lambda request, e: responses.PlainTextResponse(line(error=str(e)))})
+            UserError: lambda request, e: responses.PlainTextResponse(json.dumps({'error': str(e)}) + '\n')})
         self.server = uvicorn.Server(uvicorn.Config(app, ws='none', log_level='error', timeout_graceful_shutdown=1))
 
     def run(self):
@@ -101,22 +97,22 @@ class Page:
             raise exceptions.HTTPException(400, 'expected is {"settings": {}, "text": "…", "turns": [["you", "…"]]}') from None
         seed = check_seed(settings.pop('seed', None))
         change(self.talk.settings, settings)
-        return responses.PlainTextResponse(line()) if 'text' not in asked else responses.StreamingResponse(
+        return responses.PlainTextResponse('{}\n') if 'text' not in asked else responses.StreamingResponse(
             self.lines(self.talk.pieces(asked['text'], turns, seed, asked['you'], **settings)))
 
     async def lines(self, pieces):
         """Have them written, and yield lines of JSON as they are. Closed early, that ends the writing."""
         if self.turn.locked():
-            yield line(wait=True)
+            yield '{"wait": true}\n'
         async with self.turn:
             work = asyncio.get_running_loop().run_in_executor
             try:
                 await work(self.thread, self.stopped.clear)  # there is one thread: whatever went before is over now
                 while (piece := await work(self.thread, next, pieces, None)) is not None:
-                    yield line(text=piece)
-                yield line(end=True)
+                    yield json.dumps({'text': piece}) + '\n'
+                yield '{"end": true}\n'
             except UserError as e:
-                yield line(error=str(e))
+                yield json.dumps({'error': str(e)}) + '\n'
             finally:
                 self.stopped.set()
                 self.thread.submit(pieces.close)
