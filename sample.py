@@ -5,6 +5,7 @@ Write text with a trained model, complete what you type, or talk with it.
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
     python sample.py --start="ROMEO:" --start=FILE:prompt.txt     several prompts at once
     python sample.py --out_dir=out/office_encdec --chat    a conversation; with a model of plain text, a completion prompt
+    python sample.py --web                                 the same in the browser, on a page of your own machine
     python sample.py --init_from=gpt2 --start="The"        GPT-2's weights, downloaded once
 """
 from typing import Literal
@@ -26,11 +27,15 @@ top_p: float | None = None         # choose among the likeliest that together ha
 min_p: float | None = None         # choose among those at least this share of the likeliest one's probability
 repetition_penalty = 1.0           # above 1: tokens that were there are less likely
 num_beams = 1                      # above 1: no drawing, but a search for the likeliest text, so many at a time
-length_penalty = 0.6               # … above 0 it prefers longer ones
+length_penalty = 0.6               # of such a search: above 0 it prefers longer texts
 stop: tuple[str, ...] = ()         # end a sample before this text; may be given several times
 ignore_eot = False                 # go on after end of text
 drop_unknown = False               # leave out characters of a prompt that the tokenizer does not know
 seed: int | None = 1337            # None: other samples every time
+# Page
+web = False                        # talk with it, or let it complete what you type, in the browser
+port = 8000                        # of the page's address, http://127.0.0.1:8000
+host = '127.0.0.1'                 # 0.0.0.0: other machines can reach it too
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
@@ -46,6 +51,9 @@ if num_samples < 1:
 settings = change({}, {key: config[key] for key in SETTINGS}, explicit)  # mistakes are told before a model is loaded
 if quantize and 'dtype' not in explicit:
     dtype = 'auto'
+if web:
+    from web import Page, listen
+    sock = listen(host, port)
 talk = load(out_dir, init_from, weights, device, dtype, quantize, stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown)
 talk.settings, style = settings, talk.style
 
@@ -129,7 +137,9 @@ def converse():
         turns += [(style['you'], line), (style['me'], text.strip())] if style else []
 
 
-if chat or interactive:
+if web:
+    Page(talk, sock, host, seed, read_prompt(start[0])).run()
+elif chat or interactive:
     converse()
 else:
     texts = [read_prompt(text) for text in start for _ in range(num_samples)]

@@ -53,6 +53,16 @@ def change(settings, new, named=None):
     return settings
 
 
+def check_seed(seed):
+    """seed, a number or text as it is typed, as a number, or None. Raises UserError where PyTorch knows no such seed."""
+    try:
+        if (number := convert(seed, int | None)) is None or -2**63 <= number < 2**64:
+            return number
+    except ValueError:
+        pass
+    raise UserError(f'seed must be a whole number of up to 64 bits, or None, got {seed!r}')
+
+
 def load(out_dir=None, init_from=None, weights='best', device='auto', dtype='float32', quantize='', **more):
     """A Talk. out_dir: a run's folder, None for the newest in out/ or, before there is one, the model that comes along.
     init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs. Raises UserError."""
@@ -96,10 +106,11 @@ class Talk:
         """What the model writes behind text or, after the turns [(speaker, text), …] of a conversation, replies to it."""
         return ''.join(self.pieces(text, turns, seed, **settings))
 
-    def pieces(self, text='', turns=(), seed=None, **settings):
-        """The same as it is written: yields pieces of text. Raises UserError where text or a setting makes no sense."""
+    def pieces(self, text='', turns=(), seed=None, you=None, **settings):
+        """The same as it is written: yields pieces of text; you: who says it, where that is not style['you'].
+        Raises UserError where text or a setting makes no sense."""
         settings = change(self.settings, settings)
-        prompt, begun = self.prompt(self.encodable(text), turns, settings), not self.style
+        prompt, begun = self.prompt(text, turns, settings, you), not self.style
         for _, piece in self.write([prompt], settings, seed):
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
@@ -115,13 +126,13 @@ class Talk:
             return ''.join(c for c in text if c not in e.characters)
         return text
 
-    def prompt(self, text, turns, settings):
+    def prompt(self, text, turns, settings, you=None):
         """What the model is given for a text: its ids or, in a conversation, a source with the turns before it."""
-        length = settings['max_new_tokens']
+        length, text = settings['max_new_tokens'], self.encodable(text)
         if not self.style:
             ids, T = self.tok.prompt(text), self.model.config.block_size
             return ids if settings['num_beams'] == 1 else ids[-max(1, T - min(length, T // 2)):]  # a beam's context stays
-        turns = [*turns, (self.style['you'], text)]
+        turns = [tuple(map(self.encodable, turn)) for turn in (*turns, (you or self.style['you'], text))]
         source = source_ids(self.tok, self.style, turns, self.model.reply_room(self.start, length))
         return self.model.reply_prompts([source], self.start, length)[0]
 
@@ -129,6 +140,7 @@ class Talk:
         """Generate behind each prompt (ids). Yields (row, text): the first row as it comes, the others whole, in order."""
         writers, rest = [Writer(self.tok, self.stop) for _ in prompts], [''] * len(prompts)
         length, beams = settings['max_new_tokens'], settings['num_beams']
+        seed = check_seed(seed)
         if beams > 1:
             best = self.model.beam_search(prompts, length, beams, self.eot, self.start, settings['length_penalty'],
                                           banned=self.banned)

@@ -62,7 +62,7 @@ def test_ctrl_c_in_the_completion_prompt(trained):
 @pytest.mark.parametrize('args, said', [
     (['--start=ba ß'], "does not know 'ß' (U+00DF)"), (['--start=FILE:gone.txt'], 'cannot read the prompt FILE:gone.txt'),
     (['--top_p=2', '--temperature=-1'], 'temperature must be'), (['--num_samples=0'], 'must be at least 1'), (['--out_dir=gone'], 'there is no checkpoint'),
-    (['--top_k=0'], 'top_k must be at least 1'), (['--dtype=float16', '--device=cpu'], 'needs a GPU')])
+    (['--top_k=0'], 'top_k must be at least 1'), (['--seed=99999999999999999999'], 'seed must be'), (['--dtype=float16', '--device=cpu'], 'needs a GPU')])
 def test_mistakes(trained, args, said):
     assert said in trained.fails('sample.py', *args)
 
