@@ -3,6 +3,7 @@ Write a trained GPT as a folder that Hugging Face's transformers, and what build
 
     python export.py --out_dir=out/RUN --to=FOLDER
 """
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,19 @@ if not out_dir or not to:
 import checkpoint
 from gpt2 import export
 
-path, folder = nearby(find(out_dir)) / f'{weights}.pt', Path(to).expanduser()
+path, folder = nearby(find(out_dir)) / f'{weights}.pt', Path(to).expanduser().resolve()
+if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f'{folder} is there already: name a new folder, or remove it')
 model, tok = checkpoint.build(checkpoint.load(path), path)
-export(model, tok, folder)
+unfinished = folder.with_name(f'.{folder.name}.export.tmp')  # the folder is whole or not there
+shutil.rmtree(unfinished, ignore_errors=True)
+try:
+    export(model, tok, unfinished)
+    if folder.is_dir():
+        folder.rmdir()
+    unfinished.rename(folder)
+finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
 kind = tok.to_dict()['kind']
 print(f'{folder}: {", ".join(sorted(p.name for p in folder.iterdir()))}'
       + ('' if (folder / 'tokenizer.json').is_file() else f'; no tokenizer.json, which can\'t describe a {kind} tokenizer'))

@@ -106,7 +106,7 @@ from chat import PLAIN, start_ids
 from configurator import ROOT, nearby
 from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
-from files import free_name, lock, write_whole
+from files import lock, move_aside, write_whole
 from muon import Muon
 from parallel import main, rank, world
 from scores import evaluate, reply_scores, smoothed_batch_mean, to_device, write_replies
@@ -118,10 +118,10 @@ out_dir = nearby(ROOT / 'out' / run_name if out_dir is None else find(out_dir) i
 
 state = pretrained = None
 if resume or eval_only and init_from == 'scratch':
-    path = out_dir / ('best.pt' if eval_only else 'last.pt')
+    path = out_dir / ('best.pt' if eval_only or not (out_dir / 'last.pt').is_file() else 'last.pt')  # best.pt is written first
     if not path.is_file():
-        raise UserError(f'there is no {path} to {"evaluate" if eval_only else "go on from"}: name the run with --out_dir=…'
-                        + ('' if eval_only else ', or leave --resume away to start anew'))
+        raise UserError(f'there is no checkpoint in {out_dir} to {"evaluate" if eval_only else "go on from"}: name the run with '
+                        '--out_dir=…' + ('' if eval_only else ', or leave --resume away to start anew'))
     state = checkpoint.load(path)
     saved, changed, refused = state['config'], [], []
     fields = checkpoint.KINDS['seq2seq'][1].__dataclass_fields__.items()  # switches that are younger than the run were off in it
@@ -239,9 +239,8 @@ saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir
 saved_config['data_dir'] = data_dir and str(folder.parent.resolve())  # the default stays so: a checkout may move
 if main and not eval_only:
     try:
-        if state is None and (out_dir / 'last.pt').is_file():  # nobody's work is overwritten
-            lock(out_dir).close()  # and no run loses its folder while it is writing to it
-            aside = out_dir.rename(free_name(out_dir.resolve()))
+        if state is None and any((out_dir / name).is_file() for name in ('best.pt', 'last.pt')):  # nobody's work is overwritten
+            aside = move_aside(out_dir)
             print(f'{out_dir} held a run: it is now {nearby(aside)} (--resume would have gone on with it)')
         out_dir.mkdir(parents=True, exist_ok=True)
         claim = lock(out_dir)

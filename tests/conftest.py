@@ -1,4 +1,5 @@
 """The scripts are tested through their own doors: a copy of the checkout in a temporary folder, and a new process for each command."""
+import csv
 import json
 import os
 import random
@@ -140,6 +141,46 @@ class Project:
     def checkpoint(self, run, name='last.pt'):
         import torch
         return torch.load(self.root / 'out' / run / name, weights_only=True)
+
+
+def ranks(project, world, script, *args, **env):
+    """A script as torchrun would start it on so many processes, without torchrun: a list of them."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    env |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    env |= {'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}
+    return [project.start(script, *args, env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(world)]
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    import torch
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(a, b):
+    """Two checkpoints: the same but for how long it took and where it lies."""
+    for part in ('model', 'optimizers', 'step', 'tokens', 'best', 'bad_evals', 'evaluated', 'loss_sum', 'loss_tokens', 'grad_norm', 'val_loss', 'scaler'):
+        assert same(a[part], b[part]), part
+
+
+def read_log(folder):
+    """log.csv of a run, without what depends on the clock."""
+    with open(folder / 'log.csv', encoding='utf-8') as f:
+        return [[v for k, v in row.items() if k not in ('seconds', 'tokens_per_s')] for row in csv.DictReader(f)]
+
+
+def same_run(a, b):
+    """Two folders of runs: both checkpoints and the log are the same."""
+    import torch
+    for name in ('last.pt', 'best.pt'):
+        assert_same_run(*(torch.load(folder / name, weights_only=True) for folder in (a, b)))
+    assert read_log(a) == read_log(b), (read_log(a), read_log(b))
 
 
 def make_toy(root, **meta):
