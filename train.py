@@ -270,8 +270,8 @@ peaks = [[group['lr'] for group in o.param_groups] for o in optimizers]  # each 
 scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
 # How far the run is; all of it is in each checkpoint
-progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best': math.inf, 'bad_evals': 0, 'evaluated': 0, 'loss_sum': 0.0,
-            'loss_tokens': 0, 'grad_norm': 0.0}
+progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best': math.inf, 'val_loss': math.inf, 'bad_evals': 0, 'evaluated': 0,
+            'loss_sum': 0.0, 'loss_tokens': 0, 'grad_norm': 0.0}
 if state is not None:
     try:
         model.load_state_dict(state['model'])
@@ -350,7 +350,7 @@ def write_sample(n):
 def save(*names):
     """Write the whole state of the run to these files of out_dir."""
     run = {**checkpoint.model_state(raw_model, tok, saved_config, style), **progress, 'seconds': elapsed(),
-           'val_loss': val_loss, 'optimizers': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
+           'optimizers': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
     for name in names:
         checkpoint.save(out_dir / name, run)
 
@@ -479,7 +479,7 @@ def diverged(**what):
 step = first_step = progress['step']
 log_tokens = progress['tokens']
 t_start = t_log = time.perf_counter()
-log_rows, val_loss, speed, eval_seconds, spent = read_log(), None, 0.0, 0.0, 0.0
+log_rows, speed, eval_seconds, spent = read_log(), 0.0, 0.0, 0.0
 model.train()
 goal = max_iters if max_minutes is None else f'what fits into {max_minutes:g} minutes'
 print(f'step {step} of {goal}; checkpoints go to {out_dir}', flush=True)
@@ -499,7 +499,7 @@ while True:
             raise diverged(**{'validation loss': val_loss})
         better = val_loss < progress['best']
         train_loss, lr = progress['loss_sum'] / progress['loss_tokens'], optimizers[0].param_groups[0]['lr']
-        progress.update(evaluated=step, best=min(progress['best'], val_loss), loss_sum=0.0, loss_tokens=0,
+        progress.update(evaluated=step, val_loss=val_loss, best=min(progress['best'], val_loss), loss_sum=0.0, loss_tokens=0,
                         bad_evals=0 if better else progress['bad_evals'] + 1)
         print(f'step {step}: train {train_loss:.4f}, val {in_words(val_loss)}' + ', the best so far' * better, flush=True)
         log_rows.append([step, progress['tokens'], f'{elapsed():.2f}', f'{train_loss:.5f}', f'{val_loss:.5f}', f'{lr:.3e}',
@@ -553,7 +553,7 @@ parallel.finish()
 if not main:  # the rest is writing
     raise SystemExit(128 + getattr(signal, stop) if stop else 0)
 draw(log_rows)
-if step > progress['evaluated']:  # stopped, and not behind an evaluation that has saved already
+if step > progress['evaluated'] or not (out_dir / 'last.pt').is_file():  # stopped, and not behind an evaluation, which saves
     save('last.pt')
 if stop:
     again = shlex.join(a for a in sys.argv[1:] if a != '--resume')

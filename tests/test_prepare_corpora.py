@@ -257,6 +257,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.content[name][have:]
         self.send_response(206 if have else 200)
         self.send_header('Content-Length', str(len(body)))
+        self.send_header('Last-Modified', 'Mon, 01 Jan 2024 00:00:00 GMT')
         self.end_headers()
         if self.cuts.get(name, 0) > 0:
             self.cuts[name] -= 1

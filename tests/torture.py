@@ -52,9 +52,11 @@ class Lab:
         self.root = self.project.root
         make_toy(self.root)
         make_pairs(self.root)
+        train = (self.root / 'train.py').read_text(encoding='utf-8').replace('write_sample(300)', 'write_sample(3)')
+        (self.root / 'train.py').write_text(train, encoding='utf-8')  # the same, but in less time
         (self.root / 'limited.py').write_text(LIMITED, encoding='utf-8')
         (self.root / 'fetch.py').write_text(FETCH, encoding='utf-8')
-        (self.root / 'text.txt').write_text(toy_text(1_500_000), encoding='utf-8')
+        (self.root / 'text.txt').write_text(toy_text(700_000), encoding='utf-8')
         for name, seed in (('src', 1), ('tgt', 2)):
             lines = [f'{i} {line}' for i, line in enumerate(toy_text(200_000, seed).splitlines()[:4000])]
             (self.root / f'{name}.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
@@ -86,11 +88,11 @@ def left(folder, *patterns):
 
 def kill(process, rng, seconds, watch=None):
     """SIGKILL at a random instant of so many seconds or, where watch() says that it is time, within 3 ms of that. True: it was alive."""
-    begin = time.monotonic()
-    at, end = begin + rng.random() * seconds, begin + 3 * seconds + 5
-    while process.poll() is None and time.monotonic() < end and (time.monotonic() < at or watch and not watch()):
-        time.sleep(0.0003)
-    if watch:
+    if watch is None:
+        time.sleep(rng.random() * seconds)
+    else:
+        while process.poll() is None and not watch():
+            time.sleep(0.0005)
         time.sleep(rng.random() * 0.003)
     alive = process.poll() is None
     with suppress(ProcessLookupError):
@@ -99,9 +101,13 @@ def kill(process, rng, seconds, watch=None):
     return alive
 
 
+def saved(out):
+    return any((out / name).is_file() for name in ('best.pt', 'last.pt'))
+
+
 def finish(lab, out, *args, script='train.py'):
     """Go on with a run in out to its end; where it never saved, be told so in a sentence, and start it anew."""
-    if (out / 'last.pt').is_file():
+    if saved(out):
         lab.project.run(script, '--resume', f'--out_dir={out}')
         return
     said = lab.project.fails(script, '--resume', *args, f'--out_dir={out}')
@@ -115,13 +121,13 @@ def kill_train(lab, rng):
     seconds = lab.timed('train', 'train.py', *SHORT, f'--out_dir={whole}')
     for _ in range(rng.randint(1, 3)):
         aim = rng.choice(['any', 'any', 'best.pt.tmp', 'last.pt.tmp', 'log.csv.tmp', 'between'])
-        resume = ['--resume'] if (out / 'last.pt').is_file() else []
+        resume = ['--resume'] if saved(out) else []
         before = {p: p.stat().st_mtime_ns for p in out.glob('*')}
         new = lambda p, before=before: p.exists() and p.stat().st_mtime_ns != before.get(p)  # noqa: E731
         watch = None if aim == 'any' else (lambda aim=aim: (out / aim).exists()) if aim != 'between' else (
             lambda new=new: new(out / 'best.pt') and not new(out / 'last.pt'))
         process = lab.project.start('train.py', *([] if resume else SHORT), *resume, f'--out_dir={out}')
-        if kill(process, rng, seconds if aim == 'any' else 0.01, watch):
+        if kill(process, rng, seconds, watch):
             lab.seen['kills'] += 1
             lab.seen['with ' + (', '.join(left(out)) or 'no .tmp')] += 1
             lab.seen[f'saved: {"".join(n[0] for n in ("best.pt", "last.pt") if (out / n).exists()) or "nothing"}'] += 1
@@ -146,7 +152,7 @@ def kill_prepare(lab, rng, kind=None):
     for _ in range(rng.randint(1, 2)):
         tmp = rng.random() < 0.5
         process = lab.project.start(script, *args, f'--data_dir={folder.parent}')
-        if kill(process, rng, 0.01 if tmp else seconds, (lambda: left(folder, '*.tmp', '*.part')) if tmp else None):
+        if kill(process, rng, seconds, (lambda: left(folder, '*.tmp', '*.part')) if tmp else None):
             lab.seen[f'kills of {kind}'] += 1
             lab.seen['while writing'] += bool(left(folder, '*.tmp', '*.part'))
             if (folder / 'meta.json').is_file():
@@ -222,7 +228,7 @@ def kill_export(lab, rng):
         watch = (lambda: left(lab.root, '.exported*/*.tmp')) if rng.random() < 0.5 else None
         if to.exists():
             break
-        if kill(lab.project.start('export.py', f'--out_dir={lab.root / "gpt2"}', f'--to={to}'), rng, seconds * (1 if watch is None else 0.01), watch):
+        if kill(lab.project.start('export.py', f'--out_dir={lab.root / "gpt2"}', f'--to={to}'), rng, seconds, watch):
             lab.seen['kills'] += 1
             lab.seen['while writing'] += bool(left(lab.root, '.exported*'))
     if not to.exists():
@@ -262,7 +268,7 @@ def disk(lab, rng):
         if mounted:
             subprocess.check_call(['mount', '-o', 'remount,size=100m', str(out)])
         if process.returncode or not (run / 'loss.png').is_file():
-            lab.seen['with an earlier checkpoint'] += (run / 'last.pt').is_file()
+            lab.seen['with an earlier checkpoint'] += saved(run)
             finish(lab, run, *SHORT)
         same_run(whole, run)
 
@@ -306,7 +312,7 @@ def resume(lab, rng, more=()):
         lab.seen['settings refused'] += 1
     out, last = lab.fresh('interrupted'), json.loads((whole / 'config.json').read_text(encoding='utf-8'))['max_iters']
     for _ in range(rng.randint(2, 4)):
-        resumed = (out / 'last.pt').is_file()
+        resumed = saved(out)
         process = lab.project.start('train.py', *(['--resume'] if resumed else args), f'--out_dir={out}')
         name, wait = rng.choice(['SIGINT', 'SIGTERM', 'SIGKILL']), rng.randint(0, last)
         for line in iter(process.stdout.readline, ''):
@@ -479,7 +485,7 @@ def main():
                     broken[name] = f'trial {number}: {type(e).__name__}: {str(e)[:1500]}'
                     traceback.print_exc()
                     print(f'{name} BROKE. Again: python tests/torture.py --only={name} --seed={seed} --trial={number}', flush=True)
-                if number % 20 == 0 or 'trial' in given:
+                if number % 10 == 0 or 'trial' in given:
                     print(f'{name}: {done[name]} done; ' + ', '.join(f'{k} {v}' for k, v in sorted(labs[name].seen.items())), flush=True)
             number += 1
             if 'trial' in given:
