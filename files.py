@@ -2,6 +2,7 @@
 import hashlib
 import os
 import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -22,13 +23,11 @@ def write_whole(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        for last in [False] * 20 + [True]:
-            try:
+        for _ in range(20):
+            with suppress(PermissionError):  # Windows, while another process reads the old file: that is soon over
                 return os.replace(temporary, path)
-            except PermissionError:  # Windows, while another process reads the old file: that is soon over
-                if last:
-                    raise
-                time.sleep(0.1)
+            time.sleep(0.1)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         why = getattr(e, 'strerror', None) or e
@@ -112,12 +111,11 @@ def download(urls, path, sha256, advice):
     try:
         for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
             try:
-                have = part.stat().st_size if part.is_file() else 0
                 tag.seek(0)
-                same = '' if sha256 else tag.read()
-                headers = {'Accept-Encoding': 'identity'}  # bytes as they are on disk
-                headers |= {'Range': f'bytes={have}-'} if have and (sha256 or same) else {}
-                headers |= {'If-Range': same} if same else {}
+                same = None if sha256 else tag.read()
+                have = part.stat().st_size if part.is_file() and same != '' else 0
+                headers = {'Accept-Encoding': 'identity',  # bytes as they are on disk
+                           'Range': f'bytes={have}-' if have else None, 'If-Range': same if have else None}
                 with requests.get(url, stream=True, timeout=30, headers=headers) as r:
                     if r.status_code == 416:  # what we have is longer than the file: start anew
                         part.unlink()

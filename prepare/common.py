@@ -47,10 +47,7 @@ def id_type(tokenizer):
 
 
 def clear(folder):
-    """Make a dataset's folder and claim it, without meta.json: it does not count as a dataset until the new one is whole.
-
-    Returns an open file, the claim. Raises UserError where another process is preparing it.
-    """
+    """Make a dataset's folder and claim it (see lock), without meta.json: it is no dataset until the new one is whole."""
     make_folder(folder)
     claim = lock(folder, 'another process is preparing', '--data_dir=…')
     (folder / 'meta.json').unlink(missing_ok=True)

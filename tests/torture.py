@@ -116,15 +116,15 @@ def finish(lab, out, *args, script='train.py'):
 
 
 def kill_train(lab, rng):
-    """Killed one to three times, then to its end: weights, optimizer, scores and log are those of a run that never was."""
+    """Killed a few times, then to its end: weights, optimizer, scores and log are those of a run that never was."""
     whole, out = lab.root / 'whole', lab.fresh('killed')
     seconds = lab.timed('train', 'train.py', *SHORT, f'--out_dir={whole}')
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 6)):
         aim = rng.choice(['any', 'any', 'best.pt.tmp', 'last.pt.tmp', 'log.csv.tmp', 'between'])
         resume = ['--resume'] if saved(out) else []
         before = {p: p.stat().st_mtime_ns for p in out.glob('*')}
         new = lambda p, before=before: p.exists() and p.stat().st_mtime_ns != before.get(p)  # noqa: E731
-        watch = None if aim == 'any' else (lambda aim=aim: (out / aim).exists()) if aim != 'between' else (
+        watch = None if aim == 'any' else (lambda aim=aim, new=new: new(out / aim)) if aim != 'between' else (
             lambda new=new: new(out / 'best.pt') and not new(out / 'last.pt'))
         process = lab.project.start('train.py', *([] if resume else SHORT), *resume, f'--out_dir={out}')
         if kill(process, rng, seconds, watch):
@@ -149,7 +149,7 @@ def kill_prepare(lab, rng, kind=None):
     args = [a.replace('=', f'={lab.root}/') if a.endswith('.txt') else a for a in args]
     good, folder = lab.root / f'good {kind}' / name, lab.fresh('data2') / name
     seconds = lab.timed(kind, script, *args, f'--data_dir={good.parent}')
-    for _ in range(rng.randint(1, 2)):
+    for _ in range(rng.randint(1, 4)):
         tmp = rng.random() < 0.5
         process = lab.project.start(script, *args, f'--data_dir={folder.parent}')
         if kill(process, rng, seconds, (lambda: left(folder, '*.tmp', '*.part')) if tmp else None):
@@ -224,7 +224,7 @@ def kill_export(lab, rng):
     lab.once('gpt2', lambda: lab.project.run('train.py', *SHORT, *plain, f'--out_dir={lab.root / "gpt2"}'))
     good, to = lab.root / 'good export', lab.fresh('exported')
     seconds = lab.timed('export', 'export.py', f'--out_dir={lab.root / "gpt2"}', f'--to={good}')
-    for _ in range(rng.randint(1, 2)):
+    for _ in range(rng.randint(1, 5)):
         watch = (lambda: left(lab.root, '.exported*/*.tmp')) if rng.random() < 0.5 else None
         if to.exists():
             break
