@@ -13,7 +13,7 @@ import files
 if sys.platform != 'linux':
     pytest.skip('needs SIGKILL, /proc and limits on files', allow_module_level=True)
 import torture
-from conftest import TINY, read_log, same_run
+from conftest import TINY, Lab, SlowServer, read_log, same_run, server
 
 from configurator import UserError
 from tokenizer import ByteTokenizer
@@ -21,7 +21,7 @@ from tokenizer import ByteTokenizer
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    return torture.Lab(tmp_path_factory.mktemp('torture'))
+    return Lab(tmp_path_factory.mktemp('torture'))
 
 
 @pytest.mark.parametrize('name, trials', [('kill_train', 2), ('kill_download', 3), ('kill_export', 1), ('disk', 1), ('resume', 1), ('two_runs', 1),
@@ -104,7 +104,7 @@ def test_a_part_is_of_one_file(tmp_path, monkeypatch, before, now, goes_on):
     old, new = b'a' * 150_000, b'b' * 150_000
     asked = []
 
-    class Cut(torture.Handler):
+    class Cut(SlowServer):
         content, tag, blocks = old, before, 2
 
         def do_GET(self):
@@ -114,8 +114,7 @@ def test_a_part_is_of_one_file(tmp_path, monkeypatch, before, now, goes_on):
             write, left = self.wfile.write, [100_000 if len(asked) == 1 else 10**9]
             monkeypatch.setattr(self.wfile, 'write', lambda b: write(b) if left.append(left.pop() - len(b)) or left[0] > -1000 else self.connection.shutdown(2))
             super().do_GET()
-    monkeypatch.setattr(torture, 'Handler', Cut)
-    with torture.server() as url:
+    with server(Cut) as url:
         got = files.download([url], tmp_path / 'x', None, '').read_bytes()
     assert got == (old if goes_on else new) and len(asked) == 2 and (asked[1] is not None) == ('W' not in before and before != '')
     assert os.listdir(tmp_path) == ['x']
