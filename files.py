@@ -74,8 +74,8 @@ def lock(folder, who='another run is writing to', knob='--out_dir=…', name='.l
         else:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back whatever happens to us
-        if not os.path.samestat(os.fstat(f.fileno()), os.stat(f.name)):
-            raise OSError('moved aside while we came')
+            if not os.path.samestat(os.fstat(f.fileno()), os.stat(f.name)):
+                raise OSError('moved aside while we came')
     except OSError:
         f.close()
         raise UserError(f'{who} {folder}: wait for it, or choose another place with {knob}') from None
