@@ -552,9 +552,9 @@ while True:
 parallel.finish()
 if not main:  # the rest is writing
     raise SystemExit(128 + getattr(signal, stop) if stop else 0)
-draw(log_rows)
 if step > progress['evaluated'] or not (out_dir / 'last.pt').is_file():  # stopped, and not behind an evaluation, which saves
     save('last.pt')
+draw(log_rows)
 if stop:
     again = shlex.join(a for a in sys.argv[1:] if a != '--resume')
     print(f'stopped by {stop} at step {step}; go on with: {parallel.launcher} train.py {again} --resume', flush=True)

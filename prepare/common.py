@@ -59,7 +59,8 @@ def write_meta(folder, tokenizer, kind, counts, source, split, what='ids', **mor
     dtype = id_type(tokenizer).name
     meta = {'format': FORMAT, 'kind': kind, 'dtype': dtype, 'vocab_size': tokenizer.vocab_size,
             'tokenizer': tokenizer.to_dict(), 'counts': counts, **more, 'split': split, **source}
-    write_whole(folder / 'meta.json', lambda f: f.write(json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8')))
+    text = json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8', 'surrogateescape')  # paths under LC_ALL=C
+    write_whole(folder / 'meta.json', lambda f: f.write(text))
     made = ' and '.join(f'{n:,} {name}' for name, n in meta.get(what, counts).items())
     print(f'{folder}: {made} {what}, {tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype}'
           + (': more than 65,536 take 4 bytes an id)' if dtype == 'uint32' else ')'))

@@ -133,6 +133,25 @@ def test_what_a_killed_export_leaves(lab):
     assert 'is there already' in lab.project.fails('export.py', '--out_dir=gpt2', '--to=there') and sorted((lab.root / 'there').iterdir()) == before
 
 
+def test_a_stop_saves_before_it_draws(project):
+    """Whatever is wrong with loss.png, the weights are safe."""
+    project.train('--max_iters=4', '--eval_interval=2', '--out_dir=out/toy')
+    process = project.start('train.py', '--resume', '--out_dir=out/toy', '--max_iters=100000', '--eval_interval=100000', '--log_interval=1')
+    assert any(line.startswith('step 6:') for line in iter(process.stdout.readline, ''))
+    (project.root / 'out' / 'toy' / 'loss.png').unlink()
+    (project.root / 'out' / 'toy' / 'loss.png').mkdir()
+    process.send_signal(15)
+    _, err = process.communicate(timeout=60)
+    assert 'cannot write' in err and 'loss.png' in err and process.returncode == 2 and project.checkpoint('toy')['step'] >= 6
+
+
+def test_paths_that_are_not_text_here(tmp_path):
+    """With LC_ALL=C and without Python's UTF-8 mode a path comes with surrogates: meta.json has it as it is on disk."""
+    path = os.fsencode('täxt').decode('ascii', 'surrogateescape')
+    common.write_stream(tmp_path / 'x', ByteTokenizer(), [1], [2], {'source': path}, 'none')
+    assert '"source": "täxt"' in (tmp_path / 'x' / 'meta.json').read_text(encoding='utf-8')
+
+
 def test_changed_settings_on_resume(project):
     """Honoured with a line that says what that means, or refused; never silently."""
     project.train('--max_iters=4')
