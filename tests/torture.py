@@ -264,7 +264,8 @@ def memory_chat(lab, rng, turns=500):
     """Memory and open files by turn of sample.py --chat, pairs and plain text."""
     for data in ('talk', 'toy'):
         out = lab.root / f'chat {data}'
-        lab.once(out, lambda out=out, data=data: lab.project.run('train.py', *SHORT, f'--dataset={data}', '--block_size=24', '--batch_tokens=200', f'--out_dir={out}'))
+        args = [a for a in SHORT if data == 'toy' or not a.startswith('--batch_size')]
+        lab.once(out, lambda: lab.project.run('train.py', *args, f'--dataset={data}', '--block_size=24', f'--out_dir={out}'))
         process, points = lab.project.start('sample.py', f'--out_dir={out}', '--chat', '--max_new_tokens=12'), []
         for turn in range(turns):
             said = ''
