@@ -41,8 +41,11 @@ def show_user_errors(script):
 
     And text is UTF-8 wherever it comes from or goes to: a console or file that can't hold a character is no error.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
+        elif hasattr(stream, 'reconfigure'):
             stream.reconfigure(encoding='utf-8', errors='replace')
     if rank:  # of torchrun's processes the first speaks
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')

@@ -22,12 +22,12 @@ import checkpoint
 from files import make_folder
 from gpt2 import export
 
-path, target = nearby(find(out_dir)) / f'{weights}.pt', Path(to).expanduser()
+path, target = nearby(find(out_dir)) / f'{weights}.pt', Path(to).expanduser().resolve()
 state = checkpoint.load(path)
 model, tok = checkpoint.build(state, path)
 if target.suffix == '.pt':
     if target.exists():
-        raise UserError(f'{target} is there already: name a new file with --to=')
+        raise UserError(f'{target} is there already: name a new file with --to=, or remove it')
     make_folder(target.parent, '--to=…')
     slim = {key: value for key, value in state.items() if key not in ('optimizers', 'scaler')}
     slim['config'] = slim['config'] | {'out_dir': None, 'data_dir': None}  # paths that mean nothing elsewhere
@@ -35,9 +35,9 @@ if target.suffix == '.pt':
     print(f'{target}: {target.stat().st_size / 1e6:.2f} MB, {path} has {path.stat().st_size / 1e6:.2f}')
     print(f'next: python sample.py --out_dir={target.parent}' if target.name == 'best.pt' else
           'next: as best.pt in a folder of its own it is a run that sample.py reads')
-else:
-    export(model, tok, target)
-    kind = tok.to_dict()['kind']
-    print(f'{target}: {", ".join(sorted(p.name for p in target.iterdir()))}'
-          + ('' if (target / 'tokenizer.json').is_file() else f'; no tokenizer.json, which can\'t describe a {kind} tokenizer'))
-    print(f'next: AutoModelForCausalLM.from_pretrained({str(target)!r})')
+    raise SystemExit(0)
+export(model, tok, target)
+kind = tok.to_dict()['kind']
+print(f'{target}: {", ".join(sorted(p.name for p in target.iterdir()))}'
+      + ('' if (target / 'tokenizer.json').is_file() else f'; no tokenizer.json, which can\'t describe a {kind} tokenizer'))
+print(f'next: AutoModelForCausalLM.from_pretrained({str(target)!r})')

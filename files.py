@@ -1,6 +1,8 @@
 """Files that are whole or not there, downloads, folders that one process writes to, and the version of our formats."""
 import hashlib
 import os
+import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -21,6 +23,10 @@ def write_whole(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
+        for _ in range(20):
+            with suppress(PermissionError):  # Windows, while another process reads the old file: that is soon over
+                return os.replace(temporary, path)
+            time.sleep(0.1)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
@@ -41,9 +47,26 @@ def free_name(path):
     return next(p for n in count(1) if not (p := path.with_name(f'{path.name}.{n}')).exists())
 
 
-def lock(folder):
-    """Claim a folder for this process: an open file to hold on to. Raises UserError where another process has it."""
-    f = open(Path(folder) / '.lock', 'w')
+def move_aside(folder):
+    """Give a folder the first free name, which is returned. Raises UserError where another process is writing to it."""
+    claim = lock(folder)
+    if os.name == 'nt':  # there a folder with an open file in it keeps its name
+        claim.close()
+    aside = Path(folder).rename(free_name(Path(folder).resolve()))
+    claim.close()
+    return aside
+
+
+def lock(folder, who='another run is writing to', knob='--out_dir=…', name='.lock'):
+    """Claim a folder, or with a name a file in it, for this process: an open file to hold on to.
+
+    Raises UserError where another process has it, or where nothing can be written.
+    """
+    try:
+        f = open(Path(folder) / name, 'a+', encoding='utf-8')
+    except OSError as e:
+        raise UserError(f'cannot write to {folder}: {e.strerror}; choose another place with {knob}') from None
+    f.seek(0)
     try:
         if os.name == 'nt':
             import msvcrt
@@ -51,8 +74,11 @@ def lock(folder):
         else:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back whatever happens to us
+            if not os.path.samestat(os.fstat(f.fileno()), os.stat(f.name)):
+                raise OSError('moved aside while we came')
     except OSError:
-        raise UserError(f'another run is writing to {folder}: wait for it, or choose another place with --out_dir=…') from None
+        f.close()
+        raise UserError(f'{who} {folder}: wait for it, or choose another place with {knob}') from None
     return f
 
 
@@ -69,7 +95,8 @@ def download(urls, path, sha256, advice):
     """Fetch the first of urls that gives a file with that sha256, to path; a file that is already there and right is kept.
 
     sha256 None: none is known, a file is right when it is as long as the server says.
-    A cut download goes on where it stopped (HTTP Range). Raises UserError, ending in `advice`, where no url works.
+    A cut download goes on where it stopped (HTTP Range): checked in the end by its sha256 or, where none is known, only while
+    the server says that it still has the same file (If-Range). Raises UserError, ending in `advice`, where no url works.
     """
     path = Path(path)
     if path.is_file():
@@ -80,33 +107,49 @@ def download(urls, path, sha256, advice):
     from tqdm import tqdm
     part, failures = path.with_name(path.name + '.part'), []
     make_folder(path.parent)
-    for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
-        try:
-            have = part.stat().st_size if part.is_file() else 0
-            headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})  # bytes as they are on disk
-            with requests.get(url, stream=True, timeout=30, headers=headers) as r:
-                if r.status_code == 416:  # what we have is longer than the file: start anew
-                    part.unlink()
-                r.raise_for_status()
-                have = have if r.status_code == 206 else 0
-                total = int(r.headers['Content-Length']) + have if 'Content-Length' in r.headers else None
-                bar = tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None)
-                with open(part, 'ab' if have else 'wb') as f, bar:
-                    for block in r.iter_content(2**16):
-                        f.write(block)
-                        bar.update(len(block))
-            if sha256 is None:  # a cut shows in the length or, where the server sends chunks, has raised an error
-                whole = part.stat().st_size == total or total is None and r.headers.get('Transfer-Encoding') == 'chunked'
-            else:
-                whole = sha256_of(part) == sha256
-            if whole:
-                part.replace(path)
-                return path
-            failures.append(f'{url}: ' + ('wrong sha256' if sha256 else 'the server does not say how long it is'))
-            part.unlink()
-        except requests.RequestException as e:
-            code = getattr(e.response, 'status_code', None)
-            failures.append(f'{url}: ' + (f'status {code}' if code else type(e).__name__))
-        except OSError as e:
-            raise UserError(f'cannot write {part}: {e.strerror}') from None
+    tag = lock(path.parent, f'another process is downloading {path.name} to', '--data_dir=…', part.name + '.tag')
+    try:
+        for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
+            try:
+                tag.seek(0)
+                same = None if sha256 else tag.read()
+                have = part.stat().st_size if part.is_file() and same != '' else 0
+                headers = {'Accept-Encoding': 'identity',  # bytes as they are on disk
+                           'Range': f'bytes={have}-' if have else None, 'If-Range': same if have else None}
+                with requests.get(url, stream=True, timeout=30, headers=headers) as r:
+                    if r.status_code == 416:  # what we have is longer than the file: start anew
+                        part.unlink()
+                    r.raise_for_status()
+                    have = have if r.status_code == 206 else 0
+                    total = int(r.headers['Content-Length']) + have if 'Content-Length' in r.headers else None
+                    bar = tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None)
+                    with open(part, 'ab' if have else 'wb') as f, bar:
+                        if not have:  # first the part is empty, then we note which file on the server it is of
+                            strong = [r.headers[h] for h in ('ETag', 'Last-Modified') if r.headers.get(h, 'W/')[:2] != 'W/']
+                            tag.truncate(0)
+                            tag.write(''.join(strong[:1]))
+                            tag.flush()
+                        for block in r.iter_content(2**16):
+                            f.write(block)
+                            bar.update(len(block))
+                        f.flush()
+                        os.fsync(f.fileno())
+                if sha256 is None:  # a cut shows in the length or, where the server sends chunks, has raised an error
+                    whole = part.stat().st_size == total or total is None and r.headers.get('Transfer-Encoding') == 'chunked'
+                else:
+                    whole = sha256_of(part) == sha256
+                if whole:
+                    part.replace(path)
+                    return path
+                failures.append(f'{url}: ' + ('wrong sha256' if sha256 else 'the server does not say how long it is'))
+                part.unlink()
+            except requests.RequestException as e:
+                code = getattr(e.response, 'status_code', None)
+                failures.append(f'{url}: ' + (f'status {code}' if code else type(e).__name__))
+            except OSError as e:
+                raise UserError(f'cannot write {part}: {e.strerror}') from None
+    finally:
+        tag.close()
+        if not part.is_file():
+            Path(tag.name).unlink(missing_ok=True)
     raise UserError(f'could not download {path.name} ({"; ".join(dict.fromkeys(failures))}). {advice}')

@@ -8,6 +8,7 @@ GPT-2's weights in our GPT, and a GPT of ours where Hugging Face's tools read it
 """
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -237,7 +238,16 @@ def export(model, tok, folder):
               'tie_word_embeddings': c.tie_weights, **ends}
     files = {'config.json': json.dumps(config, indent=1), 'generation_config.json': json.dumps(ends)}
     files |= {'tokenizer.json': tok.tokenizer_json()} if hasattr(tok, 'tokenizer_json') else {}
-    make_folder(folder, '--to=FOLDER')
-    for file, text in files.items():
-        write_whole(folder / file, lambda f, text=text: f.write(text.encode('utf-8')))
-    write_whole(folder / 'model.safetensors', lambda f: f.write(save(tensors, {'format': 'pt'})))  # last: no model without it
+    folder = folder.resolve()
+    unfinished = folder.with_name(f'.{folder.name}.export.tmp')  # the folder is whole or not there
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_folder(unfinished, '--to=FOLDER')
+    try:
+        for file, text in files.items():
+            write_whole(unfinished / file, lambda f, text=text: f.write(text.encode('utf-8')))
+        write_whole(unfinished / 'model.safetensors', lambda f: f.write(save(tensors, {'format': 'pt'})))
+        if folder.is_dir():
+            folder.rmdir()
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

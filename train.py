@@ -108,7 +108,7 @@ from chat import PLAIN, start_ids
 from configurator import ROOT, convert, describe, nearby, read_knobs
 from data import Pairs, Stream, ensure_prepared, read_meta
 from device import autocast, peak_memory, pick_device, pick_dtype
-from files import free_name, lock, write_whole
+from files import lock, move_aside, write_whole
 from muon import Muon
 from parallel import main, rank, world
 from scores import evaluate, reply_scores, smoothed_batch_mean, to_device, write_replies
@@ -120,11 +120,13 @@ out_dir = nearby(ROOT / 'out' / run_name if out_dir is None else find(out_dir) i
 
 state = pretrained = None
 if resume or eval_only and init_from == 'scratch':
-    path = out_dir / ('best.pt' if eval_only else 'last.pt')
+    path = out_dir / ('best.pt' if eval_only or not (out_dir / 'last.pt').is_file() else 'last.pt')  # best.pt is written first
     if not path.is_file():
-        raise UserError(f'there is no {path} to {"evaluate" if eval_only else "go on from"}: name the run with --out_dir=…'
-                        + ('' if eval_only else ', or leave --resume away to start anew'))
+        raise UserError(f'there is no checkpoint in {out_dir} to {"evaluate" if eval_only else "go on from"}: name the run with '
+                        '--out_dir=…' + ('' if eval_only else ', or leave --resume away to start anew'))
     state = checkpoint.load(path)
+    if resume and 'optimizers' not in state:
+        raise UserError(f'{path} was exported, without the optimizer\'s state that --resume needs: evaluate it with --eval_only')
     fields = checkpoint.KINDS['seq2seq'][1].__dataclass_fields__.items()  # switches that are younger than the run were off in it
     saved = {name: field.default for name, field in fields if name in config} | state['config'] | state['model_args']
     kinds, changed, refused = {name: kind for name, kind, _ in read_knobs(Path(__file__).read_text(encoding='utf-8'))}, [], []
@@ -246,9 +248,8 @@ saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir
 saved_config['data_dir'] = data_dir and str(folder.parent.resolve())  # the default stays so: a checkout may move
 if main and not eval_only:
     try:
-        if state is None and (out_dir / 'last.pt').is_file():  # nobody's work is overwritten
-            lock(out_dir).close()  # and no run loses its folder while it is writing to it
-            aside = out_dir.rename(free_name(out_dir.resolve()))
+        if state is None and any((out_dir / name).is_file() for name in ('best.pt', 'last.pt')):  # nobody's work is overwritten
+            aside = move_aside(out_dir)
             print(f'{out_dir} held a run: it is now {nearby(aside)} (--resume would have gone on with it)')
         out_dir.mkdir(parents=True, exist_ok=True)
         claim = lock(out_dir)
@@ -278,8 +279,8 @@ peaks = [[group['lr'] for group in o.param_groups] for o in optimizers]  # each 
 scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
 # How far the run is; all of it is in each checkpoint
-progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best': math.inf, 'bad_evals': 0, 'evaluated': 0, 'loss_sum': 0.0,
-            'loss_tokens': 0, 'grad_norm': 0.0}
+progress = {'step': 0, 'tokens': 0, 'seconds': 0.0, 'best': math.inf, 'val_loss': math.inf, 'bad_evals': 0, 'evaluated': 0,
+            'loss_sum': 0.0, 'loss_tokens': 0, 'grad_norm': 0.0}
 if state is not None:
     try:
         model.load_state_dict(state['model'])
@@ -363,7 +364,7 @@ def write_sample(n):
 def save(*names):
     """Write the whole state of the run to these files of out_dir."""
     run = {**checkpoint.model_state(raw_model, tok, saved_config, style), **progress, 'seconds': elapsed(),
-           'val_loss': val_loss, 'optimizers': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
+           'optimizers': [o.state_dict() for o in optimizers], 'scaler': scaler.state_dict()}
     for name in names:
         checkpoint.save(out_dir / name, run)
 
@@ -490,7 +491,7 @@ def diverged(**what):
 step = first_step = progress['step']
 log_tokens = progress['tokens']
 t_start = t_log = time.perf_counter()
-log_rows, val_loss, speed, eval_seconds, spent = read_log(), None, 0.0, 0.0, 0.0
+log_rows, speed, eval_seconds, spent = read_log(), 0.0, 0.0, 0.0
 model.train()
 goal = max_iters if max_minutes is None else f'what fits into {max_minutes:g} minutes'
 print(f'step {step} of {goal}; checkpoints go to {out_dir}', flush=True)
@@ -510,7 +511,7 @@ while True:
             raise diverged(**{'validation loss': val_loss})
         better = val_loss < progress['best']
         train_loss, lr = progress['loss_sum'] / progress['loss_tokens'], optimizers[0].param_groups[0]['lr']
-        progress.update(evaluated=step, best=min(progress['best'], val_loss), loss_sum=0.0, loss_tokens=0,
+        progress.update(evaluated=step, val_loss=val_loss, best=min(progress['best'], val_loss), loss_sum=0.0, loss_tokens=0,
                         bad_evals=0 if better else progress['bad_evals'] + 1)
         print(f'step {step}: train {train_loss:.4f}, val {in_words(val_loss)}' + ', the best so far' * better, flush=True)
         if advice := advise(train_loss):
@@ -565,9 +566,9 @@ while True:
 parallel.finish()
 if not main:  # the rest is writing
     raise SystemExit(128 + getattr(signal, stop) if stop else 0)
-draw()
-if step > progress['evaluated']:  # stopped, and not behind an evaluation that has saved already
+if step > progress['evaluated'] or not (out_dir / 'last.pt').is_file():  # stopped, and not behind an evaluation, which saves
     save('last.pt')
+draw()
 if stop:
     again = shlex.join(a for a in sys.argv[1:] if a != '--resume')
     print(f'stopped by {stop} at step {step}; go on with: {parallel.launcher} train.py {again} --resume', flush=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import ROOT, UserError, nearby
-from files import FORMAT, download, make_folder, sha256_of, write_whole
+from files import FORMAT, download, lock, make_folder, sha256_of, write_whole
 
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 SHAKESPEARE_URLS = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
@@ -47,9 +47,11 @@ def id_type(tokenizer):
 
 
 def clear(folder):
-    """Make a dataset's folder, without meta.json: it does not count as a dataset until the new one is whole."""
+    """Make a dataset's folder and claim it (see lock), without meta.json: it is no dataset until the new one is whole."""
     make_folder(folder)
+    claim = lock(folder, 'another process is preparing', '--data_dir=…')
     (folder / 'meta.json').unlink(missing_ok=True)
+    return claim
 
 
 def write_meta(folder, tokenizer, kind, counts, source, split, what='ids', **more):
@@ -57,7 +59,8 @@ def write_meta(folder, tokenizer, kind, counts, source, split, what='ids', **mor
     dtype = id_type(tokenizer).name
     meta = {'format': FORMAT, 'kind': kind, 'dtype': dtype, 'vocab_size': tokenizer.vocab_size,
             'tokenizer': tokenizer.to_dict(), 'counts': counts, **more, 'split': split, **source}
-    write_whole(folder / 'meta.json', lambda f: f.write(json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8')))
+    text = json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8', 'surrogateescape')  # paths under LC_ALL=C
+    write_whole(folder / 'meta.json', lambda f: f.write(text))
     made = ' and '.join(f'{n:,} {name}' for name, n in meta.get(what, counts).items())
     print(f'{folder}: {made} {what}, {tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype}'
           + (': more than 65,536 take 4 bytes an id)' if dtype == 'uint32' else ')'))
@@ -68,11 +71,11 @@ def write_stream(folder, tokenizer, train, val, source, split):
 
     train, val: arrays of ids. source: dict of what meta.json should say about where the text is from. split: how it was divided.
     """
-    clear(folder)
-    for name, ids in (('train', train), ('val', val)):
-        content = np.asarray(ids).astype(id_type(tokenizer)).tobytes()
-        write_whole(folder / f'{name}.bin', lambda f, content=content: f.write(content))
-    write_meta(folder, tokenizer, 'stream', {'train': len(train), 'val': len(val)}, source, split)
+    with clear(folder):
+        for name, ids in (('train', train), ('val', val)):
+            content = np.asarray(ids).astype(id_type(tokenizer)).tobytes()
+            write_whole(folder / f'{name}.bin', lambda f, content=content: f.write(content))
+        write_meta(folder, tokenizer, 'stream', {'train': len(train), 'val': len(val)}, source, split)
 
 
 def write_pairs(folder, tokenizer, splits, source, split, chat=None):
@@ -81,10 +84,10 @@ def write_pairs(folder, tokenizer, splits, source, split, chat=None):
     splits: {name: [(source, target)]}, each side a text or a list of ids. A target that is text gets the tokenizer's end id,
     ids are taken as they are. source, split: as in write_stream. chat: how conversations are written (chat.py), if they are.
     """
-    clear(folder)
-    counts = {name: write_pair_files(folder, tokenizer, name, pairs) for name, pairs in splits.items()}
-    more = {'pairs': {name: len(pairs) for name, pairs in splits.items()}} | ({'chat': chat} if chat else {})
-    write_meta(folder, tokenizer, 'pairs', counts, source, split, 'pairs', **more)
+    with clear(folder):
+        counts = {name: write_pair_files(folder, tokenizer, name, pairs) for name, pairs in splits.items()}
+        more = {'pairs': {name: len(pairs) for name, pairs in splits.items()}} | ({'chat': chat} if chat else {})
+        write_meta(folder, tokenizer, 'pairs', counts, source, split, 'pairs', **more)
 
 
 def write_pair_files(folder, tokenizer, name, pairs):

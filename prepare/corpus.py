@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from common import UserError, clear, id_type, write_meta
-from files import lock, write_whole
+from files import write_whole
 from tokenizer import UnknownCharacters
 
 PIECE = 2**20        # characters: longer documents are cut, and so many are tokenized at a time
@@ -135,15 +135,10 @@ def write_corpus(folder, tokenizer, shards, source, split, characters=None):
     where it was if tokenizer, source and split are the same: source must tell one text from another.
     """
     from tqdm import tqdm
-    clear(folder)
-    try:
-        claim = lock(folder)
-    except UserError:
-        raise UserError(f'another process is preparing {folder}: wait for it, or choose another --data_dir=…') from None
-    dtype, progress, start = id_type(tokenizer), folder / '.progress.json', time.monotonic()
+    claim, dtype, progress, start = clear(folder), id_type(tokenizer), folder / '.progress.json', time.monotonic()
     key = hashlib.sha256(json.dumps([tokenizer.to_dict(), source, split]).encode()).hexdigest()
     state = {'key': key, 'shard': 0, 'pieces': 0, 'characters': 0, 'counts': {'train': 0, 'val': 0}}
-    parts = {name: folder / f'{name}.bin.tmp' for name in state['counts']}
+    parts = {name: folder / f'{name}.bin.part' for name in state['counts']}
     if progress.is_file():
         old = json.loads(progress.read_text(encoding='utf-8'))
         there = {name: part.stat().st_size if part.is_file() else -1 for name, part in parts.items()}

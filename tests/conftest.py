@@ -1,4 +1,6 @@
 """The scripts are tested through their own doors: a copy of the checkout in a temporary folder, and a new process for each command."""
+import csv
+import http.server
 import json
 import os
 import random
@@ -9,6 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +147,46 @@ class Project:
         return torch.load(self.root / 'out' / run / name, weights_only=True)
 
 
+def ranks(project, world, script, *args, **env):
+    """A script as torchrun would start it on so many processes, without torchrun: a list of them."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    env |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    env |= {'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}
+    return [project.start(script, *args, env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(world)]
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    import torch
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(a, b):
+    """Two checkpoints: the same but for how long it took and where it lies."""
+    for part in ('model', 'optimizers', 'step', 'tokens', 'best', 'bad_evals', 'evaluated', 'loss_sum', 'loss_tokens', 'grad_norm', 'val_loss', 'scaler'):
+        assert same(a[part], b[part]), part
+
+
+def read_log(folder):
+    """log.csv of a run, without what depends on the clock."""
+    with open(folder / 'log.csv', encoding='utf-8') as f:
+        return [[v for k, v in row.items() if k not in ('seconds', 'tokens_per_s')] for row in csv.DictReader(f)]
+
+
+def same_run(a, b):
+    """Two folders of runs: both checkpoints and the log are the same."""
+    import torch
+    for name in ('last.pt', 'best.pt'):
+        assert_same_run(*(torch.load(folder / name, weights_only=True) for folder in (a, b)))
+    assert read_log(a) == read_log(b), (read_log(a), read_log(b))
+
+
 def make_toy(root, **meta):
     """data/toy in a project: a char dataset; meta overrides what its meta.json says."""
     from tokenizer import CharTokenizer
@@ -201,3 +246,102 @@ def make_pairs(root, **meta):
                'pairs': pairs, 'chat': style, **meta}
     (folder / 'meta.json').write_text(json.dumps(content), encoding='utf-8')
     return folder
+
+
+class SlowServer(http.server.BaseHTTPRequestHandler):
+    """A slow server of one file that changes; its class says what it has and how well it behaves."""
+    content, tag, blocks = b'', '', 40
+
+    def do_GET(self):
+        content, tag = self.content, self.tag
+        have = int(self.headers.get('Range', 'bytes=0-')[6:-1]) if self.headers.get('If-Range', tag) == tag else 0
+        if have >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if have else 200)
+        self.send_header('Content-Length', str(len(content) - have))
+        if tag:
+            self.send_header('ETag' if '"' in tag else 'Last-Modified', tag)
+        self.end_headers()
+        with suppress(OSError):
+            for i in range(have, len(content), size := len(content) // self.blocks + 1):
+                self.wfile.write(content[i:i + size])
+                time.sleep(0.004)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def server(handler):
+    """The address of a file on a server of our own, on 127.0.0.1."""
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}/x'
+    httpd.shutdown()
+    httpd.server_close()
+
+
+# what tests/torture.py needs
+LIMITED = '''import os, resource, runpy, sys
+if os.environ.get('RANK', '0') == '0':
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ['LIMIT']),) * 2)
+sys.argv = [sys.argv[0].replace('limited', 'train'), *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+FETCH = '''import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+from configurator import show_user_errors
+show_user_errors('fetch.py')
+from files import download
+download(sys.argv[1].split(','), sys.argv[2], sys.argv[3] or None, 'Do something.')
+'''
+
+
+class Lab:
+    """A project to be mistreated, what its runs should have come to, and how often what was seen."""
+
+    def __init__(self, folder):
+        self.project, self.known, self.seen = Project(Path(folder) / 'pocket übung'), {}, Counter()
+        self.root = self.project.root
+        make_toy(self.root)
+        make_pairs(self.root)
+        train = (self.root / 'train.py').read_text(encoding='utf-8').replace('write_sample(300)', 'write_sample(3)')
+        (self.root / 'train.py').write_text(train, encoding='utf-8')  # the same, but in less time
+        (self.root / 'limited.py').write_text(LIMITED, encoding='utf-8')
+        (self.root / 'fetch.py').write_text(FETCH, encoding='utf-8')
+        (self.root / 'text.txt').write_text(toy_text(700_000), encoding='utf-8')
+        for name, seed in (('src', 1), ('tgt', 2)):
+            lines = [f'{i} {line}' for i, line in enumerate(toy_text(200_000, seed).splitlines()[:4000])]
+            (self.root / f'{name}.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+    def once(self, key, make):
+        """make(), the first time that it is asked for under this key."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
+
+    def timed(self, key, script, *args):
+        """Seconds that a script takes, undisturbed; run once."""
+        def run():
+            begin = time.monotonic()
+            self.project.run(script, *args)
+            return time.monotonic() - begin
+        return self.once((key, 'seconds'), run)
+
+    def fresh(self, name):
+        """A path in the project where nothing is."""
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        return self.root / name
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A file system of so many bytes at folder, where we may mount one; its value says whether."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = os.geteuid() == 0 and not subprocess.call(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', str(folder)], stderr=subprocess.DEVNULL)
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.check_call(['umount', str(folder)])

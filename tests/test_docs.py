@@ -40,20 +40,22 @@ def test_uv_and_pip_install_the_same():
     assert project['project']['version'] in (CHECKOUT / 'CHANGELOG.md').read_text(encoding='utf-8')
     assert 'uv.lock' in (CHECKOUT / '.gitignore').read_text().split()  # it names hosts
 
+MADE_UP = {'prepare/NAME.py', 'prepare/sums.py', 'vocab.txt', 'said.txt', 'replied.txt', 'my.txt', 'input/my.txt', '/vol/input/my.txt'}
+
 
 @pytest.mark.parametrize('path', [*PAGES, CHECKOUT / 'CONTRIBUTING.md', CHECKOUT / 'CHANGELOG.md'], ids=lambda p: p.name)
 def test_names_in_pages_exist(path):
     text = path.read_text(encoding='utf-8')
-    assert len(text.splitlines()) <= 120, 'an evening is short'
+    assert len(text.splitlines()) <= 130, 'an evening is short'
     text = re.sub('```python.*?```', '', text, flags=re.S)  # other tests run these
     wrong = [link for link in re.findall(r'\]\(([^):]+)\)', text) if not (path.parent / link).is_file()]
     wrong += [name for name in re.findall(r'[\w./-]+\.(?:py|ipynb|md|txt)\b', text)
               if not any((folder / name).is_file() for folder in (CHECKOUT, path.parent))
-              and name not in ('prepare/NAME.py', 'prepare/sums.py', 'vocab.txt')]
+              and name not in MADE_UP]
     wrong += [name for name in re.findall(r'\b(\w+)\(\)', text) if name not in DEFINED]
     wrong += [f'{name}.{part}' for name, part in re.findall(r'\b([A-Z]\w+)\.([a-z_]\w*)', text)
               if name in DEFINED and not re.search(rf'(def |self\.){part}\b', DEFINED[name])]
-    wrong += [name for name in re.findall(r'`([A-Za-z_]\w*)`', text) if name not in WORDS | {'utils'}]
+    wrong += [name for name in re.findall(r'`([A-Za-z_]\w*)`', text) if name not in WORDS | {'utils', 'fully_shard'}]
     wrong += [knob for knob in re.findall(r'(?:train|text)\.py[^`\n]* --(\w+)', text) if knob not in WORDS]
     assert not wrong
 

@@ -101,7 +101,7 @@ def steps(cloud, run):
     return [int(line) for line in (cloud.volume / 'out' / run / 'steps.txt').read_text().split()]
 
 
-@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('how', [signal.SIGINT, getattr(signal, 'SIGKILL', 9)])
 def test_a_preempted_run_goes_on_by_itself_and_the_platform_is_asked_for_what_it_needs(cloud, how):
     server = cloud.modal('', '--overrides=--wait', on_commit=preempt_once, how=how)
     assert server.preempted.returncode is not None and len(server.containers) == 2

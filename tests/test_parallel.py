@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_pairs
+from conftest import TINY, make_pairs, ranks
 
 import memory
 import parallel
@@ -25,13 +24,7 @@ SAME = ['--device=cpu', '--dtype=float32', '--dropout=0', '--max_iters=3', '--ev
 
 
 def start(project, world, *args):
-    """train.py as torchrun would start it, without torchrun: a list of processes."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    env = {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-    env |= {'GLOO_SOCKET_IFNAME': 'lo'} if sys.platform == 'linux' else {}
-    return [project.start('train.py', *args, env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}) for r in range(world)]
+    return ranks(project, world, 'train.py', *args)
 
 
 def train(project, world, out, *args):

@@ -228,14 +228,14 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch, capsys):
             prepare(folder, {})
         begun.append('going on after' in capsys.readouterr().out)
         assert not (folder / 'meta.json').exists() and not (folder / 'train.bin').exists()
-        with open(folder / 'train.bin.tmp', 'ab') as f:
+        with open(folder / 'train.bin.part', 'ab') as f:
             f.write(b'written, but never counted')
     stop_at = None
     assert prepare(folder, {}) == whole and begun == [False, False] + [True] * 5 and load(folder)
     stop_at = 150
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, {'source': 'another text'})
-    os.truncate(folder / 'val.bin.tmp', 5)  # not what .progress.json speaks of
+    os.truncate(folder / 'val.bin.part', 5)  # not what .progress.json speaks of
     stop_at = None
     capsys.readouterr()
     assert prepare(folder, {'source': 'another text'}) == whole and 'going on' not in capsys.readouterr().out
@@ -257,6 +257,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.content[name][have:]
         self.send_response(206 if have else 200)
         self.send_header('Content-Length', str(len(body)))
+        self.send_header('Last-Modified', 'Mon, 01 Jan 2024 00:00:00 GMT')
         self.end_headers()
         if self.cuts.get(name, 0) > 0:
             self.cuts[name] -= 1
@@ -282,7 +283,7 @@ def test_tinystories_from_a_server_that_cuts(project, server):
     Handler.cuts = {train: 1, valid: 2}
     err = project.fails('prepare/tinystories.py', '--tokenizer=byte', f'--endpoint={server}')
     folder = project.root / 'data' / 'tinystories'
-    assert f'could not download {valid}' in err and '--input=FOLDER' in err and sorted(p.name for p in folder.iterdir()) == [train, valid + '.part']
+    assert f'could not download {valid}' in err and '--input=FOLDER' in err and sorted(p.name for p in folder.iterdir()) == [train, valid + '.part', valid + '.part.tag']
     assert (folder / train).read_bytes() == STORIES[train]
     out, _ = project.run('prepare/tinystories.py', '--tokenizer=byte', env={'HF_ENDPOINT': server})
     assert documents(folder) == {split: [d.strip('\n') for d in content.decode().split('<|endoftext|>')[:-1]] for split, content in zip(('train', 'val'), STORIES.values())}
@@ -305,7 +306,7 @@ def test_tinystories_goes_on_after_a_kill(project, tmp_path):
     args = ['prepare/tinystories.py', f'--input={tmp_path}', '--vocab_size=270']
     project.run(*args, status=-9, env={'PYTHONPATH': str(tmp_path), 'KILL': '1'})
     folder = project.root / 'data' / 'tinystories'
-    assert sorted(p.name for p in folder.iterdir() if p.name != '.lock') == ['.progress.json', 'train.bin.tmp', 'val.bin.tmp']
+    assert sorted(p.name for p in folder.iterdir() if p.name != '.lock') == ['.progress.json', 'train.bin.part', 'val.bin.part']
     assert 'going on after' in project.run(*args)[0]
     assert 'going on' not in project.run(*args, '--data_dir=fresh')[0]
     for name in ('train.bin', 'val.bin', 'meta.json'):
