@@ -22,7 +22,7 @@ import checkpoint
 from files import make_folder
 from gpt2 import export
 
-path, target = nearby(find(out_dir)) / f'{weights}.pt', Path(to).expanduser().resolve()
+path, target = nearby(find(out_dir)) / f'{weights}.pt', nearby(Path(to).expanduser())
 state = checkpoint.load(path)
 model, tok = checkpoint.build(state, path)
 if target.suffix == '.pt':

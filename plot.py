@@ -5,6 +5,7 @@ Draw the loss curves of runs, from their log.csv.
     python plot.py --run=out/a --run=out/b --x=seconds --to=ab.png  several on one axis: val of each
 """
 import csv
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,8 @@ def read(path):
         columns = {}
     if not columns or not columns['step']:
         raise UserError(f'{file} is not the log.csv of a run that was evaluated')
-    return path.name if path.is_dir() else path.stem, columns
+    name = path.resolve().name if path.is_dir() else path.stem
+    return os.fsencode(name).decode('utf-8', 'replace'), columns  # whatever the locale made of it
 
 
 def draw(runs, path, x='step', title=None):

@@ -395,7 +395,7 @@ def draw():
     if len(log_rows) > 1:
         try:
             plot.draw([plot.read(out_dir)], out_dir / 'loss.png')
-        except UserError as e:
+        except Exception as e:  # of a library, too
             print(f'no loss.png: {e}')
 
 

@@ -40,7 +40,7 @@ def test_uv_and_pip_install_the_same():
     assert project['project']['version'] in (CHECKOUT / 'CHANGELOG.md').read_text(encoding='utf-8')
     assert 'uv.lock' in (CHECKOUT / '.gitignore').read_text().split()  # it names hosts
 
-MADE_UP = {'prepare/NAME.py', 'prepare/sums.py', 'vocab.txt', 'said.txt', 'replied.txt', 'my.txt', 'input/my.txt', '/vol/input/my.txt'}
+MADE_UP = {'_bpe.py', '_gpt2.py', 'prepare/NAME.py', 'prepare/sums.py', 'vocab.txt', 'said.txt', 'replied.txt', 'my.txt', 'input/my.txt', '/vol/input/my.txt'}
 
 
 @pytest.mark.parametrize('path', [*PAGES, CHECKOUT / 'CONTRIBUTING.md', CHECKOUT / 'CHANGELOG.md'], ids=lambda p: p.name)

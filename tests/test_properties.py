@@ -92,7 +92,7 @@ def rows(rng, lengths, vocab_size=19):
 
 
 @pytest.mark.parametrize('kind', ['gpt', 'seq2seq'])
-@examples(20)
+@examples(8)
 def test_cached_equals_uncached_equals_alone(kind, rng):
     """Logits of ragged rows read in pieces, with a cache, are those of each row alone without one; and so is greedy text, past the context."""
     net, B = some_model(rng, kind), rng.randrange(1, 5)
@@ -117,10 +117,10 @@ def test_cached_equals_uncached_equals_alone(kind, rng):
 
 
 @pytest.mark.parametrize('kind', ['gpt', 'seq2seq'])
-@examples(15)
+@examples(5)
 def test_padding_and_batches_add_nothing(kind, rng, tmp_path_factory):
     """Loss and gradient over the padded batches of a dataset of pairs are those over its pairs one by one, plainly cut and joined."""
-    net, folder, start = some_model(rng, kind, block_size=12), tmp_path_factory.mktemp('pairs'), 0
+    net, folder, start = some_model(rng, kind, block_size=12).double(), tmp_path_factory.mktemp('pairs'), 0
     pairs = [rows(rng, (rng.randrange(1, 15), rng.randrange(1, 15))) for _ in range(rng.randrange(1, 12))]
     ids = [side for pair in pairs for side in pair]
     np.array(sum(ids, []), dtype='<u2').tofile(folder / 'train.bin')
@@ -143,9 +143,9 @@ def test_padding_and_batches_add_nothing(kind, rng, tmp_path_factory):
             logits = net(torch.tensor([[*source, start, *target[:-1]]]))[0][0, len(source):]
         want = want + F.cross_entropy(logits, torch.tensor(target), reduction='sum')
     want.backward()
-    torch.testing.assert_close(total, want, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(total.double(), want, atol=1e-3, rtol=1e-5)
     for g, p in zip(gradient, net.parameters()):
-        torch.testing.assert_close(g, p.grad, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(g, p.grad, atol=1e-5, rtol=1e-5)
 
 
 @examples(10)

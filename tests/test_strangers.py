@@ -354,7 +354,7 @@ def test_path_tricks(project):
     (project.root / 'evil.py').write_text('open("it ran", "w")', encoding='utf-8')
     state = some_state(project.root)
     (project.root / 'out' / 'x').mkdir(parents=True)
-    torch.save({**state, 'config': {'dataset': '../evil', 'data_dir': 'elsewhere'}}, project.root / 'out' / 'x' / 'last.pt')
+    torch.save({**state, 'optimizers': [], 'config': {'dataset': '../evil', 'data_dir': 'elsewhere'}}, project.root / 'out' / 'x' / 'last.pt')
     assert "there is no dataset '../evil'" in project.fails('train.py', '--resume', '--out_dir=out/x')
     assert not (project.root / 'it ran').exists()
     for name in ('a' * 300, '../' * 2000):

@@ -216,7 +216,7 @@ def test_compile_falls_back_or_says_so(project, tmp_path):
         '                def __call__(self, **k):\n                    raise RuntimeError("no compiler")\n            torch.compile = Broken\n'
         'sys.meta_path.insert(0, Finder())\n', encoding='utf-8')
     broken = {'env': {'PYTHONPATH': str(tmp_path)}}
-    out, _ = project.train('--max_iters=1', '--compile=auto', **broken)
+    out, _ = project.train('--max_iters=1', '--compile=auto')
     assert 'eager (compiling pays late on cpu; --compile tries it)' in out
     assert '--compile does not work here (RuntimeError: no compiler)' in project.fails('train.py', *TINY, '--compile', '--out_dir=other', **broken)
     text = (project.root / 'train.py').read_text(encoding='utf-8').replace("compile == 'auto' and where.type == 'cuda'", "compile == 'auto'")
