@@ -109,10 +109,10 @@ class Project:
 
     def __init__(self, root):
         self.root = root
-        for pattern in ('*.py', '*.html', 'prepare/*.py', 'config/*.py', 'pretrained/*/*'):
+        for pattern in ('*.py', '*.html', 'prepare/*.py', 'config/*.py', '__pycache__/*', 'prepare/__pycache__/*'):
             for path in CHECKOUT.glob(pattern):
                 (root / path.relative_to(CHECKOUT)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, root / path.relative_to(CHECKOUT))
+                shutil.copy2(path, root / path.relative_to(CHECKOUT))  # with its time: what is compiled already stays valid
 
     def start(self, script, *args, **kwargs):
         """A running process of `python SCRIPT ARGS`."""

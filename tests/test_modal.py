@@ -165,6 +165,7 @@ def test_a_run_comes_home_whole_or_not_at_all_and_is_listed(cloud):
     assert sorted(str(p) for p in out.rglob('*')) == before
 
 
+@pytest.mark.slow
 def test_other_scripts_run_there_too(cloud):
     server = cloud.modal('::prepare', '--dataset=toy', '--args=--limit=3')
     assert f'made --limit=3 --data_dir={cloud.volume}/data' in server.out

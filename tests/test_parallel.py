@@ -175,6 +175,7 @@ def test_a_signal_to_one_during_evaluation(project):
     assert 'step 3 of 3' in out and ', val ' in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_torchrun(project):
     """torchrun passes the signal on: the run is saved, nobody is left, and it goes on without torchrun."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(project.root / 'train.py')]

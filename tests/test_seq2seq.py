@@ -135,7 +135,7 @@ def exhaustive(net, source, length, alpha, eot):
 
 
 @pytest.mark.parametrize('arch', ['seq2seq', 'gpt'])
-@pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
+@pytest.mark.parametrize('alpha', [0.0, 2.0])
 def test_beam_equals_exhaustive_search(arch, alpha):
     net = small(vocab_size=4)
     if arch == 'gpt':

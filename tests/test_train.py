@@ -209,20 +209,14 @@ def test_out_of_memory_says_what_to_lower(project):
     assert 'out of memory: lower --batch_size' in err
 
 
-def test_compile_falls_back_or_says_so(project, tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text(  # a compiler that fails when it is used, on what looks like CUDA to train.py
-        'import sys\nclass Finder:\n    def find_spec(self, name, *a):\n        if name == "device":\n            sys.meta_path.remove(self)\n'
-        '            import torch\n            class Broken:\n                training = True\n                def __init__(self, model):\n                    pass\n'
-        '                def __call__(self, **k):\n                    raise RuntimeError("no compiler")\n            torch.compile = Broken\n'
-        'sys.meta_path.insert(0, Finder())\n', encoding='utf-8')
-    broken = {'env': {'PYTHONPATH': str(tmp_path)}}
-    out, _ = project.train('--max_iters=1', '--compile=auto')
-    assert 'eager (compiling pays late on cpu; --compile tries it)' in out
-    assert '--compile does not work here (RuntimeError: no compiler)' in project.fails('train.py', *TINY, '--compile', '--out_dir=other', **broken)
-    text = (project.root / 'train.py').read_text(encoding='utf-8').replace("compile == 'auto' and where.type == 'cuda'", "compile == 'auto'")
-    (project.root / 'train.py').write_text(text, encoding='utf-8')
-    out, _ = project.train('--max_iters=1', '--compile=auto', '--out_dir=other', **broken)
-    assert 'eager (compiling failed: RuntimeError)' in out
+def test_compile_falls_back_or_says_so(project):
+    assert 'eager (compiling pays late on cpu; --compile tries it)' in project.train('--max_iters=1', '--compile=auto')[0]
+    text = (project.root / 'train.py').read_text(encoding='utf-8')  # a compiler that fails when it is used, on what looks like CUDA
+    text = text.replace("compile == 'auto' and where.type == 'cuda'", "compile == 'auto'").replace('torch.compile(model)', 'Broken()')
+    broken = 'class Broken:\n    training = True\n    def __call__(self, **k):\n        raise RuntimeError("no compiler")\n\n\n'
+    (project.root / 'train.py').write_text(text.replace('def forward(batch)', broken + 'def forward(batch)'), encoding='utf-8')
+    assert '--compile does not work here (RuntimeError: no compiler)' in project.fails('train.py', *TINY, '--compile', '--out_dir=other')
+    assert 'eager (compiling failed: RuntimeError)' in project.train('--max_iters=1', '--compile=auto', '--out_dir=other')[0]
 
 
 def test_the_schedule_is_what_the_optimizer_gets(project):  # others, and their corners: test_properties.py

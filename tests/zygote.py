@@ -47,7 +47,9 @@ def run(argv, cwd, env):
 
 
 def main():
-    import matplotlib  # noqa: F401
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot  # noqa: F401
     import numpy  # noqa: F401
     import requests  # noqa: F401
     import tiktoken  # noqa: F401
