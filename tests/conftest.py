@@ -16,6 +16,8 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+os.environ['OMP_NUM_THREADS'] = '1'  # for this process, too: pytest runs one a core, and small models gain nothing from threads
+
 import numpy as np
 import pytest
 

@@ -100,7 +100,7 @@ def test_padding_and_future_are_invisible(pos):
         assert not torch.equal(net(idx, src=src, src_pad=src_pad)[0][0], logits[0])
 
 
-@pytest.mark.parametrize('pos, qk_norm', [('sinusoidal', False), ('learned', False), ('rotary', True)])
+@pytest.mark.parametrize('pos, qk_norm', [('sinusoidal', False), ('rotary', True)])
 def test_cached_equals_uncached(pos, qk_norm):
     net = small(pos=pos, qk_norm=qk_norm, token_shift=qk_norm)
     for kwargs in ({'temperature': 0}, {'temperature': 1.3, 'seed': 3, 'top_k': 9, 'repetition_penalty': 1.3}):
@@ -144,10 +144,10 @@ def test_beam_equals_exhaustive_search(arch, alpha):
         [nn.init.normal_(p, std=0.5) for p in net.parameters() if p.ndim > 1]
     sources = [[1, 2], [3], [2, 2, 1, 0, 3]]
     with torch.no_grad():
+        best = [exhaustive(net, source, 4, alpha, 1)[:5] for source in sources]
         for use_cache in (True, False):
             got = net.beam_search(sources, 4, 64, eot=1, start=0, length_penalty=alpha, n_best=5, use_cache=use_cache)
-            for source, found in zip(sources, got):
-                want = exhaustive(net, source, 4, alpha, 1)[:5]
+            for want, found in zip(best, got):
                 assert [ids for ids, _ in found] == [ids for _, ids in want]
                 np.testing.assert_allclose([s for _, s in found], [s for s, _ in want], atol=1e-4)
 
