@@ -18,12 +18,12 @@ def next_token(logits, seen=None, temperature=1.0, top_k=None, top_p=None, min_p
 
     temperature 0 is greedy. top_k keeps exactly that many; top_p the smallest set whose mass reaches it (the token that
     crosses the line stays); min_p those at least that share of the likeliest. repetition_penalty > 1 lowers every token
-    in seen, (B, V) bool, whatever its sign (Keskar et al. 2019). banned: (V,) bool, never chosen. The filters act in this order:
+    in seen, (B, V) bool, whatever its sign (Keskar et al. 2019). banned: (N,) int64, never chosen. The filters act in this order:
     banned, penalty, temperature, top_k, top_p, min_p. No host sync, and no torch.multinomial: argmax(p / Exp(1)) draws from p.
     """
-    logits = logits.float()
+    logits = logits.to(torch.float32, copy=banned is not None)
     if banned is not None:
-        logits = logits.masked_fill(banned, -math.inf)
+        logits.index_fill_(-1, banned, -math.inf)  # a mask over all of a large vocabulary would take a tenth of the whole step
     if repetition_penalty != 1.0:
         lowered = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, lowered, logits)
@@ -91,11 +91,6 @@ class Generation:
             raise ValueError(f'the prompt has token id {bad[0]}, but the model knows only 0 to {V - 1}')
         return prompts
 
-    def banned_mask(self, banned):
-        """(V,) bool from a set of ids, or None."""
-        device = next(self.parameters()).device
-        return torch.tensor([i in banned for i in range(self.config.vocab_size)], device=device) if banned else None
-
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, eot=None, start=None, seed=None, banned=None, use_cache=True, **sampling):
         """Generate, a token at a time: yields max_new_tokens times a (B,) int64 tensor, -1 in rows that have ended.
@@ -116,7 +111,7 @@ class Generation:
             seen = torch.zeros(B, V, dtype=torch.bool, device=device)
             for row, p in zip(seen, prompts):
                 row[torch.as_tensor(p, device=device)] = True
-        banned, cache = self.banned_mask(banned), None
+        banned, cache = torch.tensor(sorted(banned), device=device) if banned else None, None
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         done = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
@@ -176,7 +171,7 @@ class Generation:
         idx, pad = pad_left(prompts, device)
         T = idx.size(1)
         max_new_tokens = min(max_new_tokens, max(1, self.config.block_size + 1 - T))
-        banned = self.banned_mask(banned)
+        banned = torch.tensor(sorted(banned), device=device) if banned else None
         cache = self.new_cache(B, T - 1 + max_new_tokens) if use_cache else None
         live, finished = [[(0.0, [])] for _ in range(B)], [[] for _ in range(B)]  # (log-probability, ids); (score, ids)
 
@@ -188,7 +183,7 @@ class Generation:
             logits, _ = self(new, cache=cache, pad=pad, last_only=True, **given)       # (B * beams, 1, V); one beam at first
             logp = torch.log_softmax(logits[:, -1].float(), dim=-1)
             if banned is not None:
-                logp = logp.masked_fill(banned, -math.inf)
+                logp.index_fill_(-1, banned, -math.inf)
             before = torch.tensor([[p for p, _ in beams] for beams in live], device=device)     # (B, beams)
             total = (before[:, :, None] + logp.view(B, -1, V)).flatten(1)                        # (B, beams * V)
             best, at = total.topk(min(2 * K, total.size(1)), dim=1)  # at most K of 2 K are ends, so K unfinished ones are left

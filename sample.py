@@ -158,3 +158,5 @@ else:
         show(text)
         last = row
     print()
+    if sys.stdout.isatty():  # in a file or a pipe there is the text alone
+        print('next: --chat goes on from what you type, --web in the browser; --help lists what else there is', file=sys.stderr)

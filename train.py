@@ -411,6 +411,7 @@ def ask_to_stop(number, frame):
     stop, stop_time = stop or signal.Signals(number).name, stop_time or now
 
 
+after = f'next: python sample.py --out_dir={shlex.quote(str(out_dir))} --chat'
 if eval_only:
     told = f'{path} (step {progress["step"]}): {eval_split} '
     if eval_protocol == 'smoothed_batch_mean' and pairs:
@@ -425,6 +426,7 @@ if eval_only:
         for source, reference, reply in replies[::math.ceil(len(replies) / 10)]:  # ten of them to read, from all over
             print(f'{source}\n  -> {reply}\n  (they said: {reference})')
         print(*reply_scores(replies), sep='\n')
+    print(after)
     raise SystemExit(0)
 for name in SIGNALS:
     signal.signal(getattr(signal, name), ask_to_stop)
@@ -580,4 +582,4 @@ if (out_dir / 'best.pt').is_file():
     write_sample(300)
     print(f'best val loss {in_words(progress["best"])}, saved as {out_dir / "best.pt"}'
           + '; loss.png beside it shows the way there' * (len(log_rows) > 1))
-    print(f'next: python sample.py --out_dir={shlex.quote(str(out_dir))} --chat')
+    print(after)
