@@ -99,13 +99,16 @@ def download(urls, path, sha256, advice):
     the server says that it still has the same file (If-Range). Raises UserError, ending in `advice`, where no url works.
     """
     path = Path(path)
+    part = path.with_name(path.name + '.part')
     if path.is_file():
         if sha256 is None or sha256_of(path) == sha256:  # only what was whole has got this name
+            for left in (part, part.with_name(part.name + '.tag')):  # of a download of something else, which was killed
+                left.unlink(missing_ok=True)
             return path
         print(f'{path} is not the file it should be (its sha256 differs): downloading it again')
     import requests
     from tqdm import tqdm
-    part, failures = path.with_name(path.name + '.part'), []
+    failures = []
     make_folder(path.parent)
     tag = lock(path.parent, f'another process is downloading {path.name} to', '--data_dir=…', part.name + '.tag')
     try:

@@ -338,7 +338,9 @@ if passes > 20 and max_minutes is None and dropout < 0.1 and not eval_only:
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation, samples, files
 
-SIGNALS = ('SIGINT', 'SIGTERM')
+SIGNALS = ['SIGINT', 'SIGTERM']
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+    SIGNALS.append('SIGHUP')  # the terminal has gone; under nohup that is ignored
 stop = stop_time = None  # the name of the signal that asked us, or another process, to stop; when we got the first
 
 

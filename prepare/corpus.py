@@ -139,12 +139,13 @@ def write_corpus(folder, tokenizer, shards, source, split, characters=None):
     key = hashlib.sha256(json.dumps([tokenizer.to_dict(), source, split]).encode()).hexdigest()
     state = {'key': key, 'shard': 0, 'pieces': 0, 'characters': 0, 'counts': {'train': 0, 'val': 0}}
     parts = {name: folder / f'{name}.bin.part' for name in state['counts']}
-    if progress.is_file():
+    try:
         old = json.loads(progress.read_text(encoding='utf-8'))
-        there = {name: part.stat().st_size if part.is_file() else -1 for name, part in parts.items()}
-        if old['key'] == key and all(there[name] >= n * dtype.itemsize for name, n in old['counts'].items()):
-            state = old
+        if old['key'] == key and all(parts[name].stat().st_size >= n * dtype.itemsize for name, n in old['counts'].items()):
+            state |= {name: old[name] for name in state}
             print(f'going on after {sum(state["counts"].values()):,} ids that an earlier run has made')
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # there is none, or it is damaged
     new, seconds, before = 0, 1, sum(state['counts'].values())
 
     def encode(chunk):

@@ -239,6 +239,9 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch, capsys):
     stop_at = None
     capsys.readouterr()
     assert prepare(folder, {'source': 'another text'}) == whole and 'going on' not in capsys.readouterr().out
+    for damaged in ('', '[]', '{"key": 1}', '{"counts": 5'):
+        (folder / '.progress.json').write_text(damaged, encoding='utf-8')
+        assert prepare(folder, {}) == whole and 'going on' not in capsys.readouterr().out
 
 
 STORIES = {f'TinyStoriesV2-GPT4-{split}.txt': ''.join(toy_text(150, seed=i) + '\n<|endoftext|>\n' for i in range(*span)).encode()
