@@ -126,6 +126,8 @@ def build(state, path, **overrides):
         if state.get('chat') is not None:
             chat.check(state['chat'], tok)
         return model.eval(), tok
+    except UserError:  # an encoding that has to be downloaded, say
+        raise
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f'{path} does not fit together: {str(e).splitlines()[-1].strip()}') from None
 

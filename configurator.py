@@ -85,6 +85,8 @@ def usable(path):
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, RuntimeError, ValueError) as e:
+        if getattr(e, 'winerror', None) == 123:  # Windows, of a * or ?: no file has that name, but it may be a glob
+            return path
         raise UserError(f'{str(path)!r} can\'t be a path: {getattr(e, "strerror", None) or e}') from None
     return path
 

@@ -46,7 +46,7 @@ def next_token(logits, seen=None, temperature=1.0, top_k=None, top_p=None, min_p
 def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, **_):
     """Raise ValueError where a sampling setting is out of its range."""
     for name, value, ok, want in (
-            ('temperature', temperature, temperature >= 0, '0 (greedy) or more'),
+            ('temperature', temperature, 0 <= temperature < math.inf, '0 (greedy) or more'),
             ('top_k', top_k, top_k is None or top_k >= 1, 'at least 1, or None'),
             ('top_p', top_p, top_p is None or 0 < top_p <= 1, 'above 0 and at most 1, or None'),
             ('min_p', min_p, min_p is None or 0 <= min_p <= 1, 'from 0 to 1, or None'),

@@ -238,16 +238,16 @@ def export(model, tok, folder):
               'tie_word_embeddings': c.tie_weights, **ends}
     files = {'config.json': json.dumps(config, indent=1), 'generation_config.json': json.dumps(ends)}
     files |= {'tokenizer.json': tok.tokenizer_json()} if hasattr(tok, 'tokenizer_json') else {}
-    folder = folder.resolve()
-    unfinished = folder.with_name(f'.{folder.name}.export.tmp')  # the folder is whole or not there
-    shutil.rmtree(unfinished, ignore_errors=True)
+    folder = folder.resolve()  # a new folder is whole or not there; in an empty one the model comes last
+    unfinished = folder if folder.is_dir() else folder.with_name(f'.{folder.name}.export.tmp')
+    if unfinished != folder:
+        shutil.rmtree(unfinished, ignore_errors=True)
     make_folder(unfinished, '--to=FOLDER')
     try:
         for file, text in files.items():
             write_whole(unfinished / file, lambda f, text=text: f.write(text.encode('utf-8')))
         write_whole(unfinished / 'model.safetensors', lambda f: f.write(save(tensors, {'format': 'pt'})))
-        if folder.is_dir():
-            folder.rmdir()
         unfinished.rename(folder)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished != folder:
+            shutil.rmtree(unfinished, ignore_errors=True)

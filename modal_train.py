@@ -36,7 +36,7 @@ PRICES = {'L4': None, 'A10': None, 'T4': None, 'A100': None, 'H100': None}  # US
 HERE = Path(__file__).resolve().parent if modal.is_local() else Path('/root/pocketgpt')
 sys.path.append(str(HERE))
 from configurator import UserError, find, show_user_errors
-from files import free_name, write_whole
+from files import move_aside, write_whole
 
 show_user_errors('modal_train.py')
 # Modal wants the GPU where a function is defined, before main() gets its options; with_options() comes later, but takes no list
@@ -79,13 +79,14 @@ def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = Fal
     saved = json.loads(note.read_text(encoding='utf-8')) if note.is_file() else {}
     resume = '--resume' in shlex.split(args)
     same = saved.get('when') == when != '' or not fresh and saved.get('args') == args
-    if last.is_file() and (resume or same):
+    there = last.is_file() or (out / 'best.pt').is_file()  # best.pt is written first
+    if there and (resume or same):
         words = 'goes on from its last.pt'
         if done.exists() and not resume:
             return 0, f'out/{name} was finished before: --fresh trains anew and keeps this one, --name=… makes another'
         resume = True
-    elif last.is_file():
-        aside = out.rename(free_name(out))
+    elif there:
+        aside = move_aside(out)
         words += f'; the run that was there is now out/{aside.name}'
     cards = getoutput('nvidia-smi --query-gpu=name --format=csv,noheader').splitlines() if shutil.which('nvidia-smi') else []
     print(f'out/{name} {words} ({", ".join(cards) or "no GPU"})', flush=True)
@@ -245,7 +246,7 @@ def download(name: str):
                 if path.stat().st_size != entry.size or path.suffix == '.pt' and zipfile.ZipFile(path).testzip():
                     raise EOFError(f'{path.name} was cut, or has changed on the way')
         if out.exists():
-            print(f'{out} was there: it is now {out.rename(free_name(out))}')
+            print(f'{out} was there: it is now {move_aside(out)}')
         part.rename(out)
     except modal.exception.NotFoundError:
         raise UserError(f'there is no run {name} on the volume: modal run modal_train.py::ls shows those that are') from None

@@ -32,7 +32,7 @@ def read(path):
         columns = {key: [float(row[key]) for row in rows] for key in ('step', 'val_loss', *(rows[0] if rows else ()))}
     except OSError as e:
         raise UserError(f'cannot read {file}: {e.strerror}; --run= is the folder of a run, or its log.csv') from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, csv.Error):
         columns = {}
     if not columns or not columns['step']:
         raise UserError(f'{file} is not the log.csv of a run that was evaluated')

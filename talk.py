@@ -44,9 +44,9 @@ def change(settings, new, named=None):
         check_sampling(**{key: settings[key] for key in SAMPLING})
     except ValueError as e:
         raise UserError(str(e)) from None
-    for key in ('max_new_tokens', 'num_beams'):
-        if settings[key] < 1:
-            raise UserError(f'{key} must be at least 1, got {settings[key]}')
+    for key, least, most in (('max_new_tokens', 1, 2**20), ('num_beams', 1, 2**10), ('length_penalty', -10, 10)):
+        if not least <= settings[key] <= most:
+            raise UserError(f'{key} must be from {least} to {most:,}, got {settings[key]}')
     if settings['num_beams'] > 1 and (drawing := [key for key in SAMPLING if key in (new if named is None else named)]):
         raise UserError(f'num_beams={settings["num_beams"]} searches for the likeliest text and draws nothing, so '
                         f'{", ".join(drawing)} can\'t be honoured: leave that away, or set num_beams to 1')
@@ -56,34 +56,33 @@ def change(settings, new, named=None):
 def check_seed(seed):
     """seed, a number or text as it is typed, as a number, or None. Raises UserError where PyTorch knows no such seed."""
     try:
-        if (number := convert(seed, int | None)) is None or -2**63 <= number < 2**64:
-            return number
-    except ValueError:
-        pass
-    raise UserError(f'seed must be a whole number of up to 64 bits, or None, got {seed!r}')
+        return convert(seed, int | None)
+    except (ValueError, OverflowError):
+        raise UserError(f'seed must be a whole number below 2**63, or None, got {seed!r}') from None
 
 
-def load(out_dir=None, init_from=None, weights='best', device='auto', dtype='float32', quantize='', **more):
+def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None, quantize='', **more):
     """A Talk. out_dir: a run's folder, None for the newest in out/ or, before there is one, the model that comes along.
-    init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs. Raises UserError."""
+    init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs; dtype None is float32 or, for 8-bit
+    weights, what suits the device. Raises UserError."""
     device = pick_device(device)
     if init_from:
         import gpt2
         model, tok, style, name = gpt2.load(init_from)[0], gpt2.load_tokenizer(init_from), None, init_from
     else:
         if out_dir is None:
-            runs = sorted((ROOT / 'out').glob('*/last.pt'), key=lambda p: p.stat().st_mtime)
-            out_dir = runs[-1].parent if runs else COMES_ALONG
+            runs = sorted((ROOT / 'out').glob('*/[bl]*st.pt'), key=lambda p: p.stat().st_mtime)
+            out_dir = runs[-1].parent if runs else COMES_ALONG  # (best.pt and last.pt)
         name = nearby(find(out_dir)) / f'{weights}.pt'
         if not name.is_file():  # stopped before its first evaluation
             name = name.with_name('last.pt')
         state = checkpoint.load(name)
         model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
-        if out_dir == COMES_ALONG:
+        if out_dir is COMES_ALONG:
             print(f'no run in {nearby(ROOT / "out")} yet, so this is {nearby(COMES_ALONG)}, which comes along; '
                   f'python train.py trains one of your own', file=sys.stderr)
         style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
-    model = model.to(device, pick_dtype(device, dtype)[0])
+    model = model.to(device, pick_dtype(device, dtype or ('auto' if quantize else 'float32'))[0])
     return Talk(pack(model, 8 if quantize else None), tok, style, name, **more)
 
 

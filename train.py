@@ -118,7 +118,7 @@ configs = [Path(a).stem for a in sys.argv[1:] if not a.startswith('--')]
 run_name = configs[-1] if configs else dataset
 out_dir = nearby(ROOT / 'out' / run_name if out_dir is None else find(out_dir) if resume or eval_only else out_dir)
 
-state = pretrained = None
+state, pretrained, path = None, None, init_from
 if resume or eval_only and init_from == 'scratch':
     path = out_dir / ('best.pt' if eval_only or not (out_dir / 'last.pt').is_file() else 'last.pt')  # best.pt is written first
     if not path.is_file():
@@ -428,7 +428,8 @@ if eval_only:
         for source, reference, reply in replies[::math.ceil(len(replies) / 10)]:  # ten of them to read, from all over
             print(f'{source}\n  -> {reply}\n  (they said: {reference})')
         print(*reply_scores(replies), sep='\n')
-    print(after)
+    if path != init_from:
+        print(after)
     raise SystemExit(0)
 for name in SIGNALS:
     signal.signal(getattr(signal, name), ask_to_stop)
@@ -555,7 +556,7 @@ while True:
     step += 1
     progress.update(step=step, tokens=progress['tokens'] + n, grad_norm=grad_norm, loss_sum=progress['loss_sum'] + step_loss * n,
                     loss_tokens=progress['loss_tokens'] + n)
-    if step % log_interval == 0 or step == first_step + 1:
+    if (step % log_interval == 0 or step == first_step + 1) and not stop:  # a lost terminal would take no more lines
         now = time.perf_counter()
         speed = (progress['tokens'] - log_tokens) / (now - t_log)  # of target tokens
         left = (now - t_start) / (step - first_step) * (max_iters - step)

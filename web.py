@@ -9,6 +9,7 @@ they make sense, else {"error": a sentence}. With "text" and, in a conversation,
 others are refused: their Origin tells, or a Host that is a name we don't go by (DNS rebinding).
 """
 import asyncio
+import errno
 import json
 import os
 import re
@@ -33,8 +34,8 @@ def listen(host, port):
     try:
         sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except (OSError, OverflowError) as e:
-        raise UserError(f'cannot listen on port {port} of {host} ({e.args[-1].split(" (")[0]}): choose another, '
-                        f'--port={port % 65535 + 1}') from None
+        other = f'--port={port % 65535 + 1}' if getattr(e, 'errno', 0) == errno.EADDRINUSE else '--host or --port'
+        raise UserError(f'cannot listen on port {port} of {host} ({e.args[-1].split(" (")[0]}): choose another {other}') from None
     if not sock.getsockname()[0].startswith(('127.', '::1')):
         print(f'--host={host}: whoever can reach this machine can use the model, there is no password', file=sys.stderr)
     return sock

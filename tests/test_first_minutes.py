@@ -37,6 +37,9 @@ def test_small_checkpoint(trained, project):
     assert 'optimizers' not in ours and str(project.root) not in str(ours['config'])
     assert (project.root / 'out/small/best.pt').stat().st_size < 0.4 * (project.root / 'out/toy/best.pt').stat().st_size
     assert len(project.run('sample.py', '--out_dir=out/small', '--start=ba', '--max_new_tokens=20')[0]) == 23
+    shutil.rmtree(project.root / 'out/toy')  # now it is the newest run
+    assert project.run('sample.py', '--start=ba', '--max_new_tokens=20')[1] == ''
+    shutil.copytree(trained.root / 'out/toy', project.root / 'out/toy')
     assert 'accuracy' in project.run('train.py', '--eval_only', '--out_dir=out/small', '--device=cpu')[0]
     assert 'is there already' in project.fails('export.py', '--out_dir=out/toy', '--to=out/small/best.pt')
 

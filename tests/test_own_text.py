@@ -41,6 +41,8 @@ def test_training_goes_on_from_an_exported_folder(mine):
     out, _ = mine.run('train.py', *args, '--max_iters=1', '--learning_rate=0', '--out_dir=out/on')
     before, after = mine.checkpoint('mine', 'best.pt'), mine.checkpoint('on', 'best.pt')
     assert abs(before['best'] - after['best']) < 1e-5 and after['model_args']['n_embd'] == 32 and after['model_args']['pos'] == 'learned'
+    said = mine.run('train.py', '--eval_only', *args[:4])[0].splitlines()[-1]  # as it was loaded
+    assert said.startswith('hf (step 0): val loss ') and abs(float(said.split()[5]) - before['best']) < 1e-3
     mine.run('train.py', '--resume', '--out_dir=out/on', '--max_iters=2')  # from last.pt, not from the folder again
     assert mine.checkpoint('on')['step'] == 2
     assert 'leave n_layer away' in mine.fails('train.py', *args, '--n_layer=3', '--out_dir=out/no')

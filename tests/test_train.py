@@ -3,6 +3,7 @@ import csv
 import math
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -88,6 +89,23 @@ def test_accumulation_equals_the_whole_batch(project):
     a = weights('a', '--batch_size=8', '--gradient_accumulation_steps=1')
     b = weights('b', '--batch_size=2', '--gradient_accumulation_steps=4')
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+@pytest.mark.slow  # a new interpreter
+@pytest.mark.skipif(os.name == 'nt', reason='terminals of POSIX')
+def test_a_lost_terminal_saves_first(project):
+    """What a step would say goes to nobody: that is no reason to lose the step."""
+    import pty
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(project.root)
+        os.execv(sys.executable, [sys.executable, 'train.py', *TINY, '--max_iters=1000000', '--eval_interval=1000000', '--log_interval=1'])
+    said = ''
+    while 'step 5:' not in said:
+        said += os.read(terminal, 1000).decode()
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert project.checkpoint('toy')['step'] >= 5
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])

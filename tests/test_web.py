@@ -72,7 +72,8 @@ def test_writes_what_sample_py_writes(trained, server):
 
 @pytest.mark.parametrize('settings, said', [
     ({'temperature': 'warm'}, "temperature must be a number, got 'warm'; it stays 0.8"), ({'temperature': -1}, 'temperature must be 0'), ({'top_p': 7}, 'top_p must be'),
-    ({'max_new_tokens': 0}, 'at least 1'), ({'num_beams': 2, 'top_k': 5}, 'num_beams=2 searches'), ({'heat': 1}, "unknown setting 'heat'"),
+    ({'max_new_tokens': 0}, 'from 1 to'), ({'max_new_tokens': 2**45}, 'from 1 to'), ({'temperature': float('inf')}, 'temperature must be'),
+        ({'num_beams': 2, 'length_penalty': 1e9}, 'from -10 to 10'), ({'num_beams': 2, 'top_k': 5}, 'num_beams=2 searches'), ({'heat': 1}, "unknown setting 'heat'"),
     ({'top_k': [1]}, 'top_k must be'), ({'temperature': float('nan')}, 'temperature must be'), ({'seed': 'x'}, 'seed must be'), ({'seed': 2**64}, 'seed must be')])
 def test_wrong_settings_are_explained(server, settings, said):
     for text in (None, 'ba'):  # when they are chosen, and when they are used
