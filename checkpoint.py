@@ -26,16 +26,22 @@ def save(path, state):
     write_whole(path, lambda f: torch.save({'format': FORMAT, **state}, f))
 
 
-class Plain(TorchFunctionMode):
-    """Modules built in its scope get no random numbers: on the device meta their first call costs a second, for imports."""
+class Blank(TorchFunctionMode):
+    """Modules built in its scope have weights that are shapes only, without memory or random numbers; small tables are as ever.
+
+    Not `with torch.device('meta')`: there the first arithmetic and the first random number cost seconds, for imports.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if func.__name__.endswith(('normal_', 'uniform_')) else func(*args, **kwargs or {})
+        if func.__name__.endswith(('normal_', 'uniform_')):
+            return None
+        large = func is torch.empty or func is torch.arange and args[0] > 2**20  # the latter: of a vocabulary
+        return func(*args, **(kwargs or {}) | ({'device': 'meta'} if large else {}))
 
 
 def blank(Model, config):
-    """A model whose weights and tables are shapes only. Raises RuntimeError or TypeError where they are too large for that."""
-    with torch.device('meta'), Plain():
+    """A model whose weights are shapes only. Raises RuntimeError or TypeError where they are too large even for that."""
+    with Blank():
         return Model(config)
 
 
