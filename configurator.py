@@ -72,7 +72,7 @@ def show_user_errors(script):
                 signal.signal(number, signal.SIG_DFL)
             time.sleep(3)
             text = f'process {rank}: {text}'
-        print(f'{script}: {text}', file=sys.stderr)
+        print('\n' * issubclass(kind, KeyboardInterrupt) + f'{script}: {text}', file=sys.stderr)
         raise SystemExit(status)  # the interpreter takes its exit status from here
     sys.excepthook = hook
 

@@ -2,12 +2,12 @@
 Write a trained model for others: as a folder that Hugging Face's transformers read as a GPT-2, or as a checkpoint that is small.
 
     python export.py --out_dir=out/RUN --to=FOLDER      a GPT, for Hugging Face's tools
-    python export.py --out_dir=out/RUN --to=FILE.pt     any model: what sample.py needs, in bfloat16: a sixth of best.pt
+    python export.py --out_dir=out/RUN --to=FILE.pt     any model: what sample.py needs, in bfloat16: a quarter of best.pt or less
 """
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, find, nearby
+from configurator import ROOT, UserError, configure, find, nearby
 
 out_dir: str | None = None         # the run
 to: str | None = None              # the folder to make, or the file
@@ -33,8 +33,7 @@ if target.suffix == '.pt':
     slim['config'] = slim['config'] | {'out_dir': None, 'data_dir': None}  # paths that mean nothing elsewhere
     checkpoint.save(target, slim | {'model': model.to(torch.bfloat16).state_dict()})
     print(f'{target}: {target.stat().st_size / 1e6:.2f} MB, {path} has {path.stat().st_size / 1e6:.2f}')
-    print(f'next: python sample.py --out_dir={target.parent}' if target.name == 'best.pt' else
-          'next: as best.pt in a folder of its own it is a run that sample.py reads')
+    print(f'next: python {nearby(ROOT / "sample.py")} --out_dir={target.parent if target.name == "best.pt" else target}')
     raise SystemExit(0)
 export(model, tok, target)
 kind = tok.to_dict()['kind']

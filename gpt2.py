@@ -127,7 +127,7 @@ def find_tensors(folder):
                 for key in f.keys():
                     if not key.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks, saved with some models
                         tensors[key if key.startswith(('transformer.', 'lm_head.')) else f'transformer.{key}'] = path, key
-        except (OSError, SafetensorError) as e:
+        except (OSError, SafetensorError, ValueError) as e:  # ValueError: a name that no file can have
             why = 'it is not there, and weights are read from no other format' if isinstance(e, FileNotFoundError) else e
             raise UserError(f'cannot read {path} as a safetensors file: {why}') from None
     return tensors
@@ -240,14 +240,15 @@ def export(model, tok, folder):
     files |= {'tokenizer.json': tok.tokenizer_json()} if hasattr(tok, 'tokenizer_json') else {}
     folder = folder.resolve()  # a new folder is whole or not there; in an empty one the model comes last
     unfinished = folder if folder.is_dir() else folder.with_name(f'.{folder.name}.export.tmp')
-    if unfinished != folder:
+    if unfinished != folder:  # what a killed export has left
         shutil.rmtree(unfinished, ignore_errors=True)
     make_folder(unfinished, '--to=FOLDER')
     try:
         for file, text in files.items():
             write_whole(unfinished / file, lambda f, text=text: f.write(text.encode('utf-8')))
         write_whole(unfinished / 'model.safetensors', lambda f: f.write(save(tensors, {'format': 'pt'})))
-        unfinished.rename(folder)
+        if unfinished != folder:
+            unfinished.rename(folder)
     finally:
         if unfinished != folder:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -90,7 +90,7 @@ class GPTConfig:
         if not 0 <= self.softcap < math.inf:
             problems.append(f'softcap must be at least 0, got {self.softcap}')
         width = {'sinusoidal': self.n_embd, 'rotary': self.n_embd // max(1, self.n_head)}.get(self.pos, 0)
-        if (T := max(self.block_size, getattr(self, 'src_block_size', None) or 0)) * width > 2**24:
+        if (T := max(self.block_size, getattr(self, 'src_block_size', None) or 0)) * width > 2**26:
             problems.append(f'{self.pos} positions are a table of block_size x {width}, too large with {T}: lower block_size')
         if self.cutoffs:
             if not (all(isinstance(n, int) for n in self.cutoffs) and list(self.cutoffs) == sorted(set(self.cutoffs))

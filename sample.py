@@ -87,7 +87,9 @@ def obey(line, turns):
         print(HELP.format(presets=', '.join(PRESETS)))
     elif command == '/reset':
         turns.clear()
-    elif command == '/as' and style and rest.strip():
+    elif command == '/as':
+        if not style or not rest.strip():
+            raise UserError('/as NAME is for conversations' + (', and needs a name' if style else ': this is plain text'))
         style['you'] = talk.encodable(rest.strip())
     elif command == '/settings':
         new, typed = {}, {}
@@ -142,7 +144,9 @@ elif chat or interactive:
 else:
     texts = [read_prompt(text) for text in start for _ in range(num_samples)]
     if style and not all(map(str.strip, texts)):
-        raise UserError('this model replies to what is said: give it something, --start="Hello.", or talk with it: --chat')
+        raise UserError(f'{talk.name} replies to what is said: give it something, --start="Hello.", or talk with it: --chat')
+    if out_dir is None and sys.stdout.isatty():
+        print(f'{talk.name}, the newest run, writes:', file=sys.stderr)
     prompts, last = [talk.prompt(text, (), settings) for text in texts], -1
     for row, text in talk.write(prompts, settings, seed):
         if row != last:

@@ -62,9 +62,8 @@ def check_seed(seed):
 
 
 def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None, quantize='', **more):
-    """A Talk. out_dir: a run's folder, None for the newest in out/ or, before there is one, the model that comes along.
-    init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs; dtype None is float32 or, for 8-bit
-    weights, what suits the device. Raises UserError."""
+    """A Talk. out_dir: a run's folder, or a checkpoint; None for the newest in out/ or, before there is one, the model that comes
+    along. init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs. Raises UserError."""
     device = pick_device(device)
     if init_from:
         import gpt2
@@ -73,9 +72,13 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
         if out_dir is None:
             runs = sorted((ROOT / 'out').glob('*/[bl]*st.pt'), key=lambda p: p.stat().st_mtime)
             out_dir = runs[-1].parent if runs else COMES_ALONG  # (best.pt and last.pt)
-        name = nearby(find(out_dir)) / f'{weights}.pt'
-        if not name.is_file():  # stopped before its first evaluation
-            name = name.with_name('last.pt')
+        name = nearby(find(out_dir))
+        if not name.is_file():  # a run's folder, not a checkpoint by its own name; last.pt: stopped before its first evaluation
+            there = [name / f'{w}.pt' for w in (weights, 'last') if (name / f'{w}.pt').is_file()]
+            if not there:
+                runs = ', '.join(sorted({str(nearby(p.parent)) for p in (ROOT / 'out').glob('*/[bl]*st.pt')})) or 'none yet'
+                raise UserError(f'there is no checkpoint in {name}: name a run with --out_dir=…; there are {runs}')
+            name = there[0]
         state = checkpoint.load(name)
         model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
         if out_dir is COMES_ALONG:
@@ -121,7 +124,7 @@ class Talk:
             self.tok.encode(text)
         except UnknownCharacters as e:
             if not self.drop_unknown:
-                raise UserError(f'{e}: this model was trained without them; leave them out, or set drop_unknown') from None
+                raise UserError(f'{e}: leave that out, or start with --drop_unknown') from None
             return ''.join(c for c in text if c not in e.characters)
         return text
 

@@ -413,7 +413,7 @@ def ask_to_stop(number, frame):
     stop, stop_time = stop or signal.Signals(number).name, stop_time or now
 
 
-after = f'next: python sample.py --out_dir={shlex.quote(str(out_dir))} --chat'
+after = f'next: python {shlex.quote(str(nearby(ROOT / "sample.py")))} --out_dir={shlex.quote(str(out_dir))} --chat'
 if eval_only:
     told = f'{path} (step {progress["step"]}): {eval_split} '
     if eval_protocol == 'smoothed_batch_mean' and pairs:

@@ -28,8 +28,8 @@ def read_text(path):
 
 def input_text(path, urls, sha256, folder):
     """(text, what meta.json should say about its source): of a local file or, where path is None, downloaded into folder."""
-    path = path or download(urls, folder / 'input.txt', sha256, 'Without a network, give a local copy with --input=FILE, '
-                            'or train on the default dataset: python train.py')
+    path = path or download(urls, folder / 'input.txt', sha256, 'Without a network, give a copy that you have: '
+                            f'python prepare/{Path(sys.argv[0]).name} --input=FILE, or train on the default: python train.py')
     text = read_text(path)
     if len(text) < 20:
         raise UserError(f'{path} has only {len(text)} characters: that is too little to train on')

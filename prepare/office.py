@@ -128,8 +128,8 @@ if csv:
     files, pairs, blank = [csv], pairs_of_scenes(read_scenes(csv)), 0
 else:
     files = [src, tgt] if src else [
-        download([f'{url}/{file}' for url in urls], folder / file, None, 'Without a network, give local files with --src=FILE '
-                 '--tgt=FILE, or a transcript with --csv=FILE') for file in ('src.txt', 'tgt.txt')]
+        download([f'{url}/{file}' for url in urls], folder / file, None, 'Without a network, give files that you have to '
+                 'prepare/office.py: --src=FILE --tgt=FILE, or a transcript, --csv=FILE') for file in ('src.txt', 'tgt.txt')]
     pairs, blank = pairs_of_files(*files)
 if not pairs:
     raise UserError(f'{" and ".join(map(str, files))}: not one pair with text on both sides')

@@ -139,7 +139,7 @@ def test_readme_walked(pages, project):
     run, listed = 0, list(commands(pages[CHECKOUT / 'README.md']))
     for command in listed:
         script, *args = shlex.split(command)[1:] or ['']
-        if command in NOT_HERE:
+        if command in NOT_HERE or command.startswith('echo '):
             continue
         extra = {'train.py': [] if '--help' in command else small, 'sample.py': ['--max_new_tokens=20', '--device=cpu']}.get(script, [])
         project.run(script, *args, *extra, typed='/quit\n' if '--chat' in args else '')

@@ -150,6 +150,7 @@ def test_files_that_are_something_else(small, tmp_path):
             gpt2.load(tmp_path)
     path.unlink()
     for index, said in ((b'{"weight_map": {"a": "../x.safetensors"}}', 'names files beside it'), (b'{"weight_map": ["a"]}', 'names files beside it'),
+                        (b'{"weight_map": {"a": "\\ud800"}}', 'as a safetensors file'),
                         (b'{', 'not a JSON object'), (b'{"weight_map": {"a": "x.safetensors"}}', 'x.safetensors as a safetensors file: it is not there'),
                         (None, 'model.safetensors as a safetensors file: it is not there')):
         if index:

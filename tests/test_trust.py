@@ -126,9 +126,10 @@ def test_what_a_killed_export_leaves(lab):
     torture.kill_export(lab, Random(1))
     unfinished.mkdir()
     (unfinished / 'model.safetensors.tmp').write_bytes(b'half')
-    (lab.root / 'there').mkdir()
     lab.project.run('export.py', '--out_dir=gpt2', '--to=there')
-    assert not unfinished.exists() and (lab.root / 'there' / 'model.safetensors').is_file()
+    (lab.root / 'empty').mkdir()
+    lab.project.run('export.py', '--out_dir=gpt2', '--to=empty')
+    assert (lab.root / 'empty' / 'model.safetensors').is_file() and not unfinished.exists() and (lab.root / 'there' / 'model.safetensors').is_file()
     before = sorted((lab.root / 'there').iterdir())
     assert 'is there already' in lab.project.fails('export.py', '--out_dir=gpt2', '--to=there') and sorted((lab.root / 'there').iterdir()) == before
 
