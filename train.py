@@ -499,7 +499,8 @@ t_start = t_log = time.perf_counter()
 log_rows, speed, eval_seconds, spent = read_log(), 0.0, 0.0, 0.0
 model.train()
 goal = max_iters if max_minutes is None else f'what fits into {max_minutes:g} minutes'
-print(f'step {step} of {goal}; checkpoints go to {out_dir}', flush=True)
+print(f'step {step} of {goal}; checkpoints go to {out_dir}' + f'; that is all of it: --max_iters={2 * step} would go on' * (
+    0 < step >= max_iters and max_minutes is None), flush=True)
 while True:
     batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world))
     n = agree(sum((batch['targets'] != -1).sum().item() for batch in batches))  # real targets in the whole step
