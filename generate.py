@@ -23,7 +23,7 @@ def next_token(logits, seen=None, temperature=1.0, top_k=None, top_p=None, min_p
     """
     logits = logits.to(torch.float32, copy=banned is not None)
     if banned is not None:
-        logits.index_fill_(-1, banned, -math.inf)  # a mask over all of a large vocabulary would take a tenth of the whole step
+        logits.index_fill_(-1, banned, -math.inf)  # a mask over all of a large vocabulary would take longer than argmax (LOG.md)
     if repetition_penalty != 1.0:
         lowered = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, lowered, logits)

@@ -146,7 +146,7 @@ else:
     if style and not all(map(str.strip, texts)):
         raise UserError(f'{talk.name} replies to what is said: give it something, --start="Hello.", or talk with it: --chat')
     if out_dir is None and sys.stdout.isatty():
-        print(f'{talk.name}, the newest run, writes:', file=sys.stderr)
+        print(f'{talk.name} writes:', file=sys.stderr)
     prompts, last = [talk.prompt(text, (), settings) for text in texts], -1
     for row, text in talk.write(prompts, settings, seed):
         if row != last:

@@ -73,13 +73,13 @@ def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, b
     model.eval()
     tokens, out = data.tokens(), {}
     start, N = start_ids(tok, style), len(data.S)
+    told = {'start': start, 'eot': tok.end, 'banned': never_written(tok, model.config.vocab_size, but=tok.end)}
     order = sorted({i * N // min(count, N) for i in range(min(count, N))}, key=lambda i: data.S[i])
     with tqdm(desc='writing replies', total=len(order), unit='reply', leave=False, disable=None, delay=2) as bar:
         for first in range(0, len(order), batch_size):
             members = order[first:first + batch_size]
             pairs = [[ids.tolist() for ids in data.pair(tokens, i)] for i in members]
             prompts = model.reply_prompts([source for source, _ in pairs], start, max_new_tokens)
-            told = {'start': start, 'eot': tok.end, 'banned': never_written(tok, model.config.vocab_size, but=tok.end)}
             if num_beams > 1:
                 new = [found[0][0] for found in model.beam_search(prompts, max_new_tokens, num_beams, **told)]
             else:
