@@ -134,7 +134,8 @@ def converse():
             show(' …')
         print()
         number += 1
-        turns += [(style['you'], line), (style['me'], text.strip())] if style else []
+        if style:
+            turns = [*turns, (style['you'], line), (style['me'], text.strip())][-style['turns']:]
 
 
 if web:

@@ -134,7 +134,8 @@ class Talk:
         if not self.style:
             ids, T = self.tok.prompt(text), self.model.config.block_size
             return ids if settings['num_beams'] == 1 else ids[-max(1, T - min(length, T // 2)):]  # a beam's context stays
-        turns = [tuple(map(self.encodable, turn)) for turn in (*turns, (you or self.style['you'], text))]
+        turns = [*turns, (you or self.style['you'], text)][-self.style['turns']:]  # of a long conversation it reads the end
+        turns = [tuple(map(self.encodable, turn)) for turn in turns]
         source = source_ids(self.tok, self.style, turns, self.model.reply_room(self.start, length))
         return self.model.reply_prompts([source], self.start, length)[0]
 
