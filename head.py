@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-MAX_LOGITS = 2**25  # held at a time: 128 MB in float32
+MAX_LOGITS = 2**26  # held at a time: 128 MB in bfloat16
+CACHED = 2**20      # … of them a CPU turns so many at a time into a gradient, in float32: what its cache holds
 
 
-def slices(x, targets, V):
-    """Pairs of parts of x (N, C) and targets (N,), so small that their logits are at most MAX_LOGITS."""
-    rows = max(1, MAX_LOGITS // V)
-    return zip(x.split(rows), targets.split(rows))
+def parts(x, targets, n):
+    """Pairs of parts of x and targets, (N, …) and (N,), of n rows or, at the end, fewer."""
+    return zip(x.split(max(1, n)), targets.split(max(1, n)))
 
 
 class FusedLoss(torch.autograd.Function):
@@ -31,27 +31,26 @@ class FusedLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-        gx, gw = [], torch.zeros_like(weight)
-        gb = None if bias is None else torch.zeros_like(bias)
+        gx, gw, gb = [], None, None if bias is None else torch.zeros_like(bias)
         loss = torch.zeros((), device=x.device)
-        for xi, ti in slices(x.to(dtype), targets, V):
+        for xi, ti in parts(x.to(dtype), targets, MAX_LOGITS // V):
             logits = F.linear(xi, w, b)                                             # (n, V)
-            if softcap:
-                logits = softcap * torch.tanh(logits.float() / softcap)
-            g = logits.log_softmax(dim=-1, dtype=torch.float32)
-            loss -= (1 - label_smoothing) * g.gather(1, ti[:, None]).sum()
-            if label_smoothing:
-                loss -= label_smoothing / V * g.sum()
-            g.exp_().sub_(label_smoothing / V)                                      # d loss / d logits
-            g.scatter_add_(1, ti[:, None], g.new_full((len(ti), 1), label_smoothing - 1))
-            if softcap:
-                g.mul_(1 - (logits / softcap).square())
+            for some, t in parts(logits, ti, CACHED // V if x.device.type == 'cpu' else len(ti)):
+                capped = softcap * torch.tanh(some.float() / softcap) if softcap else some
+                g = capped.log_softmax(dim=-1, dtype=torch.float32)
+                loss -= (1 - label_smoothing) * g.gather(1, t[:, None]).sum()
+                if label_smoothing:
+                    loss -= label_smoothing / V * g.sum()
+                g.exp_().sub_(label_smoothing / V)                                  # d loss / d logits
+                g.scatter_add_(1, t[:, None], g.new_full((len(t), 1), label_smoothing - 1))
+                some.copy_(g.mul_(1 - (capped / softcap).square()) if softcap else g)  # in the place of the logits themselves
             if bias is not None:
-                gb += g.sum(dim=0)
-            g = g.to(dtype)
-            gx.append(g @ w)
-            gw += g.t() @ xi
-        ctx.save_for_backward(torch.cat(gx).to(x.dtype) if gx else torch.zeros_like(x), gw, gb)
+                gb += logits.sum(dim=0, dtype=gb.dtype)
+            gx.append(logits @ w)
+            product = (logits.t() @ xi).to(weight.dtype)
+            gw = product if gw is None else gw.add_(product)
+        ctx.save_for_backward(torch.cat(gx).to(x.dtype) if gx else torch.zeros_like(x),
+                              torch.zeros_like(weight) if gw is None else gw, gb)
         return loss
 
     @staticmethod
@@ -103,8 +102,8 @@ class AdaptiveHead(nn.Module):
 
 def score(head, x, targets):
     """(2,) float32: the summed cross-entropy of x (N, C) and targets (N,), and how many targets were the likeliest."""
-    total = torch.zeros(2, device=x.device)
-    for xi, ti in slices(x, targets, len(head.rank) if isinstance(head, AdaptiveHead) else head.weight.size(0)):
+    V, total = len(head.rank) if isinstance(head, AdaptiveHead) else head.weight.size(0), torch.zeros(2, device=x.device)
+    for xi, ti in parts(x, targets, MAX_LOGITS // 2 // V):
         logits = head(xi).float()
         total += torch.stack((F.cross_entropy(logits, ti, reduction='sum'), (logits.argmax(dim=-1) == ti).sum()))
     return total

@@ -43,7 +43,7 @@ def estimate(c, others, matrices, tokens, precision, device, world=1):
         'gradients': n * (4 if world == 1 else 8),              # and what DistributedDataParallel exchanges
         'optimizer': others * 8 + matrices * 4,                 # two moments of AdamW, one of Muon
         'activations': tokens * (c.n_layer * kept + layer),     # one layer is at work
-        'head': min(tokens * c.vocab_size, MAX_LOGITS) * (8 + e) + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
+        'head': min(tokens * c.vocab_size, MAX_LOGITS) * (e if device == 'cpu' else 8 + e) + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
         'PyTorch': 5e8 if device == 'cpu' else 0,               # its share of a GPU is in no allocator's figure
     }
 

@@ -162,7 +162,7 @@ class Dropout(nn.Module):
         return x * keep
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def causal_bias(T, dtype, device):
     """(T, T) tensor to add to attention scores: 0 on and below the diagonal, -inf above."""
     with torch.inference_mode(False):  # it is cached, so it must be usable in training too
@@ -172,17 +172,21 @@ def causal_bias(T, dtype, device):
 def attend(q, k, v, mask=None, causal=False, dropout=None):
     """softmax(q k^T / sqrt(D)) v.  q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D).
 
-    mask: bool, broadcastable to (B, H, T, S), True = may attend; no row all False. causal: T == S and no mask.
+    mask: bool, broadcastable to (B, H, T, S), True = may attend; no row all False. causal: queries are the last T of S, no mask.
     dropout: a Dropout module for the attention weights, or None.
     On a CPU and up to 1024 x 1024 two matrix products and a softmax take half to a tenth of the time of PyTorch's
     fused kernel (LOG.md); everywhere else that kernel is the fast one, and never holds the (T, S) scores.
     """
     T, S, p = q.size(2), k.size(2), dropout.p if dropout is not None and dropout.training else 0.0
-    if q.device.type != 'cpu' or T * S > 1024 * 1024:
+    causal = causal and T > 1  # the last one sees all
+    if q.device.type != 'cpu' or T * S > 1024 * 1024 or T == 1 and q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=p)
+    if causal and T > 256:  # blocks of queries: half of the scores are never computed
+        return torch.cat([attend(q[:, :, i:i + 256], k[:, :, :i + 256], v[:, :, :i + 256], causal=True, dropout=dropout)
+                          for i in range(0, T, 256)], dim=2)
     att = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
     if causal:
-        att = att + causal_bias(T, att.dtype, att.device)
+        att += causal_bias(S, att.dtype, att.device)[-T:]
     elif mask is not None:
         att = att.masked_fill(~mask, -math.inf)
     att = torch.softmax(att, dim=-1)
@@ -261,7 +265,9 @@ class Attention(nn.Module):
             q, k = qk.transpose(1, 2).chunk(2, dim=1)          # (B, H, T, D) each
             v = self.heads(v).transpose(1, 2)                  # (B, H, T, D)
             if cache is not None:
-                k, v = cache.append(self.layer, k, v)
+                all_k, all_v = cache.append(self.layer, k, v)
+                if cache.len:  # else what was just computed is all there is, and in the precision that products are fast in
+                    k, v = all_k, all_v
         else:
             q = self.heads(self.c_q(x), norm=True).transpose(1, 2)
             if cache is not None and self.layer in cache.memory:

@@ -62,10 +62,9 @@ class Int8Linear(PackedLinear):
         elif len(rows) == 1:
             y = torch.ops.quantized.linear_dynamic(rows.float(), self.weight, self.reduce_range)
         else:  # the kernel has one scale for all rows: let them be alike
-            size = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12)      # (N, 1)
-            y = torch.ops.quantized.linear_dynamic(rows / size, self.weight, self.reduce_range) * size
-        y = y.to(rows.dtype)
-        return y if self.bias is None else y + self.bias
+            size = rows.float().abs().amax(dim=1, keepdim=True).clamp_(min=1e-12)     # (N, 1)
+            y = torch.ops.quantized.linear_dynamic(rows / size, self.weight, self.reduce_range).mul_(size)
+        return y.to(rows.dtype) if self.bias is None else (y + self.bias).to(rows.dtype)
 
 
 def pack(model, bits=None):
