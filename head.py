@@ -31,8 +31,9 @@ class FusedLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         pad = -V % 8  # rows of logits that begin at even addresses make products a fifth faster; what is added stays zero
-        w, b = F.pad(weight.to(dtype), (0, 0, 0, pad)), None if bias is None else F.pad(bias.to(dtype), (0, pad))
-        gx, gw, gb = [], None, None if bias is None else torch.zeros_like(bias)
+        w, b = weight.new_zeros(V + pad, weight.size(1), dtype=dtype), None if bias is None else F.pad(bias.to(dtype), (0, pad))
+        w[:V] = weight
+        gx, gw, gb = [], torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
         loss = torch.zeros((), device=x.device)
         for xi, ti in parts(x.to(dtype), targets, MAX_LOGITS // V):
             logits = F.linear(xi, w, b)                                             # (n, V + pad)
@@ -48,10 +49,9 @@ class FusedLoss(torch.autograd.Function):
             if bias is not None:
                 gb += logits[:, :V].sum(dim=0, dtype=gb.dtype)
             gx.append(logits @ w)
-            product = (logits.t() @ xi)[:V].to(weight.dtype)
-            gw = product if gw is None else gw.add_(product)
-        ctx.save_for_backward(torch.cat(gx).to(x.dtype) if gx else torch.zeros_like(x),
-                              torch.zeros_like(weight) if gw is None else gw, gb)
+            for some, g in zip(logits[:, :V].split(8192, dim=1), gw.split(8192)):  # all of it at once would be held twice
+                g += some.t() @ xi
+        ctx.save_for_backward(torch.cat(gx).to(x.dtype) if gx else torch.zeros_like(x), gw, gb)
         return loss
 
     @staticmethod

@@ -182,6 +182,7 @@ def attend(q, k, v, mask=None, causal=False, dropout=None):
     if q.device.type != 'cpu' or T * S > 1024 * 1024 or T == 1 and q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=p)
     if causal and T > 256:  # blocks of queries: half of the scores are never computed
+        k, v = k.contiguous(), v.contiguous()  # once, not in every product
         return torch.cat([attend(q[:, :, i:i + 256], k[:, :, :i + 256], v[:, :, :i + 256], causal=True, dropout=dropout)
                           for i in range(0, T, 256)], dim=2)
     att = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)

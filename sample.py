@@ -38,7 +38,7 @@ port = 8000                        # of the page's address, http://127.0.0.1:800
 host = '127.0.0.1'                 # 0.0.0.0: other machines can reach it too
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # of the weights (None: float32; with int8: auto)
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # of the weights (None: float32; int8 on a GPU: auto)
 quantize: Literal['', 'int8'] = ''  # int8: weights in 8 bits, faster where one text at a time is written
 config, explicit = configure(__file__, globals())
 

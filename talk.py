@@ -85,7 +85,8 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
             print(f'no run in {nearby(ROOT / "out")} yet, so this is {nearby(COMES_ALONG)}, which comes along; '
                   f'python train.py trains one of your own', file=sys.stderr)
         style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
-    model = model.to(device, pick_dtype(device, dtype or ('auto' if quantize else 'float32'))[0])
+    # what int8 leaves as it is, is small: float32 saves a CPU the conversions around each product
+    model = model.to(device, pick_dtype(device, dtype or ('auto' if quantize and device.type != 'cpu' else 'float32'))[0])
     return Talk(pack(model, 8 if quantize else None), tok, style, name, **more)
 
 
