@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 MAX_LOGITS = 2**26  # held at a time: 128 MB in bfloat16
-CACHED = 2**20      # … of them a CPU turns so many at a time into a gradient, in float32: what its cache holds
+CACHED = 2**20      # … a CPU turns so many of them at a time into a gradient, in float32: what its cache holds
 
 
 def parts(x, targets, n):
@@ -37,7 +37,7 @@ class FusedLoss(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         for xi, ti in parts(x.to(dtype), targets, MAX_LOGITS // V):
             logits = F.linear(xi, w, b)                                             # (n, V + pad)
-            for some, t in parts(logits[:, :V], ti, CACHED // V if x.device.type == 'cpu' else len(ti)):
+            for some, t in parts(logits[:, :V], ti, (CACHED if x.device.type == 'cpu' else MAX_LOGITS // 4) // V):
                 capped = softcap * torch.tanh(some.float() / softcap) if softcap else some
                 g = capped.log_softmax(dim=-1, dtype=torch.float32)
                 loss -= (1 - label_smoothing) * g.gather(1, t[:, None]).sum()

@@ -34,8 +34,8 @@ def estimate(c, others, matrices, tokens, precision, device, world=1):
     """
     n, e, C = others + matrices, 4 if precision == torch.float32 else 2, c.n_embd
     # What a layer keeps of a token for the backward pass: norms, q, k, v and result of attention are ten times its width, both
-    # sides of the nonlinearity are twice that of the MLP; and on a CPU attend() holds the scores of each head
-    scores = c.n_head * c.block_size if device == 'cpu' and c.block_size <= 1024 else 0
+    # sides of the nonlinearity are twice that of the MLP; and on a CPU attend() holds the scores of each head, of long rows half
+    scores = c.n_head * min(c.block_size, c.block_size // 2 + 128) if device == 'cpu' and c.block_size <= 1024 else 0
     layer = e * (10 * C + (4 if c.act == 'swiglu' else 2) * (c.n_inner or 4 * C) + scores)
     kept = e * C if c.gradient_checkpointing else layer  # checkpointing: only what enters the layer
     return {
@@ -43,7 +43,7 @@ def estimate(c, others, matrices, tokens, precision, device, world=1):
         'gradients': n * (4 if world == 1 else 8),              # and what DistributedDataParallel exchanges
         'optimizer': others * 8 + matrices * 4,                 # two moments of AdamW, one of Muon
         'activations': tokens * (c.n_layer * kept + layer),     # one layer is at work
-        'head': min(tokens * c.vocab_size, MAX_LOGITS) * (e if device == 'cpu' else 8 + e) + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
+        'head': min(tokens * c.vocab_size, MAX_LOGITS) * (e if device == 'cpu' else 2 + e) + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
         'PyTorch': 5e8 if device == 'cpu' else 0,               # its share of a GPU is in no allocator's figure
     }
 
