@@ -119,6 +119,10 @@ class Tokens:
                             f'prepare the dataset again')
         return ids
 
+    def steps(self, epochs, micro_batches):
+        """How many steps so many epochs are."""
+        return math.ceil(epochs * self.epoch / (self.batch_size * micro_batches))
+
     def frequencies(self):
         """(vocab_size,) int64: how often each id occurs."""
         tokens, counts = self.tokens(), np.zeros(self.vocab_size, dtype=np.int64)
@@ -157,10 +161,6 @@ class Stream(Tokens):
             offset = key % (min(self.T - 1, self.n - 1 - n * self.T) + 1)
             starts[here] = permute(sample[here] % np.uint64(n), n, key % 2**32) * np.uint64(self.T) + np.uint64(offset)
         return starts
-
-    def steps(self, epochs, micro_batches):
-        """How many steps so many epochs are."""
-        return math.ceil(epochs * self.epoch / (self.batch_size * micro_batches))
 
     def batches(self, seed, step, micro_batches, rank=0, world=1):
         """The part of a step that falls to this rank: dicts of int64 tensors idx and targets, of at most batch_size rows.
@@ -249,7 +249,7 @@ class Pairs(Tokens):
             lengths = np.stack((self.S, self.T), axis=1)
         self.cut = int((S > self.S).sum()), int((T > self.T).sum())  # how many sources and targets were shortened
         self.targets, self.groups = int((self.T - len(self.given)).sum()), group(lengths, batch_tokens)
-        self.epoch = len(self.groups)
+        self.epoch, self.batch_size = len(self.groups), 1  # in groups
         computed = sum(len(g) * int(lengths[g].max(axis=0).sum()) for g in self.groups)
         self.padding = 1 - int(lengths.sum()) / computed  # the share of computed columns that is not text
 
@@ -283,10 +283,6 @@ class Pairs(Tokens):
             if pad.any():
                 batch['src_pad'] = pad
         return batch
-
-    def steps(self, epochs, micro_batches):
-        """How many steps so many epochs are."""
-        return math.ceil(epochs * self.epoch / micro_batches)
 
     def batches(self, seed, step, micro_batches, rank=0, world=1):
         """The part of a step that falls to this rank; see the class. A pure function of its arguments.

@@ -81,7 +81,7 @@ def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = Fal
     same = saved.get('when') == when != '' or not fresh and saved.get('args') == args
     there = last.is_file() or (out / 'best.pt').is_file()  # best.pt is written first
     if there and (resume or same):
-        words = 'goes on from its last.pt'
+        words = 'goes on where it stopped'
         if done.exists() and not resume:
             return 0, f'out/{name} was finished before: --fresh trains anew and keeps this one, --name=… makes another'
         resume = True
@@ -273,3 +273,7 @@ def ls(steps: int = 0):
         print(f'{out[4:]:24} {rows[-1]["step"] + " of " + str(total):>16} {min(float(row["val_loss"]) for row in rows):8.4f} '
               f'{rows[-1]["tokens_per_s"]:>9} {hours:7.2f} {f"{hours * price * len(cards):.2f}" if price else "?":>7}  '
               + ', '.join(cards))
+
+
+if __name__ == '__main__':
+    raise UserError('Modal runs this script: modal run modal_train.py --help, or on this machine python train.py')

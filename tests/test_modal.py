@@ -106,7 +106,7 @@ def test_a_preempted_run_goes_on_by_itself_and_the_platform_is_asked_for_what_it
     server = cloud.modal('', '--overrides=--wait', on_commit=preempt_once, how=how)
     assert server.preempted.returncode is not None and len(server.containers) == 2
     assert steps(cloud, 'stdlib') == list(range(1, 61))  # each step once, over both containers
-    assert 'out/stdlib starts anew' in server.out and 'out/stdlib goes on from its last.pt' in server.out
+    assert 'out/stdlib starts anew' in server.out and 'out/stdlib goes on where it stopped' in server.out
     assert 'lies in out/stdlib' in server.out
     states = [commit.get('out/stdlib/last.pt') for commit in server.commits]
     assert len(set(states) - {None}) >= 3 and states[-1] == max(filter(None, states))  # after checkpoints, and at the end
@@ -269,7 +269,7 @@ def test_what_goes_on_and_what_starts_anew(local, tmp_path, monkeypatch, capsys)
     assert 0 < len(steps('x')) < 60
     monkeypatch.setattr(local, 'TIMEOUT', 60)
     assert train('--a=1')[0] == 0 and steps('x') == once
-    assert 'goes on from its last.pt' in capsys.readouterr().out
+    assert 'goes on where it stopped' in capsys.readouterr().out
     with pytest.raises(ValueError, match='copy it there'):
         local.main(config=str(tmp_path / 'train.py'))
     with pytest.raises(ValueError, match='plain word'):
