@@ -168,7 +168,7 @@ def prefill(who, T=1000):
 def decode_gpt(who, B, n=128, bits=None):
     """Tokens a second of greedy decoding behind 16 tokens, GPT-2 124M's shape, random weights; bytes read for a token."""
     idx = torch.randint(GPT2['vocab_size'], (B, 16), device=where)
-    rest = torch.float32 if bits and where.type == 'cpu' else precision  # as sample.py has it
+    rest = torch.float32 if bits and where.type == 'cpu' and dtype == 'auto' else precision  # as sample.py has it
     net = GPT(GPTConfig(**GPT2)).eval().to(where, rest)
     cost = weights(net) * (1 if bits else precision.itemsize) / B
     if who == 'transformers':

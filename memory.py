@@ -37,13 +37,14 @@ def estimate(c, others, matrices, tokens, precision, device, world=1):
     # sides of the nonlinearity are twice that of the MLP; and on a CPU attend() holds the scores of each head, of long rows half
     scores = c.n_head * min(c.block_size, c.block_size // 2 + 128) if device == 'cpu' and c.block_size <= 1024 else 0
     layer = e * (10 * C + (4 if c.act == 'swiglu' else 2) * (c.n_inner or 4 * C) + scores)
+    logits = min(tokens * c.vocab_size, MAX_LOGITS) * (e if device == 'cpu' else 2 + e)
     kept = e * C if c.gradient_checkpointing else layer  # checkpointing: only what enters the layer
     return {
         'parameters': n * (4 if e == 4 else 4 + e),             # in float32, and a copy for products in 16 bits
         'gradients': n * (4 if world == 1 else 8),              # and what DistributedDataParallel exchanges
         'optimizer': others * 8 + matrices * 4,                 # two moments of AdamW, one of Muon
         'activations': tokens * (c.n_layer * kept + layer),     # one layer is at work
-        'head': min(tokens * c.vocab_size, MAX_LOGITS) * (e if device == 'cpu' else 2 + e) + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
+        'head': logits + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
         'PyTorch': 5e8 if device == 'cpu' else 0,               # its share of a GPU is in no allocator's figure
     }
 

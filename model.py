@@ -172,26 +172,27 @@ def causal_bias(T, dtype, device):
 def attend(q, k, v, mask=None, causal=False, dropout=None):
     """softmax(q k^T / sqrt(D)) v.  q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D).
 
-    mask: bool, broadcastable to (B, H, T, S), True = may attend; no row all False. causal: queries are the last T of S, no mask.
+    mask: bool, broadcastable to (B, H, T, S), True = may attend; no row all False. causal: T == S and no mask.
     dropout: a Dropout module for the attention weights, or None.
     On a CPU and up to 1024 x 1024 two matrix products and a softmax take half to a tenth of the time of PyTorch's
-    fused kernel (LOG.md); everywhere else that kernel is the fast one, and never holds the (T, S) scores.
+    fused kernel (LOG.md); for one query in float32, and everywhere else, that kernel is the fast one, and never holds the scores.
     """
     T, S, p = q.size(2), k.size(2), dropout.p if dropout is not None and dropout.training else 0.0
-    causal = causal and T > 1  # the last one sees all
     if q.device.type != 'cpu' or T * S > 1024 * 1024 or T == 1 and q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=p)
-    if causal and T > 256:  # blocks of queries: half of the scores are never computed
+    out, n = [], 256 if causal else T  # causal: in blocks of queries, and nearly half of the scores are never computed
+    if T > n:
         k, v = k.contiguous(), v.contiguous()  # once, not in every product
-        return torch.cat([attend(q[:, :, i:i + 256], k[:, :, :i + 256], v[:, :, :i + 256], causal=True, dropout=dropout)
-                          for i in range(0, T, 256)], dim=2)
-    att = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
-    if causal:
-        att += causal_bias(S, att.dtype, att.device)[-T:]
-    elif mask is not None:
-        att = att.masked_fill(~mask, -math.inf)
-    att = torch.softmax(att, dim=-1)
-    return (dropout(att) if p else att) @ v
+    for i in range(0, T, n):
+        end = min(i + n, T) if causal else S
+        att = (q[:, :, i:min(i + n, T)] * q.size(-1) ** -0.5) @ k[:, :, :end].transpose(-2, -1)  # (B, H, n, end)
+        if causal:
+            att += causal_bias(end, att.dtype, att.device)[i:]
+        elif mask is not None:
+            att = att.masked_fill(~mask, -math.inf)
+        att = torch.softmax(att, dim=-1)
+        out.append((dropout(att) if p else att) @ v[:, :, :end])
+    return torch.cat(out, dim=2) if len(out) > 1 else out[0]
 
 
 def position_angles(T, D):

@@ -114,6 +114,10 @@ def test_attend_equals_pytorchs_kernel():
         for kwargs in (dict(), dict(mask=mask), dict(causal=True) if T == S else dict()):
             want = F.scaled_dot_product_attention(q, k, v, attn_mask=kwargs.get('mask'), is_causal=kwargs.get('causal', False))
             torch.testing.assert_close(m.attend(q, k, v, **kwargs), want, atol=1e-5, rtol=1e-5)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))  # of the longest: gradients through the blocks
+    grads = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (
+        lambda *qkv: m.attend(*qkv, causal=True), lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True))]
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('kwargs', SWITCHES)
@@ -174,27 +178,26 @@ def test_bad_shapes(kwargs, said):
         GPTConfig(**kwargs)
 
 
-@pytest.mark.parametrize('smoothing, cap', list(itertools.product((0.0, 0.1), (0.0, 3.0))))
-def test_chunked_loss_equals_plain(smoothing, cap, monkeypatch):
+@pytest.mark.parametrize('smoothing, cap, V', list(itertools.product((0.0, 0.1), (0.0, 3.0), (50, 9001))))
+def test_chunked_loss_equals_plain(smoothing, cap, V, monkeypatch):
     torch.manual_seed(0)
-    x, w = torch.randn(4, 13, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    targets = torch.randint(50, (4, 13))
+    x, w = torch.randn(4, 13, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    bias, targets = torch.randn(V, requires_grad=True), torch.randint(V, (4, 13))
     targets[0, :5] = -1
-    logits = x @ w.T
+    logits = x @ w.T + bias
     logits = cap * torch.tanh(logits / cap) if cap else logits
     logp = logits.log_softmax(-1)
     nll = -logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     want = (((1 - smoothing) * nll - smoothing * logp.mean(-1)) * (targets != -1)).sum()  # Szegedy et al. 2016, written out
-    want_grads = torch.autograd.grad(want * 0.5, (x, w))
-    head = m.Head(GPTConfig(n_embd=8, n_head=1, vocab_size=50, softcap=cap))
-    head.weight = torch.nn.Parameter(w.detach().clone())
-    w = head.weight
-    for limit, cached in ((2**24, 2**20), (500, 150)):  # whole, and in slices of ten rows, turned three at a time
+    want_grads = torch.autograd.grad(want * 0.5, (x, w, bias))
+    head = m.Head(GPTConfig(n_embd=8, n_head=1, vocab_size=V, softcap=cap, head_bias=True))
+    head.weight, head.bias = (torch.nn.Parameter(t.detach().clone()) for t in (w, bias))
+    for limit, cached in ((2**24, 2**20), (10 * V, 3 * V)):  # whole, and in slices of ten rows, turned three at a time
         monkeypatch.setattr(head_module, 'MAX_LOGITS', limit)
         monkeypatch.setattr(head_module, 'CACHED', cached)
         got = head.loss(x[targets != -1], targets[targets != -1], smoothing)
         torch.testing.assert_close(got, want)
-        for g, wg in zip(torch.autograd.grad(got * 0.5, (x, w)), want_grads):
+        for g, wg in zip(torch.autograd.grad(got * 0.5, (x, head.weight, head.bias)), want_grads):
             torch.testing.assert_close(g, wg, atol=1e-5, rtol=1e-4)
 
 
