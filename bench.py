@@ -12,7 +12,8 @@ the first steps, which warm up, don't count. Prints medians, with minimum and ma
 """
 from typing import Literal
 
-from configurator import UserError, configure
+from pocket.configurator import configure
+from pocket.errors import UserError
 
 rows = ''                          # only rows whose name holds this
 peers = False                      # the same work by whatever peer is installed
@@ -37,13 +38,13 @@ from statistics import median
 import numpy as np
 import torch
 
-import checkpoint
-from configurator import ROOT
-from data import Stream, group
-from device import autocast, peak_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
-from packed import pack
-from tokenizer import BpeTokenizer, ByteTokenizer
+from pocket import checkpoint
+from pocket.data import Stream, bucket_by_length
+from pocket.device import autocast, peak_memory, pick_device, pick_dtype
+from pocket.files import ROOT
+from pocket.quantize import prepare_for_decoding
+from pocket.tokenizer import BpeTokenizer, ByteTokenizer
 
 SMALL = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
 TINY = SMALL | dict(n_layer=4, n_head=4, n_embd=128)
@@ -137,7 +138,7 @@ def train_pairs(who):
         step, groups = trainer(Padded(PAPER['vocab_size']), torch.float32), [np.arange(32)]
     else:
         step = trainer(Seq2Seq(Seq2SeqConfig(dropout=0.1, **PAPER)), precision)
-        groups = group(lengths, 4096)
+        groups = bucket_by_length(lengths, 4096)
         groups = [groups[i] for i in rng.permutation(len(groups))[:max(3, int(seconds))]]
 
     def batch(members):
@@ -161,7 +162,7 @@ def prefill(who, T=1000):
         from transformers import GPT2Config, GPT2LMHeadModel
         net = GPT2LMHeadModel(GPT2Config()).eval().to(where, precision)
         return timed(lambda i: net(idx, logits_to_keep=1).logits.sum().item(), [T]), cost
-    net = pack(net.eval().to(where, precision))
+    net = prepare_for_decoding(net.eval().to(where, precision))
     return timed(lambda i: net(idx, cache=net.new_cache(1, T), last_only=True)[0].sum().item(), [T]), cost
 
 
@@ -181,7 +182,7 @@ def decode_gpt(who, B, n=128, bits=None):
         prompts = [[str(t) for t in row] for row in idx.tolist()]
         how = {'max_length': 16 + n, 'min_length': 16 + n, 'sampling_topk': 1}
         return timed(lambda i: net.generate_batch(prompts, **how), [B * n]), None
-    net, n = pack(net, bits), n if who == 'ours' else 32
+    net, n = prepare_for_decoding(net, bits), n if who == 'ours' else 32
     return timed(lambda i: net.generate(idx, n, temperature=0, use_cache=who == 'ours').sum().item(), [B * n]), cost
 
 
@@ -224,7 +225,7 @@ def decode_seq2seq(who, B, n=64):
         return timed(lambda i: net.generate(src.to(where), **how).sum().item(), [B * n]), None
     net = Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(where, precision)
     cost = weights(net) * precision.itemsize / B
-    net = pack(net)
+    net = prepare_for_decoding(net)
     return timed(lambda i: net.generate(src.tolist(), n, start=0, temperature=0, use_cache=who == 'ours'), [B * n]), cost
 
 

@@ -35,8 +35,8 @@ PRICES = {'L4': None, 'A10': None, 'T4': None, 'A100': None, 'H100': None}  # US
 
 HERE = Path(__file__).resolve().parent if modal.is_local() else Path('/root/pocketgpt')
 sys.path.append(str(HERE))
-from configurator import UserError, find, show_user_errors
-from files import move_aside, write_whole
+from pocket.errors import UserError, show_user_errors
+from pocket.files import atomic_write, back_up, find_path
 
 show_user_errors('modal_train.py')
 # Modal wants the GPU where a function is defined, before main() gets its options; with_options() comes later, but takes no list
@@ -45,7 +45,7 @@ parser.add_argument('--gpu', default=GPUS)
 parser.add_argument('--gpus', default='1')
 asked = parser.parse_known_args()[0]
 gpu = [name.strip() + f':{asked.gpus}' * (asked.gpus != '1') for name in asked.gpu.split(',')]
-ours = ('.', 'prepare', 'config')  # of whose folders' scripts containers get a copy: no data, no out, no .git
+ours = ('.', 'prepare', 'config', 'pocket')  # of whose folders' scripts containers get a copy: no data, no out, no .git
 image = (modal.Image.debian_slim(python_version='3.11')
          .pip_install_from_requirements(str(HERE / 'requirements.txt'))  # on Linux, PyPI's torch is the one with CUDA
          .env({'PYTHONUNBUFFERED': '1', 'HF_HOME': f'{VOLUME}/cache/huggingface',
@@ -86,13 +86,13 @@ def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = Fal
             return 0, f'out/{name} was finished before: --fresh trains anew and keeps this one, --name=… makes another'
         resume = True
     elif there:
-        aside = move_aside(out)
+        aside = back_up(out)
         words += f'; the run that was there is now out/{aside.name}'
     cards = getoutput('nvidia-smi --query-gpu=name --format=csv,noheader').splitlines() if shutil.which('nvidia-smi') else []
     print(f'out/{name} {words} ({", ".join(cards) or "no GPU"})', flush=True)
     out.mkdir(parents=True, exist_ok=True)
     content = json.dumps({'args': args, 'when': when, 'gpus': cards}).encode('utf-8')
-    write_whole(note, lambda f: f.write(content))
+    atomic_write(note, lambda f: f.write(content))
     done.unlink(missing_ok=True)
     start = ['torchrun', '--standalone', f'--nproc_per_node={gpus}'] if gpus > 1 else [sys.executable]
     start += ['train.py', *shlex.split(args), f'--data_dir={VOLUME}/data', f'--out_dir={out}', *['--resume'] * resume]
@@ -124,7 +124,7 @@ def train(args: str = '', name: str = 'stdlib', gpus: int = 1, fresh: bool = Fal
             shutil.rmtree(out)
             aside.rename(out)
         elif saved and not aside:
-            write_whole(note, lambda f: f.write(json.dumps(saved).encode('utf-8')))
+            atomic_write(note, lambda f: f.write(json.dumps(saved).encode('utf-8')))
         return 2, [line for line in ['train.py: bad input', *lines] if line.startswith('train.py: ')][-1]
     if child.returncode:
         raise RuntimeError(f'train.py ended with status {child.returncode}')
@@ -177,7 +177,7 @@ def end(status, words):
 def main(config: str = '', overrides: str = '', name: str = '', gpu: str = GPUS, gpus: int = 1, fresh: bool = False,
          secret: str = ''):
     """Trains to out/NAME; without a name, to that of the config file or dataset."""
-    args, path = shlex.split(overrides), find(config).resolve()
+    args, path = shlex.split(overrides), find_path(config).resolve()
     datasets = ['stdlib', *(arg.partition('=')[2] for arg in args if arg.startswith('--dataset='))]
     name = plain(name or (path.stem if config else datasets[-1]))
     if config:
@@ -246,7 +246,7 @@ def download(name: str):
                 if path.stat().st_size != entry.size or path.suffix == '.pt' and zipfile.ZipFile(path).testzip():
                     raise EOFError(f'{path.name} was cut, or has changed on the way')
         if out.exists():
-            print(f'{out} was there: it is now {move_aside(out)}')
+            print(f'{out} was there: it is now {back_up(out)}')
         part.rename(out)
     except modal.exception.NotFoundError:
         raise UserError(f'there is no run {name} on the volume: modal run modal_train.py::ls shows those that are') from None

@@ -26,8 +26,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from generate import Generation, pad_left
-from head import AdaptiveHead, Head, score
+from pocket.generate import Generation, pad_left
+from pocket.kernels import AdaptiveHead, Head, score
 
 CHOICES = {  # what the switches of GPTConfig that are names may be
     'pos': ('learned', 'sinusoidal', 'rotary'),
@@ -537,7 +537,7 @@ class Seq2Seq(LanguageModel):
     def begin(self, prompts, start):
         """See Generation: writing begins with `start`, and looks at the prompts."""
         if start is None:
-            raise ValueError('an encoder-decoder needs the id that its targets begin with: start=tokenizer.start')
+            raise ValueError('an encoder-decoder needs the id that its targets begin with: start=tokenizer.decoder_start_id')
         start = [start] if isinstance(start, int) else list(start)
         return [start] * len(prompts), {'memory': self.encode(*pad_left(prompts, self.decoder.wte.weight.device))}
 

@@ -10,7 +10,9 @@ Write text with a trained model, complete what you type, or talk with it.
 """
 from typing import Literal
 
-from configurator import UserError, configure, find
+from pocket.configurator import configure
+from pocket.errors import UserError
+from pocket.files import find_path
 
 out_dir: str | None = None         # the run to sample from (None: the newest in out/)
 weights: Literal['best', 'last'] = 'best'  # which of its checkpoints
@@ -44,13 +46,13 @@ config, explicit = configure(__file__, globals())
 
 import sys  # after configure(), so that --help and typing errors are answered at once
 
-from talk import PRESETS, SETTINGS, change, load
+from pocket.chat import PRESETS, SETTINGS, change, load
 
 if num_samples < 1:
     raise UserError(f'num_samples must be at least 1, got {num_samples}')
 settings = change({}, {key: config[key] for key in SETTINGS}, explicit)  # mistakes are told before a model is loaded
 if web:
-    from web import Page, listen
+    from pocket.server import Page, listen
     sock = listen(host, port)
 talk = load(out_dir, init_from, weights, device, dtype, quantize, stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown)
 talk.settings, style = settings, talk.style
@@ -61,7 +63,7 @@ def read_prompt(text):
     if not text.startswith('FILE:'):
         return talk.encodable(text)
     try:
-        return talk.encodable(find(text[5:]).read_bytes().decode('utf-8'))
+        return talk.encodable(find_path(text[5:]).read_bytes().decode('utf-8'))
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read the prompt {text}: {getattr(e, "strerror", None) or "it is not UTF-8 text"}') from None
 

@@ -8,7 +8,9 @@ Train a GPT or an encoder-decoder on a dataset of data/NAME, on whatever this ma
 """
 from typing import Literal
 
-from configurator import UserError, configure, find
+from pocket.configurator import configure
+from pocket.errors import UserError
+from pocket.files import find_path
 
 # Where things are
 out_dir: str | None = None         # checkpoints, log.csv, loss.png (None: out/ and the name of the config file or dataset)
@@ -99,24 +101,21 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import memory
-import parallel
-import plot
-import tokenizer as tokenizers
-from chat import PLAIN, start_ids
-from configurator import ROOT, convert, describe, nearby, read_knobs
-from data import Pairs, Stream, ensure_prepared, read_meta
-from device import autocast, peak_memory, pick_device, pick_dtype
-from files import lock, move_aside, write_whole
-from muon import Muon
-from parallel import main, rank, world
-from scores import evaluate, reply_scores, smoothed_batch_mean, to_device, write_replies
+from pocket import checkpoint, distributed, memory, plot
+from pocket import tokenizer as tokenizers
+from pocket.configurator import convert, describe, read_options
+from pocket.data import Pairs, Stream, ensure_prepared, load_meta
+from pocket.device import autocast, peak_memory, pick_device, pick_dtype
+from pocket.distributed import master_process, rank, world_size
+from pocket.evaluate import evaluate, generate_replies, score_replies, smoothed_batch_mean, to_device
+from pocket.files import ROOT, atomic_write, back_up, lock, short_path
+from pocket.optim import Muon
+from pocket.template import PLAIN_TEMPLATE, reply_start_ids
 
 resume = resume or init_from == 'resume'
 configs = [Path(a).stem for a in sys.argv[1:] if not a.startswith('--')]
 run_name = configs[-1] if configs else dataset
-out_dir = nearby(ROOT / 'out' / run_name if out_dir is None else find(out_dir) if resume or eval_only else out_dir)
+out_dir = short_path(ROOT / 'out' / run_name if out_dir is None else find_path(out_dir) if resume or eval_only else out_dir)
 
 state, pretrained, path = None, None, init_from
 if resume or eval_only and init_from == 'scratch':
@@ -129,7 +128,7 @@ if resume or eval_only and init_from == 'scratch':
         raise UserError(f'{path} was exported, without the optimizer\'s state that --resume needs: evaluate it with --eval_only')
     fields = checkpoint.KINDS['seq2seq'][1].__dataclass_fields__.items()  # switches that are younger than the run were off in it
     saved = {name: field.default for name, field in fields if name in config} | state['config'] | state['model_args']
-    kinds, changed, refused = {name: kind for name, kind, _ in read_knobs(Path(__file__).read_text(encoding='utf-8'))}, [], []
+    kinds, changed, refused = {name: kind for name, kind, _ in read_options(Path(__file__).read_text(encoding='utf-8'))}, [], []
     for key in config.keys() & saved.keys():
         try:
             saved[key] = convert(saved[key], kinds[key])
@@ -182,26 +181,26 @@ except ValueError as e:
     problems.append(str(e))
 if problems:
     raise UserError('; '.join(problems))
-where = parallel.start(pick_device(device))
+where = distributed.init(pick_device(device))
 precision, why = pick_dtype(where, dtype)
 if state is None and init_from != 'scratch':
-    import gpt2
+    from pocket import pretrained
     if arch != 'gpt':
         raise UserError(f'--init_from={init_from} is a GPT: leave --arch={arch} away')
     asked = {name: globals()[name] for name in ('dropout', 'attn_dropout', 'gradient_checkpointing')}
     asked |= {'block_size': block_size} if 'block_size' in explicit else {}
-    with parallel.main_first():  # one of us downloads
-        pretrained, theirs = gpt2.load(init_from, **asked)
+    with distributed.master_first():  # one of us downloads
+        pretrained, theirs = pretrained.load(init_from, **asked)
     if wrong := [name for name in model_args if name in explicit and globals()[name] != theirs[name]]:
         raise UserError(f'{init_from} has a shape of its own: leave {", ".join(wrong)} away')
     model_args = {name: theirs[name] for name in model_args}
     globals().update(model_args)
 
-with parallel.main_first():
-    folder = ensure_prepared(dataset, nearby(data_dir or ROOT / 'data'), make=main)
-meta = read_meta(folder)
+with distributed.master_first():
+    folder = ensure_prepared(dataset, short_path(data_dir or ROOT / 'data'), make=master_process)
+meta = load_meta(folder)
 try:
-    tok = tokenizers.from_dict(meta['tokenizer'])
+    tok = tokenizers.tokenizer_from_dict(meta['tokenizer'])
     if tok.vocab_size != meta['vocab_size']:
         raise ValueError(f'vocab_size is {meta["vocab_size"]}, but the tokenizer has {tok.vocab_size}')
 except UserError:  # an encoding that has to be downloaded
@@ -217,12 +216,12 @@ def open_split(split):
     """One split of the dataset, as this model reads it."""
     if meta['kind'] == 'pairs':
         source = (src_block_size or block_size) if arch == 'seq2seq' else None
-        return Pairs(folder, meta, split, start_ids(tok, style), block_size, source, batch_tokens)
+        return Pairs(folder, meta, split, reply_start_ids(tok, style), block_size, source, batch_tokens)
     return Stream(folder, meta, split, block_size, batch_size)
 
 
 pairs = meta['kind'] == 'pairs'
-style = meta.get('chat', PLAIN) if pairs else None  # how conversations are written
+style = meta.get('chat', PLAIN_TEMPLATE) if pairs else None  # how conversations are written
 if arch == 'seq2seq' and not pairs:
     raise UserError(f'{folder} is one stream of text, but an encoder-decoder learns from pairs: train a GPT on it (--arch=gpt, '
                     f'or config/shakespeare_char.py), or take a dataset of pairs (config/office_encdec.py)')
@@ -233,27 +232,27 @@ if unused in explicit and state is None:
 if eval_split not in meta['counts']:
     raise UserError(f'{folder} has no {eval_split} split: it has {", ".join(meta["counts"])}')
 if pretrained:
-    gpt2.grow(pretrained, tok, gpt2.load_tokenizer(init_from), folder)
+    pretrained.resize_token_embeddings(pretrained, tok, pretrained.load_tokenizer(init_from), folder)
 train_data, val_data = open_split('train'), open_split(eval_split if eval_only else 'val')
 if max_epochs is not None:
-    max_iters = train_data.steps(max_epochs, gradient_accumulation_steps)
-eval_interval = eval_interval or train_data.steps(1, gradient_accumulation_steps)
+    max_iters = train_data.steps_for(max_epochs, gradient_accumulation_steps)
+eval_interval = eval_interval or train_data.steps_for(1, gradient_accumulation_steps)
 val_bytes = val_data.count_bytes(tok.byte_lengths())
 try:
-    first_ids = tok.prompt(sample_start)
+    first_ids = tok.encode_prompt(sample_start)
 except tokenizers.UnknownCharacters as e:
     raise UserError(f'--sample_start: {e}') from None
 
 saved_config = {key: globals()[key] for key in config} | {'out_dir': str(out_dir)}
 saved_config['data_dir'] = data_dir and str(folder.parent.resolve())  # the default stays so: a checkout may move
-if main and not eval_only:
+if master_process and not eval_only:
     try:
         if state is None and any((out_dir / name).is_file() for name in ('best.pt', 'last.pt')):  # nobody's work is overwritten
-            aside = move_aside(out_dir)
-            print(f'{out_dir} held a run: it is now {nearby(aside)} (--resume would have gone on with it)')
+            aside = back_up(out_dir)
+            print(f'{out_dir} held a run: it is now {short_path(aside)} (--resume would have gone on with it)')
         out_dir.mkdir(parents=True, exist_ok=True)
         claim = lock(out_dir)
-        write_whole(out_dir / 'config.json', lambda f: f.write(json.dumps(saved_config, indent=1).encode('utf-8')))
+        atomic_write(out_dir / 'config.json', lambda f: f.write(json.dumps(saved_config, indent=1).encode('utf-8')))
     except OSError as e:
         raise UserError(f'cannot write to {out_dir}: {e.strerror}; choose another place with --out_dir=…') from None
 
@@ -264,7 +263,7 @@ try:
 except ValueError as e:  # cutoffs beyond the vocabulary
     raise UserError(str(e)) from None
 if cutoffs and state is None:  # its clusters are of frequent and of rare ids: count them
-    order = torch.from_numpy(train_data.frequencies()).argsort(descending=True, stable=True)
+    order = torch.from_numpy(train_data.token_counts()).argsort(descending=True, stable=True)
     raw_model.lm_head.rank[order] = torch.arange(len(order))
 model.to(where)
 matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and '.h.' in name] if optimizer == 'muon' else []
@@ -308,7 +307,7 @@ engine = 'eager'
 if compile is True or compile == 'auto' and where.type == 'cuda':
     model, engine = torch.compile(model), 'compiled'
     try:  # it compiles at the first call: do that here, where going without is still easy
-        forward(next(train_data.batches(seed, 0, gradient_accumulation_steps, rank, world))).backward()
+        forward(next(train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size))).backward()
     except Exception as e:
         if compile is True:
             said = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
@@ -319,18 +318,18 @@ elif compile == 'auto':
     engine = f'eager (compiling pays late on {where.type}; --compile tries it)'
 
 
-model = parallel.wrap(model, some_unused=bool(cutoffs))
+model = distributed.wrap_model(model, some_unused=bool(cutoffs))
 
-most = batch_tokens if pairs else min(batch_size, -(-batch_size * gradient_accumulation_steps // world)) * block_size
+most = batch_tokens if pairs else min(batch_size, -(-batch_size * gradient_accumulation_steps // world_size)) * block_size
 needs = memory.estimate(raw_model.config, sum(p.numel() for p in others), sum(p.numel() for p in matrices), most, precision,
-                        where.type, world)
-size = (f'{len(train_data.S):,} pairs to learn from, {train_data.padding:.1%} padding, {train_data.cut[0]:,} sources and '
-        f'{train_data.cut[1]:,} targets cut to fit' if pairs else
-        f'{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {train_data.n:,} to learn from')
-size += f', shared out to {world} processes' * (world > 1)
+                        where.type, world_size)
+size = (f'{len(train_data.source_lengths):,} pairs to learn from, {train_data.padding:.1%} padding, {train_data.truncated[0]:,} sources and '
+        f'{train_data.truncated[1]:,} targets cut to fit' if pairs else
+        f'{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {train_data.num_tokens:,} to learn from')
+size += f', shared out to {world_size} processes' * (world_size > 1)
 print(f'{raw_model.num_params() / 1e6:.2f} M parameters, {size}; {where} in {str(precision).removeprefix("torch.")} ({why}), '
       f'{engine}; {memory.in_words(needs)}', flush=True)
-passes = max_iters / train_data.steps(1, gradient_accumulation_steps)
+passes = max_iters / train_data.steps_for(1, gradient_accumulation_steps)
 if passes > 20 and max_minutes is None and dropout < 0.1 and not eval_only:
     print(f'advice: this is little text, each token will be seen {passes:.0f} times: more of it, fewer steps or --dropout=0.2 '
           f'keep the model from learning it by heart')
@@ -346,7 +345,7 @@ stop = stop_time = None  # the name of the signal that asked us, or another proc
 
 def in_words(loss):
     """A loss in nats a token, with what else people call it."""
-    bits = loss / math.log(2) * val_data.targets / val_bytes if val_bytes else math.nan
+    bits = loss / math.log(2) * val_data.num_targets / val_bytes if val_bytes else math.nan
     return f'{loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f}, {bits:.3f} bits a byte)'
 
 
@@ -355,10 +354,10 @@ def write_sample(n):
     raw_model.eval()
     how = {'seed': seed, 'temperature': 0.8, 'top_k': 200}
     if pairs:
-        replies = write_replies(raw_model, tok, style, val_data, 3, min(n, 60), **how)
+        replies = generate_replies(raw_model, tok, style, val_data, 3, min(n, 60), **how)
         text = '\n'.join(f'{source}\n  -> {reply}' for source, _, reply in replies)
     else:
-        text = tok.decode(raw_model.generate([first_ids], n, eot=tok.end, **how)[0])
+        text = tok.decode(raw_model.generate([first_ids], n, eot=tok.eos_id, **how)[0])
     raw_model.train()
     print('-' * 80 + f'\n{text}\n' + '-' * 80, flush=True)
 
@@ -389,7 +388,7 @@ def read_log():
 def write_log(rows):
     """log.csv: a row an evaluation."""
     text = '\n'.join(','.join(map(str, row)) for row in [COLUMNS, *rows]) + '\n'
-    write_whole(out_dir / 'log.csv', lambda f: f.write(text.encode('utf-8')))
+    atomic_write(out_dir / 'log.csv', lambda f: f.write(text.encode('utf-8')))
 
 
 def draw():
@@ -413,7 +412,7 @@ def ask_to_stop(number, frame):
     stop, stop_time = stop or signal.Signals(number).name, stop_time or now
 
 
-after = f'next: python {shlex.quote(str(nearby(ROOT / "sample.py")))} --out_dir={shlex.quote(str(out_dir))} --chat'
+after = f'next: python {shlex.quote(str(short_path(ROOT / "sample.py")))} --out_dir={shlex.quote(str(out_dir))} --chat'
 if eval_only:
     told = f'{path} (step {progress["step"]}): {eval_split} '
     if eval_protocol == 'smoothed_batch_mean' and pairs:
@@ -421,13 +420,13 @@ if eval_only:
         print(f'{told}loss with smoothing {label_smoothing}, mean over batches of 32 in file order: {mean:.4f}')
         raise SystemExit(0)
     score = evaluate(raw_model, val_data, where, precision)
-    parallel.finish()
-    print(f'{told}loss {in_words(score["loss"])}, accuracy {score["accuracy"]:.2%} of {val_data.targets:,} target tokens')
-    if pairs and eval_replies and main:
-        replies = write_replies(raw_model, tok, style, val_data, eval_replies, min(block_size // 2, 128), num_beams)
+    distributed.shutdown()
+    print(f'{told}loss {in_words(score["loss"])}, accuracy {score["accuracy"]:.2%} of {val_data.num_targets:,} target tokens')
+    if pairs and eval_replies and master_process:
+        replies = generate_replies(raw_model, tok, style, val_data, eval_replies, min(block_size // 2, 128), num_beams)
         for source, reference, reply in replies[::math.ceil(len(replies) / 10)]:  # ten of them to read, from all over
             print(f'{source}\n  -> {reply}\n  (they said: {reference})')
-        print(*reply_scores(replies), sep='\n')
+        print(*score_replies(replies), sep='\n')
     if path != init_from:
         print(after)
     raise SystemExit(0)
@@ -473,7 +472,7 @@ def advise(train_loss):
 def agree(n):
     """n, summed over all processes. And whichever was told to stop, from here on all know, at the same step; and the time."""
     global stop, spent
-    n, spent, *told = parallel.total(n, elapsed() if main else 0, *(stop == name for name in SIGNALS))
+    n, spent, *told = distributed.all_reduce_sum(n, elapsed() if master_process else 0, *(stop == name for name in SIGNALS))
     stop = stop or next((name for name, t in zip(SIGNALS, told) if t), None)
     return int(n)
 
@@ -485,7 +484,7 @@ def elapsed():
 
 def diverged(**what):
     """The error for a loss or gradient that is no longer a number: nothing after this is worth saving."""
-    if main:
+    if master_process:
         draw()
     kept = f'the checkpoints in {out_dir} are from before this' if progress['evaluated'] else 'there is no checkpoint yet'
     what['learning rate'] = f'{learning_rate * lr_factor(step):.3e}'
@@ -502,14 +501,14 @@ goal = max_iters if max_minutes is None else f'what fits into {max_minutes:g} mi
 print(f'step {step} of {goal}; checkpoints go to {out_dir}' + f'; that is all of it: --max_iters={2 * step} would go on' * (
     0 < step >= max_iters and max_minutes is None), flush=True)
 while True:
-    batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world))
+    batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world_size))
     n = agree(sum((batch['targets'] != -1).sum().item() for batch in batches))  # real targets in the whole step
     finished = bool(patience and progress['bad_evals'] >= patience)
     finished |= step >= max_iters if max_minutes is None else spent >= budget()
     if (finished or step % eval_interval == 0) and step > progress['evaluated'] and not stop:
         begin = elapsed()
         score = evaluate(model, val_data, where, precision, lambda: stop)
-        eval_seconds, = parallel.total(elapsed() - begin if main else 0)
+        eval_seconds, = distributed.all_reduce_sum(elapsed() - begin if master_process else 0)
         if score is None:
             continue
         val_loss = score['loss']
@@ -524,7 +523,7 @@ while True:
             print(f'advice: {advice}', flush=True)
         log_rows.append([step, progress['tokens'], f'{elapsed():.2f}', f'{train_loss:.5f}', f'{val_loss:.5f}', f'{lr:.3e}',
                          f'{progress["grad_norm"]:.4f}', f'{speed:.0f}'])
-        if main:
+        if master_process:
             write_log(log_rows)  # in this order: wherever a crash comes, resuming from last.pt makes good what is missing
             save(*(['best.pt', 'last.pt'] if better else ['last.pt']))
             if sample_tokens:
@@ -540,14 +539,14 @@ while True:
             group['lr'] = peak * lr_factor(step)
     step_loss = torch.zeros((), device=where)
     for i, batch in enumerate(batches):
-        with parallel.no_sync(model, last=i == len(batches) - 1):
-            loss = forward(batch) / (n / world)  # a sum over tokens, by their number in the whole step, of all micro-batches and
+        with distributed.no_sync(model, last=i == len(batches) - 1):
+            loss = forward(batch) / (n / world_size)  # a sum over tokens, by their number in the whole step, of all micro-batches and
             scaler.scale(loss).backward()        # processes, whose gradients are averaged: each target counts alike
         step_loss += loss.detach()
     for o in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()  # infinite: only measured
-    step_loss = parallel.total(step_loss.item())[0] / world
+    step_loss = distributed.all_reduce_sum(step_loss.item())[0] / world_size
     if not math.isfinite(step_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):  # float16 may skip a step
         raise diverged(loss=step_loss, **{'gradient norm': grad_norm})
     for o in optimizers:
@@ -569,15 +568,15 @@ while True:
 # ----------------------------------------------------------------------------------------------------------------------
 # the end
 
-parallel.finish()
-if not main:  # the rest is writing
+distributed.shutdown()
+if not master_process:  # the rest is writing
     raise SystemExit(128 + getattr(signal, stop) if stop else 0)
 if step > progress['evaluated'] or not (out_dir / 'last.pt').is_file():  # stopped, and not behind an evaluation, which saves
     save('last.pt')
 draw()
 if stop:
     again = shlex.join(a for a in sys.argv[1:] if a != '--resume')
-    print(f'stopped by {stop} at step {step}; go on with: {parallel.launcher} train.py {again} --resume', flush=True)
+    print(f'stopped by {stop} at step {step}; go on with: {distributed.launcher} train.py {again} --resume', flush=True)
     raise SystemExit(128 + getattr(signal, stop))
 peak = peak_memory(where)
 print(f'{timedelta(seconds=int(elapsed()))} in all' + (f', {peak / 1e9:.2f} GB at the most' if peak else ''))

@@ -11,6 +11,7 @@ and so does a pair that two splits have. meta.json counts what was dropped.
 """
 import json
 import re
+import sys
 import zipfile
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +20,11 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, dataset_folder, download, read_text, sha256_of, write_pairs
-from configurator import configure
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+
+from pocket.configurator import configure
+from pocket.datasets import dataset_folder, download, read_text, sha256_of, write_pairs
+from pocket.errors import UserError
 
 corpora: Literal['both', 'daily', 'prosocial'] = 'both'  # which are used
 daily: str | None = None      # a folder with DailyDialog's three zips (None: download them)
@@ -36,8 +40,8 @@ daily_urls: tuple[str, ...] = (
 prosocial_urls: tuple[str, ...] = ('https://huggingface.co/datasets/allenai/prosocial-dialog/resolve/main',)  # mirrors
 configure(__file__, globals())
 
-from chat import source_ids
-from tokenizer import make
+from pocket.template import encode_conversation
+from pocket.tokenizer import make_tokenizer
 
 LICENCES = {'daily': 'DailyDialog (Li et al. 2017) is CC BY-NC-SA 4.0: not for commercial use',
             'prosocial': 'ProsocialDialog (Kim et al. 2022) is CC BY 4.0; it answers offensive lines, and so holds them'}
@@ -113,8 +117,8 @@ def pairs_of(dialog, step):
     """(source, target) as arrays of ids for every step-th utterance from the second on. Who replies is the bot."""
     for i in range(1, len(dialog), step):
         turns = [(STYLE['you' if (i - j) % 2 else 'me'], dialog[j]) for j in range(max(0, i - context), i)]
-        target = tok.encode(STYLE['reply']) + tok.encode(dialog[i]) + [tok.end]  # in two, as they meet in a chat
-        yield np.array(source_ids(tok, STYLE, turns), np.uint32), np.array(target, np.uint32)
+        target = tok.encode(STYLE['reply']) + tok.encode(dialog[i]) + [tok.eos_id]  # in two, as they meet in a chat
+        yield np.array(encode_conversation(tok, STYLE, turns), np.uint32), np.array(target, np.uint32)
 
 
 if context < 1:
@@ -134,8 +138,8 @@ for split, official in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
         raise UserError(f'{files[-1]} gives {split} no dialog of two utterances that is not in train')
 
 learnt = [d for split in (splits if tokenizer == 'char' else ['train']) for d in splits[split]]  # char: val's need ids too
-tok = make(tokenizer, (text for dialog, _ in learnt for u in dialog for text in (u, f'User: {u}', f'Bot: {u}')), vocab_size,
-           specials=('pad', 'bos', 'eos', 'sep'))
+tok = make_tokenizer(tokenizer, (text for dialog, _ in learnt for u in dialog for text in (u, f'User: {u}', f'Bot: {u}')), vocab_size,
+           special_tokens=('pad', 'bos', 'eos', 'sep'))
 known, pairs, dropped_pairs = set(), {}, {}
 for split, some in splits.items():
     made = [pair for dialog in tqdm(some, desc=f'{split}: dialogs', disable=None) for pair in pairs_of(*dialog)]

@@ -3,13 +3,16 @@ FineWeb-Edu: web pages that teach something. The sample of 10 billion (GPT-2) to
 
 Reading them takes one more package: pip install pyarrow. Their sha256 is not known to us, so their lengths are checked.
 """
+import sys
 import zlib
 from pathlib import Path
 
-from common import UserError, dataset_folder, download
-from configurator import configure
-from corpus import hugging_face, size_of, train_texts, write_corpus
-from tokenizer import make
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+
+from pocket.configurator import configure
+from pocket.datasets import dataset_folder, download, hugging_face, size_of, train_texts, write_corpus
+from pocket.errors import UserError
+from pocket.tokenizer import make_tokenizer
 
 shards = 1                      # how many of the 14 files
 input: tuple[str, ...] = ()     # local copies of such files, instead; may be given several times
@@ -48,7 +51,7 @@ def pages(file):
 
 files = input or [f'{i:03}_00000.parquet' for i in range(shards)]
 parts = [pages(file) for file in files]
-tok = make(tokenizer, train_texts(parts), vocab_size)
+tok = make_tokenizer(tokenizer, train_texts(parts), vocab_size)
 source = {'source': 'HuggingFaceFW/fineweb-edu, sample 10BT', 'files': {f: size_of(f) if input else None for f in files}}
 write_corpus(folder, tok, parts, source, f'a hash of its text puts about 1 page in {val_every:,} into val')
 print('next: python train.py --dataset=fineweb_edu' + (f' --data_dir={data_dir}' if data_dir else ''))

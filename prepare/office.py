@@ -15,13 +15,18 @@ with a source that extends, begins or equals one of train move to train. meta.js
 import csv as csv_files
 import io
 import re
+import sys
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 from random import Random
 from typing import Literal
 
-from common import UserError, dataset_folder, download, read_text, sha256_of, write_pairs
-from configurator import configure
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+
+from pocket.configurator import configure
+from pocket.datasets import dataset_folder, download, read_text, sha256_of, write_pairs
+from pocket.errors import UserError
 
 src: str | None = None       # a text file of sources, one a line (with --tgt)
 tgt: str | None = None       # its targets
@@ -38,8 +43,8 @@ urls: tuple[str, ...] = ('https://raw.githubusercontent.com/idrisalami/MichaelSc
                          'https://cdn.jsdelivr.net/gh/idrisalami/MichaelScott-GPT@main/data')  # folders of src.txt and tgt.txt
 configure(__file__, globals())
 
-from chat import source_ids
-from tokenizer import make
+from pocket.template import encode_conversation
+from pocket.tokenizer import make_tokenizer
 
 COLUMNS = ('season', 'episode', 'scene', 'speaker', 'line')
 TAG = re.compile(r'(?:^|(?<= ))\[([^\[\]a-z]+)\] ')  # [PAM] and [MR. BROWN], not [laughs]
@@ -152,8 +157,8 @@ if empty := [side for side, some in sides.items() if not some]:
                     f'give more, or try --split=contiguous90')
 
 learnt = sides['train'] + (sides['val'] if tokenizer == 'char' else [])  # characters that val alone has must have ids
-tok = make(tokenizer, [text for p in learnt for text in (p[0], p[2])], vocab_size, specials=('pad', 'bos', 'eos'))
-splits = {side: [(source_ids(tok, style, turns) if turns else source, target) for source, turns, target, _ in some]
+tok = make_tokenizer(tokenizer, [text for p in learnt for text in (p[0], p[2])], vocab_size, special_tokens=('pad', 'bos', 'eos'))
+splits = {side: [(encode_conversation(tok, style, turns) if turns else source, target) for source, turns, target, _ in some]
           for side, some in sides.items()}
 source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files], 'moved_to_train': moved, 'dropped': blank}
 write_pairs(folder, tok, splits, source, how, style)

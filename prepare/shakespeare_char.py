@@ -1,7 +1,12 @@
 """Tiny Shakespeare, a character a token: 1,003,854 train and 111,540 val ids, split as nanoGPT does (first 90 % / last 10 %)."""
-from common import SHAKESPEARE_SHA256, SHAKESPEARE_URLS, dataset_folder, input_text, write_stream
-from configurator import configure
-from tokenizer import CharTokenizer
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+
+from pocket.configurator import configure
+from pocket.datasets import SHAKESPEARE_SHA256, SHAKESPEARE_URLS, dataset_folder, input_text, write_stream
+from pocket.tokenizer import CharTokenizer
 
 input: str | None = None     # a local copy of the text (None: download it)
 data_dir: str | None = None  # where datasets live (None: data/ beside the scripts)

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, dataset_folder, write_stream
-from configurator import configure
-from tokenizer import ByteTokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+
+from pocket.configurator import configure
+from pocket.datasets import dataset_folder, write_stream
+from pocket.errors import UserError
+from pocket.tokenizer import ByteTokenizer
 
 data_dir: str | None = None  # where datasets live (None: data/ beside the scripts)
 configure(__file__, globals())
@@ -22,7 +25,7 @@ SKIP = {'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'lib2to3', 'ensurep
 
 folder = dataset_folder(data_dir, 'stdlib')
 lib, tokenizer = Path(sysconfig.get_paths()['stdlib']), ByteTokenizer()
-eot = np.array([tokenizer.specials['eot']], dtype=np.uint16)
+eot = np.array([tokenizer.special_tokens['eot']], dtype=np.uint16)
 train, val, files, size = [], [], 0, 0
 for name, path in sorted((p.relative_to(lib).as_posix(), p) for p in lib.rglob('*.py')):
     if SKIP & set(name.split('/')) or name.startswith(('config-', '_sysconfigdata')) or not path.is_file():

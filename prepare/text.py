@@ -14,15 +14,19 @@ import glob
 import hashlib
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, dataset_folder, write_pairs
-from configurator import configure, find
-from corpus import read_documents, read_lines, train_texts, write_corpus
-from tokenizer import make
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+
+from pocket.configurator import configure
+from pocket.datasets import dataset_folder, read_documents, read_lines, train_texts, write_corpus, write_pairs
+from pocket.errors import UserError
+from pocket.files import find_path
+from pocket.tokenizer import make_tokenizer
 
 input: tuple[str, ...] = ()   # a file, a folder or a glob; may be given several times
 name = 'mine'                 # of the dataset: it is written to data/NAME
@@ -44,11 +48,11 @@ def find_files():
     """The files that --input names, each once, those of a folder in the order of their names and without the hidden ones."""
     files = {}
     for given in input:
-        path = find(given)
+        path = find_path(given)
         if path.is_dir():
             found = [p for p in path.rglob('*') if p.suffix.lower() in KINDS and '/.' not in f'/{p.relative_to(path).as_posix()}']
         else:
-            found = [path] if path.exists() else [find(p) for p in glob.glob(given, recursive=True)]
+            found = [path] if path.exists() else [find_path(p) for p in glob.glob(given, recursive=True)]
         found = {p.resolve(): p for p in sorted(found, key=lambda p: p.as_posix()) if p.is_file()}
         if not found:
             raise UserError(f'there is no {", ".join(KINDS)} file in {given}' if path.is_dir() else f'there is no file {given}')
@@ -162,7 +166,7 @@ if pairs:
     if not splits['train']:
         raise UserError(f'{", ".join(input)}: too few pairs to train on: it takes two with different sources, at least')
     texts = (text for row in (rows if tokenizer == 'char' else splits['train']) for text in row)
-    tok = make(tokenizer, texts, vocabulary(sum(len(text) for row in rows for text in row)), ('pad', 'bos', 'eos'))
+    tok = make_tokenizer(tokenizer, texts, vocabulary(sum(len(text) for row in rows for text in row)), ('pad', 'bos', 'eos'))
     write_pairs(folder, tok, splits, source, f'{val:.0%} val, by a hash of the source: pairs with the same one stay together')
 else:
     keys, sizes = survey(read_all())
@@ -179,9 +183,9 @@ else:
     print(f'{documents:,} document{"s" * (documents > 1)} of {characters:,} characters; left out: {doubles:,} doubles')
     print(f'split: {split}')
     if tokenizer == 'char':  # it must know the characters of val too, which could not be written otherwise
-        tok = make(tokenizer, (text for text, _ in read_all()))
+        tok = make_tokenizer(tokenizer, (text for text, _ in read_all()))
     else:
-        tok = make(tokenizer, train_texts([divided]), vocabulary(characters), ('eot',))
+        tok = make_tokenizer(tokenizer, train_texts([divided]), vocabulary(characters), ('eot',))
     source |= {'documents': documents, 'doubles': doubles, 'sha256_of_hashes': hashlib.sha256(keys.tobytes()).hexdigest()}
     write_corpus(folder, tok, [divided], source, split, characters)
 print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))

@@ -3,12 +3,14 @@ TinyStories: short stories in the words of a small child, written by GPT-4 (V2: 
 
 Small models learn to tell them. Hugging Face has the files; their sha256 is not known to us, so their lengths are checked.
 """
+import sys
 from pathlib import Path
 
-from common import dataset_folder, download
-from configurator import configure
-from corpus import hugging_face, read_documents, size_of, train_texts, write_corpus
-from tokenizer import make
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+
+from pocket.configurator import configure
+from pocket.datasets import dataset_folder, download, hugging_face, read_documents, size_of, train_texts, write_corpus
+from pocket.tokenizer import make_tokenizer
 
 input: str | None = None     # a folder with local copies of the two files (None: download them)
 tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, or one of tiktoken's, such as gpt2
@@ -33,6 +35,6 @@ def stories(split):
 
 
 shards = [stories(split) for split in FILES]
-tok = make(tokenizer, train_texts(shards), vocab_size)
+tok = make_tokenizer(tokenizer, train_texts(shards), vocab_size)
 write_corpus(folder, tok, shards, {'source': 'roneneldan/TinyStories', 'bytes': sizes}, 'the official one', sum(sizes.values()))
 print('next: python train.py --dataset=tinystories' + (f' --data_dir={data_dir}' if data_dir else ''))

@@ -49,7 +49,7 @@ class Zygote:
         """A running script, as a Process."""
         if cls.channel is None:
             cls.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            subprocess.Popen([sys.executable, str(CHECKOUT / 'tests' / 'zygote.py'), str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            subprocess.Popen([sys.executable, str(CHECKOUT / 'tests' / 'fork_server.py'), str(theirs.fileno())], pass_fds=[theirs.fileno()],
                              env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdin=subprocess.DEVNULL)
             theirs.close()
             assert cls.channel.recv(10) == b'ready'
@@ -111,8 +111,8 @@ class Project:
 
     def __init__(self, root):
         self.root = root
-        for pattern in ('*.py', '*.html', 'prepare/*.py', 'config/*.py', '__pycache__/*', 'prepare/__pycache__/*'):
-            for path in CHECKOUT.glob(pattern):
+        for pattern in ('*.py', '*.html', 'pocket/*', 'prepare/*.py', 'config/*.py', '__pycache__/*', '*/__pycache__/*'):
+            for path in filter(Path.is_file, CHECKOUT.glob(pattern)):
                 (root / path.relative_to(CHECKOUT)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, root / path.relative_to(CHECKOUT))  # with its time: what is compiled already stays valid
 
@@ -191,7 +191,7 @@ def same_run(a, b):
 
 def make_toy(root, **meta):
     """data/toy in a project: a char dataset; meta overrides what its meta.json says."""
-    from tokenizer import CharTokenizer
+    from pocket.tokenizer import CharTokenizer
     text = toy_text(6000)
     tok = CharTokenizer.train(text)
     ids = tok.encode_to_numpy(text).astype('<u2')
@@ -224,11 +224,11 @@ def trained(tmp_path_factory):
 
 def make_pairs(root, **meta):
     """data/talk in a project: pairs of made-up turns, with a format of conversations; a reply repeats the last word said."""
-    from chat import source_ids
-    from tokenizer import make
+    from pocket.template import encode_conversation
+    from pocket.tokenizer import make_tokenizer
     rng = random.Random(0)
     words = ['ba', 'dodo', 'fu', 'gimme', 'kilo', 'lamp', 'ni', 'opal', 'qua', 'rust']
-    tok = make('char', [' '.join(words) + 'UB:.'], specials=('pad', 'bos', 'eos', 'sep'))
+    tok = make_tokenizer('char', [' '.join(words) + 'UB:.'], special_tokens=('pad', 'bos', 'eos', 'sep'))
     style = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'turns': 3, 'you': 'U', 'me': 'B', 'reply': 'B: '}
     folder = root / 'data' / 'talk'
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,8 +237,8 @@ def make_pairs(root, **meta):
         offsets, ids = [0], []
         for _ in range(n):
             turns = [('UB'[(i + 1) % 2], ' '.join(rng.choices(words, k=rng.randint(1, 3)))) for i in range(rng.choice((1, 3)))]
-            source = source_ids(tok, style, turns)
-            target = tok.encode(style['reply'] + turns[-1][1].split()[-1] + '.') + [tok.end]
+            source = encode_conversation(tok, style, turns)
+            target = tok.encode(style['reply'] + turns[-1][1].split()[-1] + '.') + [tok.eos_id]
             ids += source + target
             offsets += [offsets[-1] + len(source), offsets[-1] + len(source) + len(target)]
         np.array(ids, dtype='<u2').tofile(folder / f'{split}.bin')
@@ -293,9 +293,9 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 FETCH = '''import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
-from configurator import show_user_errors
+from pocket.errors import show_user_errors
 show_user_errors('fetch.py')
-from files import download
+from pocket.files import download
 download(sys.argv[1].split(','), sys.argv[2], sys.argv[3] or None, 'Do something.')
 '''
 

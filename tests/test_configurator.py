@@ -1,8 +1,9 @@
 """Knobs, config files, overrides, and what is said about mistakes in them."""
 import pytest
 
-import configurator
-from configurator import UserError, configure
+from pocket import configurator
+from pocket.configurator import configure
+from pocket.errors import UserError
 
 SCRIPT = '''"""Does nothing."""
 from typing import Literal
@@ -82,7 +83,7 @@ def test_broken_config(run, text, said):
 def test_help(project, script):
     short, out = project.run(script, '--help')[0], project.run(script, '--help=all')[0]
     source = (project.root / script).read_text(encoding='utf-8')
-    knobs = [name for name, _, _ in configurator.read_knobs(source) if name]
+    knobs = [name for name, _, _ in configurator.read_options(source) if name]
     assert len(knobs) >= 1 and all(f'--{name}=' in out and name in short for name in knobs)
     assert len(short.splitlines()) <= 30 and f'python {script}' in short
     for line in source.splitlines():  # a comment beside each knob is in the help

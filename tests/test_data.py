@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import make_toy
 
-import data
-from configurator import UserError
-from data import Stream, permute, read_meta
+from pocket import data
+from pocket.data import Stream, load_meta, permute
+from pocket.errors import UserError
 
 
 def stream(tmp_path, ids, block_size, vocab_size=None, split='train', dtype='uint16', batch_size=3):
@@ -90,7 +90,7 @@ def test_ids_outside_the_vocabulary(tmp_path, monkeypatch):
 
 def test_files_that_do_not_match(tmp_path):
     folder = make_toy(tmp_path)
-    meta = read_meta(folder)
+    meta = load_meta(folder)
     with pytest.raises(UserError, match='only 5,000 ids, but --block_size=5000 needs 5,001'):
         Stream(folder, meta, 'train', 5000)
     (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-1])
@@ -109,10 +109,10 @@ def test_bad_meta(tmp_path, text, said):
     if text not in (None, 'triples'):
         (folder / 'meta.json').write_bytes(text.encode('latin-1'))
     with pytest.raises(UserError, match=said):
-        read_meta(folder)
+        load_meta(folder)
 
 
 def test_newer_format_is_refused(tmp_path):
     with pytest.raises(UserError, match='format 99, this version reads up to 1'):
-        read_meta(make_toy(tmp_path, format=99))
+        load_meta(make_toy(tmp_path, format=99))
     assert json.loads((tmp_path / 'data' / 'toy' / 'meta.json').read_text(encoding='utf-8'))['format'] == 99

@@ -71,12 +71,12 @@ def test_model_page_has_the_default_shapes():
 
 
 def test_examples_of_tokenizers():
-    from tokenizer import from_dict
+    from pocket.tokenizer import tokenizer_from_dict
     text = '\n'.join(blocks('tokenizers.md', 'python'))
     result = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(text, {}, 'tokenizers.md', None, 0))
     assert result.attempted >= 9 and not result.failed
     described = [json.loads(line) for block in blocks('tokenizers.md', 'json') for line in block.splitlines()]
-    assert [from_dict(d).to_dict() for d in described] == described
+    assert [tokenizer_from_dict(d).to_dict() for d in described] == described
     assert {d['kind'] for d in described} == {'char', 'byte', 'bpe'}
 
 

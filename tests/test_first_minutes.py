@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import CHECKOUT, TINY, make_pairs, toy_text
 
-from configurator import convert, read_knobs
+from pocket.configurator import convert, read_options
 
 LITTLE = [*TINY, '--gradient_accumulation_steps=1', '--dropout=0']
 
@@ -114,7 +114,7 @@ def test_commands_of_all_pages_exist(pages):
             script = next((w for w in words if w.endswith('.py')), None)
             if 'modal' in words[0] or script is None:
                 continue
-            knobs = {name: kind for name, kind, _ in read_knobs((CHECKOUT / script).read_text(encoding='utf-8')) if name}
+            knobs = {name: kind for name, kind, _ in read_options((CHECKOUT / script).read_text(encoding='utf-8')) if name}
             for word in words[words.index(script) + 1:]:
                 name, _, value = word.removeprefix('--').partition('=')
                 if word.startswith('--') and name != 'help':

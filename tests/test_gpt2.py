@@ -13,11 +13,10 @@ import torch
 from conftest import SHARED, Project, toy_text
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import gpt2
-from configurator import UserError
 from model import GPT, GPTConfig
-from tokenizer import make
+from pocket import checkpoint, pretrained
+from pocket.errors import UserError
+from pocket.tokenizer import make_tokenizer
 
 IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
 
@@ -66,7 +65,7 @@ def same(ours, theirs, tolerance=1e-5):
 
 def test_a_plain_model(small):
     folder, theirs = small
-    ours, args = gpt2.load(folder)
+    ours, args = pretrained.load(folder)
     same(ours, theirs)
     assert args == {**GPTConfig(48, 997, 2, 3, 24).__dict__, 'dropout': 0.1, 'attn_dropout': 0.1}
     assert ours.lm_head.weight is ours.transformer.wte.weight and not ours.training
@@ -77,35 +76,35 @@ def test_a_plain_model(small):
 @pytest.mark.parametrize('config', [dict(n_inner=40, tie_word_embeddings=False), dict(activation_function='gelu', n_head=1, n_layer=3),
                                     dict(activation_function='relu')])
 def test_odd_models(tmp_path, config):
-    same(gpt2.load(tmp_path)[0] if (theirs := reference(tmp_path, **config)) else None, theirs)
+    same(pretrained.load(tmp_path)[0] if (theirs := reference(tmp_path, **config)) else None, theirs)
 
 
 def test_shards_and_names_without_prefix_and_masks(tmp_path, small):
     _, theirs = small
     theirs.save_pretrained(tmp_path / 'shards', max_shard_size='20KB')
     assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 2
-    same(gpt2.load(tmp_path / 'shards')[0], theirs)
+    same(pretrained.load(tmp_path / 'shards')[0], theirs)
     theirs.transformer.save_pretrained(tmp_path / 'bare')  # as openai-community/gpt2 is
     path = tmp_path / 'bare' / 'model.safetensors'
     tensors = load_file(path)
     assert 'wte.weight' in tensors
     masks = {f'h.{i}.attn.{name}': torch.ones(1, 1, 48, 48) for i in range(2) for name in ('bias', 'masked_bias')}
     save_file({**tensors, **masks, 'lm_head.weight': tensors['wte.weight'].clone()}, path)
-    same(gpt2.load(tmp_path / 'bare')[0], theirs)
+    same(pretrained.load(tmp_path / 'bare')[0], theirs)
 
 
 def test_what_may_be_chosen(small, tmp_path):
     folder, theirs = small
-    ours, args = gpt2.load(folder, block_size=12, dropout=0.0, gradient_checkpointing=True)
+    ours, args = pretrained.load(folder, block_size=12, dropout=0.0, gradient_checkpointing=True)
     assert ours.config.block_size == args['block_size'] == 12 and args['dropout'] == 0 and args['gradient_checkpointing']
     with torch.inference_mode():
         torch.testing.assert_close(ours(IDX)[0], theirs(IDX).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match='48 positions, too few for --block_size=49'):
-        gpt2.load(folder, block_size=49)
+        pretrained.load(folder, block_size=49)
     copy.deepcopy(theirs).half().save_pretrained(tmp_path)
-    halves, _ = gpt2.load(tmp_path)
+    halves, _ = pretrained.load(tmp_path)
     assert halves.lm_head.weight.dtype == torch.float32 and halves.lm_head.weight[5, 5] == ours.lm_head.weight[5, 5].half()
-    assert {p.dtype for p in gpt2.load(folder, torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pretrained.load(folder, torch.bfloat16)[0].parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize('change, said', [
@@ -122,7 +121,7 @@ def test_other_models_are_refused(small, tmp_path, change, said):
     config = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
     (tmp_path / 'config.json').write_text(json.dumps({**config, **change}), encoding='utf-8')
     with pytest.raises(UserError, match=said):
-        gpt2.load(tmp_path)
+        pretrained.load(tmp_path)
 
 
 @pytest.mark.parametrize('damage, said', [
@@ -136,18 +135,18 @@ def test_weights_that_do_not_fit(small, tmp_path, damage, said):
     damage(tensors)
     save_file(tensors, tmp_path / 'model.safetensors')
     with pytest.raises(UserError, match=said):
-        gpt2.load(tmp_path)
+        pretrained.load(tmp_path)
 
 
 def test_files_that_are_something_else(small, tmp_path):
     with pytest.raises(UserError, match="'nowhere' is neither one of gpt2, gpt2-medium.* nor a folder"):
-        gpt2.load('nowhere')
+        pretrained.load('nowhere')
     shutil.copytree(small[0], tmp_path, dirs_exist_ok=True)
     path, whole = tmp_path / 'model.safetensors', (tmp_path / 'model.safetensors').read_bytes()
     for content in (whole[:-1], whole[:100], b'', b'\xff' * 100, (2**62).to_bytes(8, 'little') + whole[8:], whole + b'more'):
         path.write_bytes(content)
         with pytest.raises(UserError, match='cannot read .*model.safetensors as a safetensors file'):
-            gpt2.load(tmp_path)
+            pretrained.load(tmp_path)
     path.unlink()
     for index, said in ((b'{"weight_map": {"a": "../x.safetensors"}}', 'names files beside it'), (b'{"weight_map": ["a"]}', 'names files beside it'),
                         (b'{"weight_map": {"a": "\\ud800"}}', 'as a safetensors file'),
@@ -158,10 +157,10 @@ def test_files_that_are_something_else(small, tmp_path):
         else:
             (tmp_path / 'model.safetensors.index.json').unlink()
         with pytest.raises(UserError, match=said):
-            gpt2.load(tmp_path)
+            pretrained.load(tmp_path)
     (tmp_path / 'config.json').write_bytes(b'[1]')
     with pytest.raises(UserError, match='config.json is not a JSON object'):
-        gpt2.load(tmp_path)
+        pretrained.load(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def hub(small, tmp_path, monkeypatch):
     folder, _ = small
     Hub.files, Hub.seen, Hub.trouble = {name: (folder / name).read_bytes() for name in ('config.json', 'model.safetensors')}, [], ''
     commit = 'c0ffee' * 6 + 'cafe'
-    monkeypatch.setitem(gpt2.NAMES, 'gpt2', f'{commit} {hashlib.sha256(Hub.files["model.safetensors"]).hexdigest()}')
+    monkeypatch.setitem(pretrained.NAMES, 'gpt2', f'{commit} {hashlib.sha256(Hub.files["model.safetensors"]).hexdigest()}')
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     for name in ('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'XDG_CACHE_HOME'):
@@ -216,7 +215,7 @@ def hub(small, tmp_path, monkeypatch):
 def test_fetched_once_and_found_by_both(hub, small, monkeypatch):
     from huggingface_hub import try_to_load_from_cache
     Hub.trouble = 'cut once'
-    ours, _ = gpt2.load('gpt2', block_size=16)
+    ours, _ = pretrained.load('gpt2', block_size=16)
     assert torch.equal(ours.lm_head.weight, small[1].lm_head.weight)
     commit = hub.name
     weights = [have for path, have in Hub.seen if path == f'/cdn/openai-community/gpt2/resolve/{commit}/model.safetensors']
@@ -225,11 +224,11 @@ def test_fetched_once_and_found_by_both(hub, small, monkeypatch):
     for name in ('config.json', 'model.safetensors'):
         assert try_to_load_from_cache('openai-community/gpt2', name, cache_dir=hub.parents[2]) == str(hub / name)
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    assert gpt2.fetch('gpt2') == hub
+    assert pretrained.fetch('gpt2') == hub
     path = hub / 'model.safetensors'  # a file that was damaged since is not taken for whole
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match='could not download model.safetensors .*ConnectionError.*--init_from=FOLDER'):
-        gpt2.fetch('gpt2')
+        pretrained.fetch('gpt2')
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='links need a privilege on Windows')
@@ -245,7 +244,7 @@ def test_what_their_tools_downloaded_is_used(hub, small, monkeypatch, tmp_path, 
     for name, content in Hub.files.items():
         (cache / 'blobs' / name).write_bytes(content)
         (cache / 'snapshots' / 'abc' / name).symlink_to(f'../../blobs/{name}')
-    assert gpt2.fetch('gpt2') == cache / 'snapshots' / 'abc' and not Hub.seen
+    assert pretrained.fetch('gpt2') == cache / 'snapshots' / 'abc' and not Hub.seen
 
 
 @pytest.mark.parametrize('trouble, said', [('cut', 'could not download model.safetensors'), ('404', 'status 404'), ('wrong', 'wrong sha256'),
@@ -258,18 +257,18 @@ def test_nothing_passes_for_whole(hub, trouble, said):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(UserError, match=said) as caught:
-            gpt2.fetch('gpt2')
+            pretrained.fetch('gpt2')
     finally:
         if trouble == 'full':
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, handler)
     assert '\n' not in str(caught.value) and (trouble == 'proxy' or not (hub / 'model.safetensors').exists())
     Hub.trouble = ''
-    assert gpt2.fetch('gpt2') == hub and (hub / 'model.safetensors').read_bytes() == Hub.files['model.safetensors']  # and the next try mends it
+    assert pretrained.fetch('gpt2') == hub and (hub / 'model.safetensors').read_bytes() == Hub.files['model.safetensors']  # and the next try mends it
 
 
 def test_the_public_names():
-    for name, pins in gpt2.NAMES.items():
+    for name, pins in pretrained.NAMES.items():
         commit, sha256 = pins.split()
         assert len(commit) == 40 and len(sha256) == 64 and not set(commit + sha256) - set('0123456789abcdef'), name
 
@@ -282,10 +281,10 @@ def test_gpt2s_tokenizer(tmp_path, monkeypatch):
     shutil.copytree(SHARED / 'tiktoken_cache', tmp_path / 'cache')  # a copy: tiktoken deletes what it does not like
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
     (tmp_path / 'config.json').write_text('{"vocab_size": 50257}', encoding='utf-8')
-    tok = gpt2.load_tokenizer(tmp_path)
-    assert tok.encode('Hello world') == [15496, 995] and tok.end == 50256
+    tok = pretrained.load_tokenizer(tmp_path)
+    assert tok.encode('Hello world') == [15496, 995] and tok.eos_id == 50256
     (tmp_path / 'tokenizer.json').write_text(tok.tokenizer_json(), encoding='utf-8')
-    assert gpt2.load_tokenizer(tmp_path).to_dict() == tok.to_dict()
+    assert pretrained.load_tokenizer(tmp_path).to_dict() == tok.to_dict()
     out, _ = Project(tmp_path / 'pocket').run('prepare/shakespeare_gpt2.py', f'--input={SHARED / "tinyshakespeare.txt"}')
     assert '301,966 train and 36,059 val ids' in out  # nanoGPT's data/shakespeare
     content = json.loads(tok.tokenizer_json())
@@ -298,35 +297,35 @@ def test_gpt2s_tokenizer(tmp_path, monkeypatch):
         (tmp_path / 'config.json').write_text('{"vocab_size": 50257}', encoding='utf-8')
         (tmp_path / name).write_text(json.dumps(wrong), encoding='utf-8')
         with pytest.raises(UserError, match='vocabulary of 50257 of its own: only GPT-2\'s'):
-            gpt2.load_tokenizer(tmp_path)
+            pretrained.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize('switches', [dict(bias=False, tie_weights=False, n_inner=40, act='gelu_erf'), dict(act='relu', dropout=0.1)])
 def test_export_is_what_transformers_reads(tmp_path, switches):
-    tok = make('bpe', [toy_text(3000)], 300, ('eot', 'sep'))
+    tok = make_tokenizer('bpe', [toy_text(3000)], 300, ('eot', 'sep'))
     torch.manual_seed(1)
     ours = GPT(GPTConfig(48, tok.vocab_size, 2, 3, 24, **switches)).eval()
     for p in ours.parameters():
         p.data += 0.3 * torch.randn_like(p)
     folder = tmp_path / 'modell ü'
-    gpt2.export(ours, tok, folder)
+    pretrained.export_folder(ours, tok, folder)
     assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json']
     transformers = pytest.importorskip('transformers')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(theirs).__name__ == 'GPT2LMHeadModel' and theirs.generation_config.eos_token_id == tok.end
+    assert type(theirs).__name__ == 'GPT2LMHeadModel' and theirs.generation_config.eos_token_id == tok.eos_id
     same(ours, theirs)
     text = 'gimme  ein Bär 🐻 fu dodo<|sep|>'
     their_tok = transformers.AutoTokenizer.from_pretrained(folder)
-    assert their_tok.encode(text) == tok.encode(text[:-7]) + [tok.specials['sep']] and their_tok.vocab_size <= tok.vocab_size == len(their_tok)
-    back, _ = gpt2.load(folder)
+    assert their_tok.encode(text) == tok.encode(text[:-7]) + [tok.special_tokens['sep']] and their_tok.vocab_size <= tok.vocab_size == len(their_tok)
+    back, _ = pretrained.load(folder)
     assert torch.equal(back(IDX)[0], ours(IDX)[0])
-    assert gpt2.load_tokenizer(folder).to_dict() == tok.to_dict()
+    assert pretrained.load_tokenizer(folder).to_dict() == tok.to_dict()
     with pytest.raises(UserError, match='is there already'):
-        gpt2.export(ours, tok, folder)
+        pretrained.export_folder(ours, tok, folder)
 
 
 def test_export_without_a_bpe(tmp_path):
-    project, tok = Project(tmp_path / 'pocket'), make('char', ['abc'])
+    project, tok = Project(tmp_path / 'pocket'), make_tokenizer('char', ['abc'])
     (project.root / 'out' / 'run').mkdir(parents=True)
     checkpoint.save(project.root / 'out' / 'run' / 'best.pt', checkpoint.model_state(GPT(GPTConfig(48, 61, 2, 3, 24)), tok, {}))
     out, _ = project.run('export.py', '--out_dir=out/run', '--to=new')
@@ -335,11 +334,11 @@ def test_export_without_a_bpe(tmp_path):
     transformers = pytest.importorskip('transformers')
     assert transformers.AutoModelForCausalLM.from_pretrained(project.root / 'new').config.eos_token_id is None
     with pytest.raises(UserError, match='vocabulary of 61'):
-        gpt2.load_tokenizer(project.root / 'new')
+        pretrained.load_tokenizer(project.root / 'new')
 
 
 def test_export_refuses_what_gpt2_lacks(tmp_path):
     modern = GPT(GPTConfig(48, 61, 2, 3, 24, pos='rotary', norm='rmsnorm', act='swiglu', qk_norm=True, softcap=15.0))
     with pytest.raises(UserError, match='GPT-2 has no pos=rotary, norm=rmsnorm, act=swiglu, qk_norm=True, softcap=15.0: '):
-        gpt2.export(modern, make('byte'), tmp_path / 'new')
+        pretrained.export_folder(modern, make_tokenizer('byte'), tmp_path / 'new')
     assert not (tmp_path / 'new').exists()

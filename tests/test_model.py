@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import head as head_module
 import model as m
 from model import GPT, GPTConfig, shift
+from pocket import kernels as head_module
 
 
 def small(seed=0, scale=3.0, **kwargs):

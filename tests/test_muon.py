@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from muon import Muon, orthogonalize
+from pocket.optim import Muon, orthogonalize
 
 
 @pytest.mark.parametrize('weight_decay', [0.0, 0.1])

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from conftest import CHECKOUT, Project
 
-NOTEBOOK = CHECKOUT / 'explore.ipynb'
+NOTEBOOK = CHECKOUT / 'docs' / 'explore.ipynb'
 
 
 @pytest.fixture

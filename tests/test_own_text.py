@@ -6,13 +6,12 @@ import torch
 from conftest import Project, toy_text
 from torch import nn
 
-import checkpoint
-import gpt2
-from configurator import UserError
-from head import Head
 from model import GPT, GPTConfig
-from packed import Int8Linear, PackedLinear, pack
-from tokenizer import BpeTokenizer
+from pocket import checkpoint, pretrained
+from pocket.errors import UserError
+from pocket.kernels import Head
+from pocket.quantize import Int8Linear, PackedLinear, prepare_for_decoding
+from pocket.tokenizer import BpeTokenizer
 
 SHAPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=8', '--device=cpu', '--log_interval=50', '--pos=learned', '--act=gelu',
          '--norm=layernorm', '--qk_norm=False', '--token_shift=False', '--zero_init=False', '--bias=True']
@@ -59,14 +58,14 @@ def test_a_loaded_model_grows_for_special_tokens(tied):
     model = GPT(GPTConfig(vocab_size=theirs.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8, tie_weights=tied)).eval()
     idx = torch.randint(theirs.vocab_size, (2, 8))
     before = model(idx)[0]
-    gpt2.grow(model, more, theirs, 'data/x')
+    pretrained.resize_token_embeddings(model, more, theirs, 'data/x')
     after = model(idx)[0]
     assert after.shape[-1] == more.vocab_size == model.config.vocab_size and torch.equal(after[..., :theirs.vocab_size], before)
     torch.testing.assert_close(after[..., -3:], before.mean(-1, keepdim=True).expand(2, 8, 3))
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
     model(torch.full((1, 2), more.end), torch.full((1, 2), more.end))[1].backward()
     with pytest.raises(UserError, match='another tokenizer'):
-        gpt2.grow(model, BpeTokenizer(['d o', 'b a']), theirs, 'data/x')
+        pretrained.resize_token_embeddings(model, BpeTokenizer(['d o', 'b a']), theirs, 'data/x')
 
 
 @pytest.mark.skipif(not getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bool)(), reason='this CPU has no bfloat16')
@@ -88,7 +87,7 @@ def test_a_packed_model_in_bfloat16_with_its_float32_cache(mine, bits, limit):
     idx = torch.tensor(tok.encode(toy_text(300, seed=1))[:24]).view(2, 12)
     with torch.inference_mode():
         plain = model(idx)[0]
-        pack(model.to(torch.bfloat16), bits)
+        prepare_for_decoding(model.to(torch.bfloat16), bits)
         cache = model.new_cache(2, 12)
         assert cache.k.dtype == torch.float32
         got = torch.cat([model(part, cache=cache)[0] for part in idx.split((5, 1, 1, 5), dim=1)], dim=1)
@@ -117,7 +116,7 @@ def test_int8(mine, fbgemm, monkeypatch):
     ids = torch.tensor(tok.encode(toy_text(3000, seed=1))[:640]).view(40, 16)
     with torch.no_grad():
         before = model(ids[:, :-1], ids[:, 1:])[1]
-        pack(model, bits=8)
+        prepare_for_decoding(model, bits=8)
         assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 5
         after = nn.functional.cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
     assert abs(math.exp(after - before) - 1) < 0.01

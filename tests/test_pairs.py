@@ -99,7 +99,7 @@ def test_learns_synthetic_tasks(tmp_path, task):
     """Copying, reversing and sorting random sequences: at least 99 % exactly right after 1,300 steps."""
     import numpy as np
 
-    from checkpoint import build, load
+    from pocket.checkpoint import build, load
     p, rng = Project(tmp_path / 'p'), np.random.default_rng(0)
     folder = p.root / 'data' / 'task'
     folder.mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_learns_synthetic_tasks(tmp_path, task):
     path = p.root / 'out' / 'task' / 'best.pt'
     state = load(path)
     model, tok = build(state, path)
-    got = model.generate(held, 16, start=tok.start, eot=tok.end, temperature=0)
+    got = model.generate(held, 16, start=tok.decoder_start_id, eot=tok.eos_id, temperature=0)
     right = sum(g == [*do(s), 22] for g, s in zip(got, held)) / len(held)
     print(f'{task}: {right:.1%} after {state["seconds"]:.0f} s')
     assert right >= 0.99, f'{right:.1%}'

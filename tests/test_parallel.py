@@ -12,12 +12,11 @@ import pytest
 import torch
 from conftest import TINY, make_pairs, ranks
 
-import memory
-import parallel
-from checkpoint import build, load
-from configurator import UserError
-from data import Pairs, Stream, read_meta
 from model import GPT, GPTConfig
+from pocket import distributed, memory
+from pocket.checkpoint import build, load
+from pocket.data import Pairs, Stream, load_meta
+from pocket.errors import UserError
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
 SAME = ['--device=cpu', '--dtype=float32', '--dropout=0', '--max_iters=3', '--eval_interval=3', '--log_interval=1', '--n_layer=1', '--n_head=2', '--n_embd=16']
@@ -87,7 +86,7 @@ def test_gradients_are_those_of_the_whole_batch(project):
     state = train(project, 2, 'run', *args)[2]
     model, _ = build(load(project.root / 'run' / 'last.pt'), 'last.pt')
     folder = project.root / 'data' / 'toy'
-    data = Stream(folder, read_meta(folder), 'train', 16, 9)
+    data = Stream(folder, load_meta(folder), 'train', 16, 9)
     moments = [torch.zeros_like(p) for p in model.parameters()]
     for step in range(2):
         model.zero_grad()
@@ -107,7 +106,7 @@ def test_every_sample_is_somebodys(tmp_path, micro_batches, world):
     ids.tofile(tmp_path / 'train.bin')
     stream = Stream(tmp_path, {'vocab_size': 500, 'dtype': 'uint16', 'counts': {'train': 500}}, 'train', 8, 2)
     folder = make_pairs(tmp_path)
-    pairs = Pairs(folder, read_meta(folder), 'train', [1], 24, 24, 60)
+    pairs = Pairs(folder, load_meta(folder), 'train', [1], 24, 24, 60)
     for data in (stream, pairs):
         def rows(step, **told):
             batches = list(data.batches(7, step, micro_batches, **told))
@@ -195,13 +194,13 @@ def test_ctrl_c_under_torchrun(project):
 def test_what_cannot_be_shared(project, monkeypatch):
     env = {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}
     assert 'WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start with torchrun' in project.fails('train.py', *TINY, env=env)
-    monkeypatch.setattr(parallel, 'world', 2)
+    monkeypatch.setattr(distributed, 'world_size', 2)
     for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.setenv(name, '3')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     for device, said in (('mps', "2 processes can't share mps"), ('cuda:1', "can't share cuda:1"), ('cuda', 'lower --nproc_per_node')):
         with pytest.raises(UserError, match=said):
-            parallel.start(torch.device(device))
+            distributed.init(torch.device(device))
 
 
 def test_the_serious_run(project):

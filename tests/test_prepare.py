@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, Project, toy_text
 
-import common
-from configurator import UserError
+from pocket import datasets
+from pocket.errors import UserError
 
 CONTENT = toy_text(300_000).encode()
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -57,34 +57,34 @@ def server():
 
 
 def test_download_whole_and_cached(server, tmp_path):
-    path = common.download([server + '/good'], tmp_path / 'deep' / 'x.txt', SHA, '')
+    path = datasets.download([server + '/good'], tmp_path / 'deep' / 'x.txt', SHA, '')
     assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ['x.txt']
-    common.download(['http://127.0.0.1:9/unreachable'], path, SHA, '')  # what is there is used, without any network
+    datasets.download(['http://127.0.0.1:9/unreachable'], path, SHA, '')  # what is there is used, without any network
     path.write_bytes(CONTENT[:-1])
-    common.download([server + '/good'], path, SHA, '')
+    datasets.download([server + '/good'], path, SHA, '')
     assert path.read_bytes() == CONTENT
 
 
 def test_download_goes_on_after_a_cut(server, tmp_path):
-    path = common.download([server + '/cut_once'], tmp_path / 'x.txt', SHA, '')
+    path = datasets.download([server + '/cut_once'], tmp_path / 'x.txt', SHA, '')
     assert path.read_bytes() == CONTENT
     assert [p for p, _ in Handler.requests] == ['/cut_once'] * 2 and Handler.requests[0][1] == 0 < Handler.requests[1][1] <= 100_000
 
 
 def test_download_takes_the_next_mirror(server, tmp_path):
     urls = [server + '/gone', 'http://127.0.0.1:9/unreachable', server + '/wrong', server + '/good']
-    assert common.download(urls, tmp_path / 'x.txt', SHA, '').read_bytes() == CONTENT
+    assert datasets.download(urls, tmp_path / 'x.txt', SHA, '').read_bytes() == CONTENT
 
 
 def test_a_part_that_is_too_long_is_dropped(server, tmp_path):
     (tmp_path / 'x.txt.part').write_bytes(CONTENT + b'more')
-    assert common.download([server + '/good'], tmp_path / 'x.txt', SHA, '').read_bytes() == CONTENT
+    assert datasets.download([server + '/good'], tmp_path / 'x.txt', SHA, '').read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize('path, said', [('/gone', 'status 404'), ('/wrong', 'wrong sha256'), ('/cut', 'wrong sha256|ConnectionError|ChunkedEncodingError')])
 def test_what_is_not_whole_never_passes_for_it(server, tmp_path, path, said):
     with pytest.raises(UserError, match=f'could not download x.txt .*({said}).*Do this.'):
-        common.download([server + path], tmp_path / 'x.txt', '0' * 64 if path == '/cut' else SHA, 'Do this.')
+        datasets.download([server + path], tmp_path / 'x.txt', '0' * 64 if path == '/cut' else SHA, 'Do this.')
     assert not (tmp_path / 'x.txt').exists()
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import SHARED, Project, toy_text
 
-import corpus
-from configurator import UserError
-from files import lock
-from tokenizer import ByteTokenizer, from_dict, make
+from pocket import datasets as corpus
+from pocket.errors import UserError
+from pocket.files import lock
+from pocket.tokenizer import ByteTokenizer, make_tokenizer, tokenizer_from_dict
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def load(folder):
     ids = {split: np.fromfile(folder / f'{split}.bin', dtype=meta['dtype']) for split in meta['counts']}
     assert meta['counts'] == {split: len(a) for split, a in ids.items()}
     assert not list(folder.glob('*.tmp')) and not (folder / '.progress.json').exists()
-    return meta, from_dict(meta['tokenizer']), ids
+    return meta, tokenizer_from_dict(meta['tokenizer']), ids
 
 
 def documents(folder):
     """{split: list of texts} of a token stream; every one has its end."""
     _, tok, ids = load(folder)
-    parts = {split: [tok.decode(d.tolist()) for d in np.split(a, np.flatnonzero(a == tok.end) + 1)] for split, a in ids.items()}
+    parts = {split: [tok.decode(d.tolist()) for d in np.split(a, np.flatnonzero(a == tok.eos_id) + 1)] for split, a in ids.items()}
     assert all(p.pop() == '' for p in parts.values())
     return parts
 
@@ -68,7 +68,7 @@ def test_long_documents_are_cut_where_it_changes_nothing(tmp_path, monkeypatch):
     assert ''.join(t for t, _ in pieces) == text and [e for _, e in pieces] == [False] * (len(pieces) - 1) + [True]
     assert len(pieces) > 20 and max(len(t) for t, _ in pieces) <= 1000
     for name in ('bpe', 'sentencepiece', 'gpt2', 'cl100k_base') if 'TIKTOKEN_CACHE_DIR' in os.environ else ('bpe', 'sentencepiece'):
-        tok = make(name, [text], 500)
+        tok = make_tokenizer(name, [text], 500)
         assert [i for t, _ in pieces for i in tok.encode(t)] == tok.encode(text)
     (tmp_path / 'x.txt').write_text('x' * 5000, encoding='utf-8')  # no good place
     assert ''.join(t for t, _ in corpus.read_documents(tmp_path / 'x.txt')) == 'x' * 5000
@@ -96,7 +96,7 @@ def test_one_document_is_cut_by_characters(project, tmp_path):
     out, _ = project.run('prepare/text.py', f'--input={tmp_path / "novel.txt"}', '--vocab_size=280', '--val=0.2', '--data_dir=there', '--name=b')
     meta, tok, ids = load(project.root / 'there' / 'b')
     assert meta['vocab_size'] == tok.vocab_size == 280 and out.endswith('--dataset=b --data_dir=there\n') and 'bpe, uint16' in out
-    assert tok.encode(toy_text(5000)[:4000]) == ids['train'].tolist() and tok.encode(toy_text(5000)[4000:]) + [tok.end] == ids['val'].tolist()
+    assert tok.encode(toy_text(5000)[:4000]) == ids['train'].tolist() and tok.encode(toy_text(5000)[4000:]) + [tok.eos_id] == ids['val'].tolist()
 
 
 def test_documents_of_every_kind_go_to_one_side(project, tmp_path):
@@ -149,11 +149,11 @@ def test_pairs(project, tmp_path):
     (tmp_path / 'c.jsonl').write_text(''.join(json.dumps({'source': s, 'target': t}) + '\n' for s, t in rows[40:]), encoding='utf-8')
     out, _ = project.run('prepare/text.py', *(f'--input={tmp_path / f}' for f in ('a.csv', 'b.tsv', 'c.jsonl')), '--pairs', '--tokenizer=byte', '--name=talk')
     meta, tok, ids = load(project.root / 'data' / 'talk')
-    assert meta['kind'] == 'pairs' and list(tok.specials) == ['pad', 'bos', 'eos'] and '60 pairs; 2 were' in out and 'b.tsv' in out
+    assert meta['kind'] == 'pairs' and list(tok.special_tokens) == ['pad', 'bos', 'eos'] and '60 pairs; 2 were' in out and 'b.tsv' in out
     found = {}
     for split, bin in ids.items():
         sides = [a.tolist() for a in np.split(bin, np.fromfile(project.root / 'data' / 'talk' / f'{split}.idx', dtype='<i8')[1:-1])]
-        assert all(t[-1] == tok.end and tok.end not in s for s, t in zip(sides[::2], sides[1::2]))
+        assert all(t[-1] == tok.eos_id and tok.eos_id not in s for s, t in zip(sides[::2], sides[1::2]))
         found[split] = [(tok.decode(s), tok.decode(t)) for s, t in zip(sides[::2], sides[1::2])]
         assert meta['pairs'][split] == len(found[split])
     assert sorted(found['train'] + found['val']) == sorted(rows[:60]) and 4 <= len(found['val']) <= 6

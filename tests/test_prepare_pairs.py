@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, Project
 
-import chat
-from tokenizer import from_dict
+from pocket import template
+from pocket.tokenizer import tokenizer_from_dict
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def read(folder):
         assert len(ids) == n == at[-1] and len(at) == 2 * meta['pairs'][split] + 1 and at == sorted(at)
         splits[split] = [(ids[a:b], ids[b:c]) for a, b, c in zip(at[:-2:2], at[1:-1:2], at[2::2])]
     assert meta['kind'] == 'pairs' and meta['format'] == 1 and not list(folder.glob('*.tmp'))
-    return meta, from_dict(meta['tokenizer']), splits
+    return meta, tokenizer_from_dict(meta['tokenizer']), splits
 
 
 def texts(tok, pairs):
     """[(source, target)] as text. Each target must end with the end id."""
-    assert all(target[-1] == tok.end and tok.end not in source + target[:-1] for source, target in pairs)
+    assert all(target[-1] == tok.eos_id and tok.eos_id not in source + target[:-1] for source, target in pairs)
     return [(tok.decode(source), tok.decode(target)) for source, target in pairs]
 
 
@@ -144,7 +144,7 @@ def test_transcript(project, tmp_path):
     sides = {n: {(written(turns), line) in val for turns, line, m in expected if m == n} for _, _, n in expected}
     assert all(len(side) == 1 for side in sides.values())  # a scene is on one side
     ids = [source for source, _ in splits['train'] + splits['val']]
-    assert all(chat.source_ids(tok, meta['chat'], turns) in ids for turns, _, _ in expected)
+    assert all(template.encode_conversation(tok, meta['chat'], turns) in ids for turns, _, _ in expected)
     assert meta['chat']['me'] == 'ZOE' and meta['chat']['you'] in ('ANA', 'BO', 'MR. CY')
 
 
@@ -182,7 +182,7 @@ def test_office_for_the_paper_shape(project, tmp_path, monkeypatch):
     (project.root / 'a.txt').write_text('\n'.join(f'[BO] line {i} <|endoftext|>' for i in range(40)), encoding='utf-8')
     project.run('prepare/office_gpt2.py', '--src=a.txt', '--tgt=a.txt')
     meta, tok, splits = read(project.root / 'data' / 'office_gpt2')
-    assert meta['vocab_size'] == 50_260 and {'pad', 'bos', 'eos'} <= set(tok.specials)
+    assert meta['vocab_size'] == 50_260 and {'pad', 'bos', 'eos'} <= set(tok.special_tokens)
     assert ('[BO] line 3 <|endoftext|>',) * 2 in texts(tok, splits['train'] + splits['val'])
 
 
@@ -217,8 +217,8 @@ def test_dialogs(project, tmp_path, server):
     (tmp_path / 'test.json').write_text(json.dumps([{'context': 'a', 'response': 'b!'}, {'context': 'E', 'response': 'F'}]), encoding='utf-8')
     out, _ = project.run('prepare/dialog.py', f'--daily={tmp_path / "daily"}', f'--prosocial_urls={server}', '--tokenizer=byte', '--context=3')
     meta, tok, splits = read(project.root / 'data' / 'dialog')
-    assert 'CC BY-NC-SA' in out and set(tok.specials) == {'pad', 'bos', 'eos', 'sep'} and meta['dropped_dialogs'] == {'train': 1, 'val': 1, 'test': 2}
-    bos, sep, eos = (tok.specials[n] for n in ('bos', 'sep', 'eos'))
+    assert 'CC BY-NC-SA' in out and set(tok.special_tokens) == {'pad', 'bos', 'eos', 'sep'} and meta['dropped_dialogs'] == {'train': 1, 'val': 1, 'test': 2}
+    bos, sep, eos = (tok.special_tokens[n] for n in ('bos', 'sep', 'eos'))
 
     def pair(*said):
         turns = [tok.encode(f'{"User" if (len(said) - i) % 2 == 0 else "Bot"}: {text}') for i, text in enumerate(said)]
@@ -231,14 +231,14 @@ def test_dialogs(project, tmp_path, server):
     assert splits['test'] == [pair('Oh.', 'No.'), pair('Oh.', 'No.', 'Why?'), pair('Hello there.', 'Oh, hello!', 'So early?'), pair('E', 'F')]
     assert meta['dropped_pairs'] == {'train': 0, 'val': 0, 'test': 1}
     source, _ = splits['train'][1]
-    assert source == chat.source_ids(tok, meta['chat'], [('Bot', clean[0]), ('User', clean[1])]) and meta['chat']['reply'] == 'Bot: '
+    assert source == template.encode_conversation(tok, meta['chat'], [('Bot', clean[0]), ('User', clean[1])]) and meta['chat']['reply'] == 'Bot: '
 
     out, _ = project.run('prepare/dialog.py', '--daily=daily', f'--prosocial={tmp_path}', '--name=sp', cwd=tmp_path)  # sentencepiece
     meta, tok, again = read(project.root / 'data' / 'sp')
     assert meta['tokenizer']['kind'] == 'sentencepiece' and texts(tok, again['train'])[-1] == ('User: I pushed him.', 'Bot: That hurts.')
     source, target = again['train'][len(REPAIRED) - 2]  # who types the name of a special token has typed text
-    assert tok.decode(target) == 'Bot: Type <sep> or </s>, please.' and not set(target[:-1]) & set(tok.specials.values())
-    assert source.count(tok.specials['sep']) == 5 and source[0] == tok.specials['bos']
+    assert tok.decode(target) == 'Bot: Type <sep> or </s>, please.' and not set(target[:-1]) & set(tok.special_tokens.values())
+    assert source.count(tok.special_tokens['sep']) == 5 and source[0] == tok.special_tokens['bos']
 
     (tmp_path / 'daily' / 'test.zip').write_bytes(b'no zip')
     for args, said in ((['--daily=daily', '--corpora=daily'], 'test.zip is not a zip'), (['--daily=.', '--corpora=daily'], 'there is no *train*.zip'),

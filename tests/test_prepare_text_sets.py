@@ -7,8 +7,8 @@ import pytest
 import tokenizers as hf
 from conftest import CHECKOUT, SHARED, Project
 
-import common
-from tokenizer import Tokenizer, from_dict, make
+from pocket import datasets
+from pocket.tokenizer import Tokenizer, make_tokenizer, tokenizer_from_dict
 
 NO_NETWORK = {'HTTPS_PROXY': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9'}
 
@@ -23,7 +23,7 @@ def read(folder):
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
     ids = [np.fromfile(folder / f'{split}.bin', dtype=meta['dtype']) for split in ('train', 'val')]
     assert meta['counts'] == {'train': len(ids[0]), 'val': len(ids[1])}
-    return meta, from_dict(meta['tokenizer']), *ids
+    return meta, tokenizer_from_dict(meta['tokenizer']), *ids
 
 
 def test_shakespeare_bpe(project, tmp_path):
@@ -37,9 +37,9 @@ def test_shakespeare_bpe(project, tmp_path):
     out, _ = project.run(*args, '--vocab_size=600')
     meta, tok, train, val = read(folder)
     n = int(len(text) * 0.9)
-    assert meta['vocab_size'] == tok.vocab_size == 600 and meta['dtype'] == 'uint16' and tok.specials == {'eot': 599} and '600 in the' in out
+    assert meta['vocab_size'] == tok.vocab_size == 600 and meta['dtype'] == 'uint16' and tok.special_tokens == {'eot': 599} and '600 in the' in out
     assert tok.decode(train) == text[:n] and tok.decode(val) == text[n:]
-    assert meta['tokenizer'] == make('bpe', [text[:n]], 600).to_dict()  # val had no say in it
+    assert meta['tokenizer'] == make_tokenizer('bpe', [text[:n]], 600).to_dict()  # val had no say in it
     theirs = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
     assert theirs.encode(text[:n]).ids == train.tolist() and theirs.encode('<|endoftext|>').ids == [599]
     lines = (folder / 'vocab.txt').read_text(encoding='utf-8').splitlines()
@@ -71,6 +71,6 @@ def test_large_vocabularies_never_wrap(tmp_path, capsys):
         tok = Tokenizer([b'x'] * size)
         tok.to_dict = lambda: {'kind': 'made up'}
         ids = np.array([0, size - 1], dtype=np.uint32)
-        common.write_stream(tmp_path / dtype, tok, ids, ids, {}, 'half and half')
+        datasets.write_stream(tmp_path / dtype, tok, ids, ids, {}, 'half and half')
         assert np.fromfile(tmp_path / dtype / 'train.bin', dtype=dtype).tolist() == [0, size - 1] and dtype in capsys.readouterr().out
         assert json.loads((tmp_path / dtype / 'meta.json').read_text(encoding='utf-8'))['dtype'] == dtype

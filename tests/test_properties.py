@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from data import Pairs, Stream
-from generate import next_token
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig, pad_left
+from pocket.data import Pairs, Stream
+from pocket.generate import next_token
 
 SEEDS = st.integers(0, 2**32).map(Random)
 

@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-import checkpoint
-from configurator import UserError
+from pocket import checkpoint
+from pocket.errors import UserError
 
 QUICK = ('--max_new_tokens=30', '--device=cpu')
 
@@ -73,11 +73,11 @@ def test_drop_unknown(trained):
 
 
 def test_knobs_are_the_settings_that_a_talk_has(trained):
-    from configurator import read_knobs
-    from talk import SETTINGS
+    from pocket.chat import SETTINGS
+    from pocket.configurator import read_options
     source = (trained.root / 'sample.py').read_text(encoding='utf-8')
     assert SETTINGS == {name: (kind, ast.literal_eval(re.search(rf'(?m)^{name}[^=]*= (\S+)', source)[1]))
-                        for name, kind, _ in read_knobs(source) if name in SETTINGS}
+                        for name, kind, _ in read_options(source) if name in SETTINGS}
 
 
 def test_checkpoint_that_does_not_fit_together(project, trained):

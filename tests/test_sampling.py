@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 
-from generate import check_sampling, next_token
+from pocket.generate import check_sampling, next_token
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, -3.0, 0.0])
 N = 40_000
 
 
-def frequencies(seed=0, logits=LOGITS, **kwargs):
+def token_counts(seed=0, logits=LOGITS, **kwargs):
     generator = torch.Generator().manual_seed(seed)
     got = next_token(logits.expand(N, -1), generator=generator, **kwargs)
     return torch.bincount(got, minlength=len(logits)).double()
@@ -26,7 +26,7 @@ def agrees(counts, p):
 
 
 def test_top_k_with_ties_keeps_exactly_k():
-    assert (frequencies(logits=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), top_k=2) > 0).sum() == 2
+    assert (token_counts(logits=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), top_k=2) > 0).sum() == 2
 
 
 def test_top_p_keeps_the_token_that_crosses():
@@ -34,7 +34,7 @@ def test_top_p_keeps_the_token_that_crosses():
     for top_p, kept in ((0.01, 1), (0.4, 1), (0.6, 2), (0.79, 2), (0.81, 3), (0.97, 4), (1.0, 4)):
         want = p.clone()
         want[kept:] = 0
-        agrees(frequencies(logits=p.log(), top_p=top_p), want)
+        agrees(token_counts(logits=p.log(), top_p=top_p), want)
 
 
 @pytest.mark.parametrize('shift', [-10.0, 0.0, 10.0])
@@ -42,12 +42,12 @@ def test_repetition_penalty_lowers_whatever_the_sign(shift):
     logits, seen = LOGITS + shift, torch.tensor([True, True, False, False, True, False]).expand(N, -1)
     lowered = torch.tensor([(x / 1.5 if x > 0 else x * 1.5) if s else x for x, s in zip(logits.tolist(), seen[0].tolist())])
     assert (lowered[seen[0]] <= logits[seen[0]]).all()
-    agrees(frequencies(logits=logits, seen=seen, repetition_penalty=1.5), lowered.softmax(0))
+    agrees(token_counts(logits=logits, seen=seen, repetition_penalty=1.5), lowered.softmax(0))
 
 
 def test_banned_tokens_never_come():
     banned, before = torch.tensor([0, 5]), LOGITS.clone()
-    agrees(frequencies(banned=banned), LOGITS.softmax(0).index_fill(0, banned, 0))
+    agrees(token_counts(banned=banned), LOGITS.softmax(0).index_fill(0, banned, 0))
     assert next_token(LOGITS[None], temperature=0, banned=banned).item() == 3 and torch.equal(LOGITS, before)
 
 
@@ -58,7 +58,7 @@ def test_greedy_and_rows_are_independent():
 
 
 def test_seeds():
-    a, b, c = (frequencies(seed) for seed in (1, 1, 2))
+    a, b, c = (token_counts(seed) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import model as m
-from configurator import UserError
-from data import Pairs, group
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
+from pocket.data import Pairs, bucket_by_length
+from pocket.errors import UserError
 
 SOURCES = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [3, 3, 3, 3]]
 
@@ -256,9 +256,9 @@ def test_batches_of_pairs(tmp_path):
     pairs = made_pairs(8863, np.random.default_rng(0))
     meta = write(tmp_path, pairs)
     data = Pairs(tmp_path, meta, 'train', [0], 1000, 1000, batch_tokens=4096)
-    assert data.padding < 0.1 and data.cut == (0, 0) and data.targets == sum(len(t) for _, t in pairs)
+    assert data.padding < 0.1 and data.truncated == (0, 0) and data.num_targets == sum(len(t) for _, t in pairs)
     seen, computed, real = [], 0, 0
-    for step in range(data.steps(1, 1)):
+    for step in range(data.steps_for(1, 1)):
         batch, = data.batches(7, step, 1)
         B, S, T = *batch['src'].shape, batch['idx'].size(1)
         assert B * (S + T) <= 4096 or B == 1
@@ -276,7 +276,7 @@ def test_batches_of_pairs(tmp_path):
         shared = [torch.cat([x['targets'].flatten() for x in d]) for d in (again.batches(7, step, 4, rank=r, world=2) for r in range(2))]
         assert sorted(torch.cat(shared).tolist()) == sorted(a.tolist())
     assert sorted(t for b in data.eval_batches() for _, t in rows_of(b)) == sorted(t for _, t in pairs)
-    assert data.count_bytes(np.full(1000, 3)) == 3 * data.targets
+    assert data.count_bytes(np.full(1000, 3)) == 3 * data.num_targets
 
 
 def test_pairs_for_a_gpt_and_what_is_cut(tmp_path):
@@ -285,9 +285,9 @@ def test_pairs_for_a_gpt_and_what_is_cut(tmp_path):
     data = Pairs(tmp_path, meta, 'train', [0], 16)
     got = sorted(row for b in data.eval_batches() for row in rows_of(b))
     assert got == sorted([(list(range(28, 41)), [50, 51, 999]), ([1, 2], list(range(100, 114))), ([3], [999])])
-    assert data.cut == (1, 1)  # the oldest of the source, the end of the target with its end id
+    assert data.truncated == (1, 1)  # the oldest of the source, the end of the target with its end id
     seq2seq = Pairs(tmp_path, meta, 'train', [0], 8, 20)
-    assert seq2seq.S.tolist() == [20, 2, 1] and seq2seq.T.tolist() == [3, 8, 1]
+    assert seq2seq.source_lengths.tolist() == [20, 2, 1] and seq2seq.target_lengths.tolist() == [3, 8, 1]
     assert seq2seq.pair(seq2seq.tokens(), 0)[0].tolist() == list(range(21, 41))
 
 
@@ -296,7 +296,7 @@ def test_what_a_reply_always_begins_with_is_given(tmp_path):
     for source in (8, None):
         data = Pairs(tmp_path, meta, 'train', [0, 50, 51], 16, source)
         batches = list(data.eval_batches())
-        assert data.targets == 3 == sum((b['targets'] != -1).sum() for b in batches) and data.count_bytes(np.full(1000, 2)) == 6
+        assert data.num_targets == 3 == sum((b['targets'] != -1).sum() for b in batches) and data.count_bytes(np.full(1000, 2)) == 6
         assert sorted(t for b in batches for t in b['targets'].flatten().tolist() if t >= 0) == [7, 999, 999]
     with pytest.raises(UserError, match='do not begin as meta.json says'):
         Pairs(tmp_path, meta, 'train', [0, 50, 52], 16)
@@ -306,10 +306,10 @@ def test_group_never_exceeds_its_budget():
     rng = np.random.default_rng(1)
     for n, d in ((1, 2), (2, 1), (1000, 2), (5000, 1)):
         lengths = rng.integers(1, 60, (n, d))
-        groups = group(lengths, 300)
+        groups = bucket_by_length(lengths, 300)
         assert sorted(np.concatenate(groups).tolist()) == list(range(n))
         assert all(len(g) == 1 or len(g) * lengths[g].max(0).sum() <= 300 for g in groups)
-    assert len(group(np.full((100, 2), 10), 200)) <= 14  # ten full ones would do
+    assert len(bucket_by_length(np.full((100, 2), 10), 200)) <= 14  # ten full ones would do
 
 
 def test_bad_pairs(tmp_path):

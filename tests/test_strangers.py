@@ -17,14 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import chat
-import checkpoint
-import configurator
-import data
-import gpt2
-from configurator import UserError, configure
 from model import GPT, GPTConfig
-from tokenizer import UnknownCharacters, from_dict, make
+from pocket import checkpoint, configurator, data, pretrained, template
+from pocket.configurator import configure
+from pocket.errors import UserError
+from pocket.tokenizer import UnknownCharacters, make_tokenizer, tokenizer_from_dict
 
 JUNK = [None, True, 0, 1, -1, 2, 10**9, 10**12, 2**62, 2**63, 10**30, 10**5000, 0.0, -0.5, 1e300, math.inf, math.nan, '', 'x', '5', '../../x', 'a\0b',
         '\ud800', 'é☃', '{', '{text.__class__}', '{text:>9999999999}', '<eos>', 'Z' * 5000, [], [1], ['a', 'a'], [[]], {}, {'a': 1}, {'kind': 'byte'},
@@ -99,7 +96,7 @@ def some_state(folder, kind='gpt', **fields):
     meta = json.loads(((make_pairs if kind == 'seq2seq' or 'cutoffs' in fields else make_toy)(folder) / 'meta.json').read_text(encoding='utf-8'))
     Model, Config = checkpoint.KINDS[kind]
     net = Model(Config(block_size=16, vocab_size=meta['vocab_size'], n_layer=1, n_head=2, n_embd=8, **fields))
-    return {'format': 1, **checkpoint.model_state(net, from_dict(meta['tokenizer']), {'dataset': 'toy', 'n_embd': 8}, meta.get('chat')), 'step': 3,
+    return {'format': 1, **checkpoint.model_state(net, tokenizer_from_dict(meta['tokenizer']), {'dataset': 'toy', 'n_embd': 8}, meta.get('chat')), 'step': 3,
             'tokens': 9, 'seconds': 1.0, 'best': 2.0, 'bad_evals': 0, 'evaluated': 3, 'loss_sum': 0.0, 'loss_tokens': 0, 'grad_norm': 1.0}
 
 
@@ -108,13 +105,13 @@ def write_with(path):
     state = checkpoint.load(path)
     model, tok = checkpoint.build(state, path, gradient_checkpointing=False)
     style, (T, V) = state.get('chat'), (model.config.block_size, model.config.vocab_size)
-    start, banned = chat.start_ids(tok, style) if style else None, set(tok.specials.values()) - {tok.end} | set(range(tok.vocab_size, V))
+    start, banned = template.reply_start_ids(tok, style) if style else None, set(tok.special_tokens.values()) - {tok.eos_id} | set(range(tok.vocab_size, V))
     try:
-        ids = chat.source_ids(tok, style, [(style['you'], 'ba'), (style['me'], 'ba')], model.reply_room(start, 3)) if style else tok.prompt('ba')
+        ids = template.encode_conversation(tok, style, [(style['you'], 'ba'), (style['me'], 'ba')], model.reply_room(start, 3)) if style else tok.encode_prompt('ba')
     except UnknownCharacters:
         return
     prompt = model.reply_prompts([ids], start, 3)[0] if style else ids[-T:]
-    for column in model.stream([prompt], 3, tok.end, start, 1, banned, top_k=20):
+    for column in model.stream([prompt], 3, tok.eos_id, start, 1, banned, top_k=20):
         tok.decode([i for i in column.tolist() if i >= 0])
 
 
@@ -189,12 +186,12 @@ def test_weights_that_are_no_numbers(tmp_path):
         torch.save(state, path)
         with pytest.raises(UserError, match=r'mlp.c_fc.weight has values that are infinite or no numbers \(NaN\): take an earlier checkpoint'):
             checkpoint.load(path)
-    gpt2.export(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4)), make('byte'), tmp_path / 'g')
+    pretrained.export_folder(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4)), make_tokenizer('byte'), tmp_path / 'g')
     tensors = load_file(tmp_path / 'g' / 'model.safetensors')
     tensors['transformer.wpe.weight'][0, 0] = math.nan
     save_file(tensors, tmp_path / 'g' / 'model.safetensors')
     with pytest.raises(UserError, match='transformer.wpe.weight in .* has values that are infinite or no numbers'):
-        gpt2.load(tmp_path / 'g')
+        pretrained.load(tmp_path / 'g')
 
 
 def test_versions(tmp_path):
@@ -205,20 +202,20 @@ def test_versions(tmp_path):
     del state['tokens'], state['chat']
     torch.save(state, path)
     assert checkpoint.build(checkpoint.load(path), path)[0].config.token_shift is False
-    write_with(path)  # with chat.PLAIN
+    write_with(path)  # with template.PLAIN_TEMPLATE
     torch.save({'format': 2, 'weights': 'elsewhere'}, path)
     with pytest.raises(UserError, match='has format 2, this version reads up to 1: use a newer pocketGPT'):
         checkpoint.load(path)
     write_json(make_toy(tmp_path) / 'meta.json', {'format': 2, 'shards': []})
     with pytest.raises(UserError, match='has format 2, this version reads up to 1: use a newer pocketGPT, or prepare'):
-        data.read_meta(tmp_path / 'data' / 'toy')
+        data.load_meta(tmp_path / 'data' / 'toy')
 
 
 def test_cut_anywhere(tmp_path):
     """A checkpoint without its end, at every byte of the zip's directory; a safetensors file at every byte of its header."""
     torch.save(some_state(tmp_path), tmp_path / 'x.pt')
-    gpt2.export(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4)), make('byte'), tmp_path / 'g')
-    for path, read, ends in ((tmp_path / 'x.pt', checkpoint.load, (0, 200, -500)), (tmp_path / 'g' / 'model.safetensors', lambda p: gpt2.find_tensors(p.parent), (0, 1600, -50))):
+    pretrained.export_folder(GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=4)), make_tokenizer('byte'), tmp_path / 'g')
+    for path, read, ends in ((tmp_path / 'x.pt', checkpoint.load, (0, 200, -500)), (tmp_path / 'g' / 'model.safetensors', lambda p: pretrained.find_tensors(p.parent), (0, 1600, -50))):
         raw = path.read_bytes()
         for n in [*range(*ends[:2]), *range(ends[1], len(raw), 500), *range(len(raw) + ends[2], len(raw))]:
             path.write_bytes(raw[:n])
@@ -242,41 +239,41 @@ def datasets(folder):
             ids.tofile(path)
         elif path.is_file():
             path.write_bytes(scratch(path.read_bytes(), rng))
-        meta = data.read_meta(d)
+        meta = data.load_meta(d)
         try:
-            tok = from_dict(meta['tokenizer'])
+            tok = tokenizer_from_dict(meta['tokenizer'])
         except ValueError as e:  # train.py, too
             raise UserError(str(e)) from None
         if tok.vocab_size != meta['vocab_size']:
             return
-        pairs, style = meta['kind'] == 'pairs', meta.get('chat', chat.PLAIN)
+        pairs, style = meta['kind'] == 'pairs', meta.get('chat', template.PLAIN_TEMPLATE)
         source = rng.choice((24, None))
-        split = data.Pairs(d, meta, 'train', chat.start_ids(tok, style), 16, source, 300) if pairs else data.Stream(d, meta, 'train', 16, 4)
-        list(split.batches(1, 3, 2)), split.count_bytes(tok.byte_lengths()), split.frequencies()
+        split = data.Pairs(d, meta, 'train', template.reply_start_ids(tok, style), 16, source, 300) if pairs else data.Stream(d, meta, 'train', 16, 4)
+        list(split.batches(1, 3, 2)), split.count_bytes(tok.byte_lengths()), split.token_counts()
     return use
 
 
 def tokenizers(folder):
-    known = [make('char', ['hello ba'], specials=('eos',)), make('byte'), make('bpe', ['the cat sat on the mat'] * 9, 269),
-             make('sentencepiece', ['the cat sat on the mat\n'] * 30, 289, ('eos',))]
+    known = [make_tokenizer('char', ['hello ba'], special_tokens=('eos',)), make_tokenizer('byte'), make_tokenizer('bpe', ['the cat sat on the mat'] * 9, 269),
+             make_tokenizer('sentencepiece', ['the cat sat on the mat\n'] * 30, 289, ('eos',))]
 
     def use(rng):
         try:
-            tok = from_dict(mutate(rng.choice(known).to_dict(), rng))
+            tok = tokenizer_from_dict(mutate(rng.choice(known).to_dict(), rng))
         except ValueError as e:
             raise UserError(str(e)) from None
         try:
             tok.decode(tok.encode('ba the cat'))
         except UnknownCharacters:
             pass
-        assert tok.prompt('') and all(0 <= i < tok.vocab_size for i in tok.prompt(''))
-        tok.decode(range(tok.vocab_size)), tok.listing(), from_dict(json.loads(json.dumps(tok.to_dict())))
+        assert tok.encode_prompt('') and all(0 <= i < tok.vocab_size for i in tok.encode_prompt(''))
+        tok.decode(range(tok.vocab_size)), tok.vocabulary_listing(), tokenizer_from_dict(json.loads(json.dumps(tok.to_dict())))
     return use
 
 
 def gpt2_folders(folder):
-    tok, there, here = make('bpe', ['the cat sat on the mat'] * 9, 269), folder / 'there', folder / 'here'
-    gpt2.export(GPT(GPTConfig(block_size=16, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_embd=8)), tok, there)
+    tok, there, here = make_tokenizer('bpe', ['the cat sat on the mat'] * 9, 269), folder / 'there', folder / 'here'
+    pretrained.export_folder(GPT(GPTConfig(block_size=16, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_embd=8)), tok, there)
     raw = (there / 'model.safetensors').read_bytes()
     size = 8 + int.from_bytes(raw[:8], 'little')
     header, junk = json.loads(raw[8:size]), [j for j in JUNK if j != 10**5000]
@@ -295,8 +292,8 @@ def gpt2_folders(folder):
             path.write_bytes(len(text).to_bytes(8, 'little') + text + raw[size:])
         else:
             write_json(path, mutate(json.loads(path.read_text(encoding='utf-8')), rng, junk))
-        gpt2.load(str(here))[0].generate([[1, 2]], 3, temperature=0)
-        gpt2.load_tokenizer(str(here))
+        pretrained.load(str(here))[0].generate([[1, 2]], 3, temperature=0)
+        pretrained.load_tokenizer(str(here))
     return use
 
 
@@ -362,18 +359,18 @@ def test_path_tricks(project):
 
 
 def test_formats_of_conversations(tmp_path):
-    tok = make('char', ['UB: ba'], specials=('sep', 'eos'))
+    tok = make_tokenizer('char', ['UB: ba'], special_tokens=('sep', 'eos'))
     good = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '', 'turns': 3, 'you': 'U', 'me': 'B', 'reply': 'B: '}
-    chat.check(good, tok)
-    assert tok.decode(chat.source_ids(tok, good, [('U', 'ba'), ('B', 'ab')])) == 'U: baB: ab'
+    template.check(good, tok)
+    assert tok.decode(template.encode_conversation(tok, good, [('U', 'ba'), ('B', 'ab')])) == 'U: baB: ab'
     for change in ({'turn': 'text'}, {'turn': 5}, {'turns': 0}, {'turns': True}, {'turns': '3'}, {'you': None}, {'between': ['<sep>']}, {'reply': 'x' * 10**6}):
         with pytest.raises(ValueError, match='chat, the format of conversations, must have turn, between'):
-            chat.check({**good, **change})
+            template.check({**good, **change})
     for change in ({'turn': '{speaker}!r {text}'}, {'turn': '{text:>9999999999}'}, {'reply': 'Bot: '}, {'begin': '<bos>'}):
         with pytest.raises(ValueError):
-            chat.check({**good, **change}, tok)
+            template.check({**good, **change}, tok)
     with pytest.raises(UserError, match='no special id to begin a reply with'):
-        chat.start_ids(make('char', ['B: ']), good)
+        template.reply_start_ids(make_tokenizer('char', ['B: ']), good)
 
 
 def test_resume_from_a_damaged_run(project, trained):

@@ -13,7 +13,7 @@ import tiktoken
 import tokenizers as hf
 from conftest import CHECKOUT, SHARED
 
-from tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, UnknownCharacters, from_dict, make
+from pocket.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, UnknownCharacters, make_tokenizer, tokenizer_from_dict
 
 TEXT = 'To be, or not to be\n\tübung 日本 🙂\r\n\x00'
 FORGED = '<|endoftext|> <eot> <|sep|><sep> <pad><s>'
@@ -51,18 +51,18 @@ def tokenizer(kind):
         pytest.skip('the files of tiktoken are not beside this checkout')
     if kind not in made:
         texts, size = {'char': ([TEXT, FORGED], None), 'bpe': ([PROSE], 400)}.get(kind, ([PROSE], 420))
-        made[kind] = make(kind, texts, size, specials=('eot', 'pad', 'sep'))
+        made[kind] = make_tokenizer(kind, texts, size, special_tokens=('eot', 'pad', 'sep'))
     return made[kind]
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_round_trips(kind):
     tok = tokenizer(kind)
-    again = from_dict(json.loads(json.dumps(tok.to_dict())))
-    assert again.specials == tok.specials and again.vocab_size == tok.vocab_size and again.to_dict() == tok.to_dict()
+    again = tokenizer_from_dict(json.loads(json.dumps(tok.to_dict())))
+    assert again.special_tokens == tok.special_tokens and again.vocab_size == tok.vocab_size and again.to_dict() == tok.to_dict()
     for text in ['', TEXT, TEXT * 50, FORGED] + (['🙂'] if kind == 'char' else random_texts(200)):
         ids = tok.encode(text)
-        assert all(type(i) is int and 0 <= i < tok.vocab_size for i in ids) and not set(ids) & set(tok.specials.values())
+        assert all(type(i) is int and 0 <= i < tok.vocab_size for i in ids) and not set(ids) & set(tok.special_tokens.values())
         assert tok.decode(ids) == text and again.encode(text) == ids
         decode = tok.stream_decoder()
         pieces = [decode(i) for i in ids] + [decode(None)]
@@ -77,19 +77,19 @@ def test_round_trips(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_special_tokens(kind):
     tok = tokenizer(kind)
-    ids = [tok.specials[name] for name in ('eot', 'pad', 'sep')]
-    assert tok.decode(ids) == '' and len(set(ids)) == 3 and tok.end == ids[0] and tok.start == ids[2]
+    ids = [tok.special_tokens[name] for name in ('eot', 'pad', 'sep')]
+    assert tok.decode(ids) == '' and len(set(ids)) == 3 and tok.eos_id == ids[0] and tok.decoder_start_id == ids[2]
     expected = {'char': len(set(TEXT + FORGED)), 'byte': 256, 'bpe': 397, 'gpt2': 50256, 'cl100k_base': 100257}
     if kind in expected:
         first = expected[kind] + (20 if kind == 'cl100k_base' else 1)
         assert ids == [expected[kind], first, first + 1] and tok.vocab_size == first + 2
-    lines = tok.listing().splitlines()
+    lines = tok.vocabulary_listing().splitlines()
     assert len(lines) == tok.vocab_size and lines[ids[1]].split() == [str(ids[1]), '<pad>']
     a = tok.encode('s')[0]
     assert lines[a].split() == [str(a), "'s'"]
     for wrong in (('a', 'a'), ('<a>',), ('',), (5,)):
         with pytest.raises(ValueError, match='different names'):
-            make(kind, [PROSE], 420, specials=wrong)
+            make_tokenizer(kind, [PROSE], 420, special_tokens=wrong)
 
 
 def test_char_ids_are_in_the_order_of_code_points():
@@ -98,7 +98,7 @@ def test_char_ids_are_in_the_order_of_code_points():
 
 
 def test_unknown_characters_are_named():
-    tok = make('char', ['abc'], specials=('pad',))
+    tok = make_tokenizer('char', ['abc'], special_tokens=('pad',))
     with pytest.raises(UnknownCharacters, match=r"does not know 'é' \(U\+00E9\) '\\n' \(U\+000A\)") as e:
         tok.encode('caé\né')
     assert e.value.characters == ['é', '\n']
@@ -106,7 +106,7 @@ def test_unknown_characters_are_named():
 
 def test_every_byte():
     tok = ByteTokenizer()
-    assert tok.specials['eot'] == 256 and tok.decode([104, 256, 105]) == 'hi' and max(tok.encode('<|endoftext|>')) < 256
+    assert tok.special_tokens['eot'] == 256 and tok.decode([104, 256, 105]) == 'hi' and max(tok.encode('<|endoftext|>')) < 256
     assert tok.decode([0xE6, 0x97]) == '\ufffd'  # a character that was cut off
     decode = tok.stream_decoder()
     assert [decode(i) for i in (0xE6, 0x97, 0xA5)] == ['', '', '日'] and decode(0xE6) + decode(None) == '\ufffd'
@@ -119,8 +119,8 @@ def test_prompt_is_never_empty():
 
 
 def test_dicts_of_older_versions():
-    assert from_dict({'kind': 'byte'}).specials == {'eot': 256} and from_dict({'kind': 'char', 'chars': 'ab'}).specials == {}
-    assert make('byte').to_dict() == {'kind': 'byte'} and make('char', ['ba']).to_dict() == {'kind': 'char', 'chars': 'ab'}  # a resume compares
+    assert tokenizer_from_dict({'kind': 'byte'}).special_tokens == {'eot': 256} and tokenizer_from_dict({'kind': 'char', 'chars': 'ab'}).special_tokens == {}
+    assert make_tokenizer('byte').to_dict() == {'kind': 'byte'} and make_tokenizer('char', ['ba']).to_dict() == {'kind': 'char', 'chars': 'ab'}  # a resume compares
 
 
 # What users can't be kept from typing
@@ -201,10 +201,10 @@ def test_bpe_learns_what_the_plain_algorithm_learns():
 
 def test_bpe_learns_the_same_from_any_order_and_any_hash_seed():
     lines = PROSE.splitlines(keepends=True)
-    first = make('bpe', lines, 700).to_dict()
+    first = make_tokenizer('bpe', lines, 700).to_dict()
     random.Random(0).shuffle(lines)
-    assert make('bpe', (line for line in lines), 700).to_dict() == first
-    command = 'import sys, json; from tokenizer import make; print(json.dumps(make("bpe", json.load(sys.stdin), 700).to_dict()))'
+    assert make_tokenizer('bpe', (line for line in lines), 700).to_dict() == first
+    command = 'import sys, json; from tokenizer import make_tokenizer; print(json.dumps(make_tokenizer("bpe", json.load(sys.stdin), 700).to_dict()))'
     for seed in '12':
         out = subprocess.run([sys.executable, '-c', command], cwd=CHECKOUT, env={**os.environ, 'PYTHONHASHSEED': seed},
                              input=json.dumps(lines).encode(), capture_output=True, check=True).stdout
@@ -212,7 +212,7 @@ def test_bpe_learns_the_same_from_any_order_and_any_hash_seed():
 
 
 def test_bpe_of_words_without_end(capsys):
-    tok = make('bpe', ['a' * 5000, 'ab' * 3000, '日' * 2000], 280)
+    tok = make_tokenizer('bpe', ['a' * 5000, 'ab' * 3000, '日' * 2000], 280)
     assert 'a' * 16 in map(tok.decode, ([i] for i in range(256, 279))) and tok.decode(tok.encode('ab日' * 99)) == 'ab日' * 99
     assert not capsys.readouterr().out
 
@@ -220,7 +220,7 @@ def test_bpe_of_words_without_end(capsys):
 @pytest.mark.parametrize('kind, texts, size, said', [('bpe', ['abab'], 300, 'too high for this text: made 258'), ('bpe', [], 300, 'made 257'),
                                                      ('sentencepiece', ['abab'], 300, 'too high for this text: made '), ('sentencepiece_unigram', ['ab ab'], 999, 'made ')])
 def test_vocabulary_too_high(kind, texts, size, said, capfd):
-    tok = make(kind, texts, size, specials=('eot',))
+    tok = make_tokenizer(kind, texts, size, special_tokens=('eot',))
     out, err = capfd.readouterr()
     assert said in out and f'{tok.vocab_size:,}' in out and tok.vocab_size < size and not err
     assert tok.decode(tok.encode(TEXT)) == TEXT
@@ -231,12 +231,12 @@ def test_vocabulary_too_high(kind, texts, size, said, capfd):
                                                      ('nope', None, None, "no tokenizer 'nope'.*char, byte, bpe, sentencepiece, sentencepiece_unigram.*gpt2.*cl100k_base")])
 def test_what_cannot_be_made(kind, texts, size, said):
     with pytest.raises(ValueError, match=said) as e:
-        make(kind, texts, size)
+        make_tokenizer(kind, texts, size)
     assert '\n' not in str(e.value)
 
 
 def test_tiktoken_without_network_and_cache():
-    for go in (lambda: make('p50k_base'), lambda: from_dict({'kind': 'tiktoken', 'name': 'p50k_base', 'specials': []})):
+    for go in (lambda: make_tokenizer('p50k_base'), lambda: tokenizer_from_dict({'kind': 'tiktoken', 'name': 'p50k_base', 'specials': []})):
         with pytest.raises(ValueError, match='p50k_base.*TIKTOKEN_CACHE_DIR') as e:
             go()
         assert '\n' not in str(e.value)
@@ -246,13 +246,13 @@ def test_tiktoken_without_network_and_cache():
 def test_hugging_faces_file(kind):
     tok = tokenizer(kind.split()[0])
     if kind != kind.split()[0]:  # few merges, so it is quick; the expression is what is hard
-        tok, split = BpeTokenizer(tok.merges, tok.specials), tokenizer('cl100k_base').split
+        tok, split = BpeTokenizer(tok.merges, tok.special_tokens), tokenizer('cl100k_base').split
         tok.split, tok.encoding = split, tiktoken.Encoding('', pat_str=split, mergeable_ranks=tok.ranks, special_tokens={})
     theirs = hf.Tokenizer.from_str(tok.tokenizer_json())
     for text in random_texts(300, seed=2) + [PROSE, TEXT, "don't\n\n12345 \n x  ", 'a\n', 'a \n  ']:
         assert theirs.encode(text).ids == tok.encode(text) and theirs.decode(tok.encode(text)) == text
     for name, text in (('eot', '<|endoftext|>'), ('pad', '<|pad|>')):
-        assert theirs.token_to_id(text) == tok.specials[name] and theirs.encode(text).ids == [tok.specials[name]]
+        assert theirs.token_to_id(text) == tok.special_tokens[name] and theirs.encode(text).ids == [tok.special_tokens[name]]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the real text is not beside this checkout')
@@ -262,7 +262,7 @@ def test_bpe_packs_as_well_as_hugging_faces():
     theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.train_from_iterator([text], hf.trainers.BpeTrainer(vocab_size=2048, special_tokens=['<|endoftext|>'], show_progress=False,
                                                               initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
-    tok = make('bpe', [text], 2048)
+    tok = make_tokenizer('bpe', [text], 2048)
     n, m = len(tok.encode(text)), len(theirs.encode(text).ids)
     assert tok.vocab_size == 2048 and n <= 1.005 * m, (n, m)
 
@@ -271,7 +271,7 @@ def test_bpe_packs_as_well_as_hugging_faces():
 def test_gpt2_is_gpt2s():
     text = (SHARED / 'the-verdict.txt').read_bytes().decode('utf-8')
     assert len(tokenizer('gpt2').encode(text)) == 5145 and len(tokenizer('cl100k_base').encode(text)) == 4943
-    assert tokenizer('gpt2').encode('hello world') == [31373, 995] and tokenizer('gpt2').specials['eot'] == 50256
+    assert tokenizer('gpt2').encode('hello world') == [31373, 995] and tokenizer('gpt2').special_tokens['eot'] == 50256
     assert tokenizer('gpt2').merges[:2] == ['Ġ t', 'Ġ a'] and len(tokenizer('gpt2').merges) == 50_000  # as in its vocab.bpe
 
 
@@ -287,5 +287,5 @@ def test_wrong_descriptions(d):
         model = tokenizer('sentencepiece').model
         d = {**d, 'model': model[:len(model) // 8 * 4]}
     with pytest.raises(ValueError) as e:
-        from_dict(d)
+        tokenizer_from_dict(d)
     assert str(e.value) and '\n' not in str(e.value)

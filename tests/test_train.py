@@ -33,13 +33,13 @@ def test_what_a_run_says_and_leaves(trained):
 
 def test_validation_is_the_mean_over_all_of_val(trained):
     """The number in the checkpoint, against the plain formula; and --eval_only says it again."""
-    import checkpoint
-    from data import Stream, read_meta
+    from pocket import checkpoint
+    from pocket.data import Stream, load_meta
     path = trained.root / 'out' / 'toy' / 'best.pt'
     state = checkpoint.load(path)
     model, tok = checkpoint.build(state, path)
     folder = trained.root / 'data' / 'toy'
-    ids = torch.from_numpy(Stream(folder, read_meta(folder), 'val', 16).tokens().astype('int64'))
+    ids = torch.from_numpy(Stream(folder, load_meta(folder), 'val', 16).tokens().astype('int64'))
     total = 0.0
     with torch.no_grad():
         for i in range(0, len(ids) - 1, 16):
@@ -327,7 +327,7 @@ def test_two_runs_never_share_a_folder(project):
 
 
 def test_precision_is_chosen_and_explained(monkeypatch):
-    import device
+    from pocket import device
     cpu = torch.device('cpu')
     for has, want in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda has=has: has, raising=False)

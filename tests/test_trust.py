@@ -1,4 +1,4 @@
-"""Nothing lost, nothing mixed up: a few trials of each experiment in torture.py at fixed seeds, and what they have brought to light."""
+"""Nothing lost, nothing mixed up: a few trials of each experiment in fault_injection.py at fixed seeds, and what they have brought to light."""
 import os
 import shutil
 import sys
@@ -7,16 +7,15 @@ from random import Random
 
 import pytest
 
-import common
-import files
+from pocket import datasets, files
 
 if sys.platform != 'linux':
     pytest.skip('needs SIGKILL, /proc and limits on files', allow_module_level=True)
-import torture
+import fault_injection
 from conftest import TINY, Lab, SlowServer, read_log, same_run, server
 
-from configurator import UserError
-from tokenizer import ByteTokenizer
+from pocket.errors import UserError
+from pocket.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope='module')
@@ -28,19 +27,19 @@ def lab(tmp_path_factory):
                                           ('two_downloads', 1)])
 def test_fast(lab, name, trials):
     for number in range(trials):
-        torture.EXPERIMENTS[name](lab, Random(f'suite {name} {number}'))
+        fault_injection.EXPERIMENTS[name](lab, Random(f'suite {name} {number}'))
 
 
 @pytest.mark.parametrize('kind', ['shakespeare_char', 'office'])
 def test_a_killed_preparation(lab, kind):
-    torture.kill_prepare(lab, Random(f'suite {kind}'), kind)
+    fault_injection.kill_prepare(lab, Random(f'suite {kind}'), kind)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', torture.EXPERIMENTS)
+@pytest.mark.parametrize('name', fault_injection.EXPERIMENTS)
 def test_slow(lab, name):
-    for number in range(1 if name in torture.ONCE else 10):
-        torture.EXPERIMENTS[name](lab, Random(f'slow {name} {number}'))
+    for number in range(1 if name in fault_injection.ONCE else 10):
+        fault_injection.EXPERIMENTS[name](lab, Random(f'slow {name} {number}'))
 
 
 def test_best_without_last(project, trained):
@@ -61,7 +60,7 @@ def test_a_claim(tmp_path, monkeypatch):
     folder = tmp_path / 'run'
     folder.mkdir()
     with files.lock(folder):
-        for claim in (files.lock, files.move_aside, common.clear):
+        for claim in (files.lock, files.back_up, datasets.clear):
             with pytest.raises(UserError, match=f'another .* {folder}: wait for it'):
                 claim(folder)
     real = __import__('fcntl').flock
@@ -69,13 +68,13 @@ def test_a_claim(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='another run is writing'):
         files.lock(folder)
     monkeypatch.undo()
-    assert files.move_aside(tmp_path / 'aside') == tmp_path / 'aside.1'
+    assert files.back_up(tmp_path / 'aside') == tmp_path / 'aside.1'
 
 
 def test_a_dataset_is_written_by_one(tmp_path):
-    with common.clear(tmp_path / 'x'), pytest.raises(UserError, match='another process is preparing'):
-        common.write_stream(tmp_path / 'x', ByteTokenizer(), [1], [2], {}, 'none')
-    common.write_stream(tmp_path / 'x', ByteTokenizer(), [1], [2], {}, 'none')
+    with datasets.clear(tmp_path / 'x'), pytest.raises(UserError, match='another process is preparing'):
+        datasets.write_stream(tmp_path / 'x', ByteTokenizer(), [1], [2], {}, 'none')
+    datasets.write_stream(tmp_path / 'x', ByteTokenizer(), [1], [2], {}, 'none')
 
 
 def test_a_file_that_is_being_read_on_windows(tmp_path, monkeypatch):
@@ -89,11 +88,11 @@ def test_a_file_that_is_being_read_on_windows(tmp_path, monkeypatch):
         real(a, b)
     monkeypatch.setattr(os, 'replace', busy)
     monkeypatch.setattr(time, 'sleep', lambda s: None)
-    files.write_whole(tmp_path / 'a', lambda f: f.write(b'new'))
+    files.atomic_write(tmp_path / 'a', lambda f: f.write(b'new'))
     assert (tmp_path / 'a').read_bytes() == b'new' and len(tries) == 3
     monkeypatch.setattr(os, 'replace', lambda a, b: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')))
     with pytest.raises(UserError, match='Permission denied'):
-        files.write_whole(tmp_path / 'a', lambda f: f.write(b'newer'))
+        files.atomic_write(tmp_path / 'a', lambda f: f.write(b'newer'))
     assert os.listdir(tmp_path) == ['a'] and (tmp_path / 'a').read_bytes() == b'new'
 
 
@@ -123,7 +122,7 @@ def test_a_part_is_of_one_file(tmp_path, monkeypatch, before, now, goes_on):
 def test_what_a_killed_export_leaves(lab):
     """… is in nobody's way, and a folder with something in it is not touched."""
     unfinished = lab.root / '.there.export.tmp'
-    torture.kill_export(lab, Random(1))
+    fault_injection.kill_export(lab, Random(1))
     unfinished.mkdir()
     (unfinished / 'model.safetensors.tmp').write_bytes(b'half')
     lab.project.run('export.py', '--out_dir=gpt2', '--to=there')
@@ -149,7 +148,7 @@ def test_a_stop_saves_before_it_draws(project):
 def test_paths_that_are_not_text_here(tmp_path):
     """With LC_ALL=C and without Python's UTF-8 mode a path comes with surrogates: meta.json has it as it is on disk."""
     path = os.fsencode('täxt').decode('ascii', 'surrogateescape')
-    common.write_stream(tmp_path / 'x', ByteTokenizer(), [1], [2], {'source': path}, 'none')
+    datasets.write_stream(tmp_path / 'x', ByteTokenizer(), [1], [2], {'source': path}, 'none')
     assert '"source": "täxt"' in (tmp_path / 'x' / 'meta.json').read_text(encoding='utf-8')
 
 

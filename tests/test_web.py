@@ -13,6 +13,9 @@ import pytest
 import requests
 from conftest import CHECKOUT, TINY, Project, make_pairs
 
+from pocket import chat
+from pocket import server as server_module
+
 pytest.importorskip('uvicorn', reason='pip install uvicorn')
 pytest.importorskip('starlette', reason='pip install starlette')
 
@@ -122,13 +125,11 @@ class Slow:
     """A page in this process, whose model counts its steps, and takes them while `go` is set."""
 
     def __init__(self, trained, monkeypatch):
-        import talk
-        import web
         monkeypatch.setenv('BROWSER', 'true')
-        self.pause, self.sock, self.steps, self.go = 0, web.listen('127.0.0.1', 0), 0, threading.Event()
-        writer = talk.load(trained.root / 'out' / 'toy', device='cpu')
+        self.pause, self.sock, self.steps, self.go = 0, server_module.listen('127.0.0.1', 0), 0, threading.Event()
+        writer = chat.load(trained.root / 'out' / 'toy', device='cpu')
         writer.model.register_forward_pre_hook(self.step)
-        self.page = web.Page(writer, self.sock, '127.0.0.1')
+        self.page = server_module.Page(writer, self.sock, '127.0.0.1')
         self.thread = threading.Thread(target=self.page.run)
         self.thread.start()
 
@@ -204,7 +205,7 @@ def test_port_that_is_taken(trained, server):
 
 
 def test_what_is_reached_from_elsewhere_is_said(capsys):
-    from web import listen
+    from pocket.server import listen
     listen('127.0.0.1', 0).close()
     assert capsys.readouterr().err == ''
     listen('0.0.0.0', 0).close()
@@ -236,8 +237,7 @@ def talked(tmp_path_factory):
 
 
 def test_conversation(talked):
-    import talk
-    here = talk.load(talked.root / 'out' / 'talk', device='cpu')
+    here = chat.load(talked.root / 'out' / 'talk', device='cpu')
     turns = [['U', 'ba dodo'], ['B', 'dodo.']]
     with serving(talked, '--out_dir=out/talk', '--seed=5') as process:
         settings = {**SHORT, 'temperature': 1.5, 'seed': 5}

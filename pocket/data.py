@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import chat
-from configurator import ROOT, UserError, usable
-from files import FORMAT
+from pocket import template
+from pocket.errors import UserError
+from pocket.files import FORMAT, ROOT, check_path
 
-SHARED = {'common', 'corpus', 'text'}  # what makes no dataset of its own name in prepare/
+SHARED = {'text'}  # what makes no dataset of its own name in prepare/
 IN_MEMORY = 2**28     # bytes: smaller files are loaded whole, larger ones memory-mapped
 
 
 def ensure_prepared(dataset, data_dir, make=True):
     """Folder of a dataset; where it is missing and prepare/DATASET.py exists, that is run first if make. Raises UserError."""
-    folder = usable(Path(data_dir) / dataset)
+    folder = check_path(Path(data_dir) / dataset)
     if (folder / 'meta.json').is_file():
         return folder
     script = ROOT / 'prepare' / f'{dataset}.py'
@@ -40,7 +40,7 @@ def ensure_prepared(dataset, data_dir, make=True):
     return folder
 
 
-def read_meta(folder):
+def load_meta(folder):
     """meta.json of a dataset as a dict. Raises UserError where it is not one of ours."""
     path = Path(folder) / 'meta.json'
     try:
@@ -55,7 +55,7 @@ def read_meta(folder):
         for part in ('counts', 'pairs') if pairs else ('counts',):
             bad += [f'{part}.{s}' for s in {'train', 'val', *meta[part]} if type(meta[part][s]) is not int or meta[part][s] < 0]
         if pairs and 'chat' in meta:
-            chat.check(meta['chat'])
+            template.check(meta['chat'])
     except UserError:
         raise
     except OSError as e:
@@ -102,9 +102,9 @@ class Tokens:
             size = self.path.stat().st_size
         except OSError as e:
             raise UserError(f'cannot read {self.path}: {e.strerror}; prepare the dataset again') from None
-        self.n = meta['counts'][split]
-        if not size or size != self.n * self.dtype.itemsize:
-            raise UserError(f'{self.path} has {size:,} bytes, but meta.json speaks of {self.n:,} ids of {self.dtype.itemsize} '
+        self.num_tokens = meta['counts'][split]
+        if not size or size != self.num_tokens * self.dtype.itemsize:
+            raise UserError(f'{self.path} has {size:,} bytes, but meta.json speaks of {self.num_tokens:,} ids of {self.dtype.itemsize} '
                             f'bytes: the file is cut short or not from this dataset; prepare it again')
         self.loaded = self.check(np.fromfile(self.path, dtype=self.dtype)) if size <= IN_MEMORY else None
 
@@ -119,14 +119,14 @@ class Tokens:
                             f'prepare the dataset again')
         return ids
 
-    def steps(self, epochs, micro_batches):
+    def steps_for(self, epochs, micro_batches):
         """How many steps so many epochs are."""
         return math.ceil(epochs * self.epoch / (self.batch_size * micro_batches))
 
-    def frequencies(self):
+    def token_counts(self):
         """(vocab_size,) int64: how often each id occurs."""
         tokens, counts = self.tokens(), np.zeros(self.vocab_size, dtype=np.int64)
-        for i in range(0, self.n, 2**24):
+        for i in range(0, self.num_tokens, 2**24):
             counts += np.bincount(self.check(tokens[i:i + 2**24]), minlength=self.vocab_size)
         return counts
 
@@ -137,11 +137,11 @@ class Stream(Tokens):
     def __init__(self, folder, meta, split, block_size, batch_size=1):
         super().__init__(folder, meta, split)
         self.T, self.batch_size = block_size, batch_size
-        self.targets = self.n - 1  # in a whole pass: nobody predicts the first id
-        self.epoch = max(1, self.n // self.T - 1)  # windows of one
+        self.num_targets = self.num_tokens - 1  # in a whole pass: nobody predicts the first id
+        self.epoch = max(1, self.num_tokens // self.T - 1)  # windows of one
         least = block_size + 1 if split == 'train' else 2
-        if self.n < least:
-            raise UserError(f'{self.path} has only {self.n:,} ids, but --block_size={block_size} needs {least:,}: '
+        if self.num_tokens < least:
+            raise UserError(f'{self.path} has only {self.num_tokens:,} ids, but --block_size={block_size} needs {least:,}: '
                             f'use more text or a smaller --block_size')
 
     def windows(self, tokens, starts):
@@ -158,11 +158,11 @@ class Stream(Tokens):
         for epoch in range(first // n, (first + count - 1) // n + 1):
             key = int(mix(epoch, seed)[0])
             here = sample // np.uint64(n) == epoch
-            offset = key % (min(self.T - 1, self.n - 1 - n * self.T) + 1)
+            offset = key % (min(self.T - 1, self.num_tokens - 1 - n * self.T) + 1)
             starts[here] = permute(sample[here] % np.uint64(n), n, key % 2**32) * np.uint64(self.T) + np.uint64(offset)
         return starts
 
-    def batches(self, seed, step, micro_batches, rank=0, world=1):
+    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
         """The part of a step that falls to this rank: dicts of int64 tensors idx and targets, of at most batch_size rows.
 
         A pure function of its arguments. Together the ranks see samples step * G to (step + 1) * G - 1 of the run, with
@@ -170,14 +170,14 @@ class Stream(Tokens):
         get a row without targets, because all have to take part in the step.
         """
         tokens, G = self.tokens(), self.batch_size * micro_batches
-        first, last = (step * G + r * G // world for r in (rank, rank + 1))
+        first, last = (step * G + r * G // world_size for r in (rank, rank + 1))
         for i in range(first, max(last, first + 1), self.batch_size):
             rows = self.windows(tokens, self.starts(seed, i, max(1, min(self.batch_size, last - i))))
             yield {'idx': rows[:, :-1], 'targets': rows[:, 1:] if i < last else torch.full_like(rows[:, 1:], -1)}
 
     def eval_batches(self):
         """The whole split once, in order, without overlap: dicts as from batches(); the last window is shorter."""
-        tokens, whole, B = self.tokens(), (self.n - 1) // self.T, self.batch_size
+        tokens, whole, B = self.tokens(), (self.num_tokens - 1) // self.T, self.batch_size
         for first in range(0, whole, B):
             rows = self.windows(tokens, np.arange(first, min(first + B, whole)) * self.T)
             yield {'idx': rows[:, :-1], 'targets': rows[:, 1:]}
@@ -188,12 +188,12 @@ class Stream(Tokens):
     def count_bytes(self, byte_lengths):
         """Bytes of UTF-8 text behind all targets. byte_lengths: see Tokenizer."""
         tokens, total = self.tokens(), 0
-        for i in range(1, self.n, 2**24):
+        for i in range(1, self.num_tokens, 2**24):
             total += int(byte_lengths[self.check(tokens[i:i + 2**24])].sum())
         return total
 
 
-def group(lengths, budget):
+def bucket_by_length(lengths, budget):
     """Batches of pairs of like lengths: a list of index arrays. lengths: (N, d) int, the columns that a pair takes in d tensors.
 
     No batch computes more than budget columns, padding included, but for a pair that is longer alone. What is too much is cut
@@ -232,67 +232,67 @@ class Pairs(Tokens):
             self.offsets = np.fromfile(path, dtype='<i8') if path.stat().st_size == 8 * (2 * N + 1) else np.zeros(1)
         except OSError as e:
             raise UserError(f'cannot read {path}: {e.strerror}; prepare the dataset again') from None
-        if N < 1 or len(self.offsets) != 2 * N + 1 or self.offsets[0] != 0 or self.offsets[-1] != self.n \
-                or self.offsets.min() < 0 or self.offsets.max() > self.n or (np.diff(self.offsets) < 1).any():
+        if N < 1 or len(self.offsets) != 2 * N + 1 or self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens \
+                or self.offsets.min() < 0 or self.offsets.max() > self.num_tokens or (np.diff(self.offsets) < 1).any():
             raise UserError(f'{path} does not fit {self.path} and meta.json: prepare the dataset again')
-        self.start, *self.given = start
-        self.joined = src_block_size is None
-        if self.tokens()[self.offsets[1]:self.offsets[2]].tolist()[:len(self.given)] != self.given:
+        self.decoder_start_id, *self.reply_prefix = start
+        self.concatenated = src_block_size is None
+        if self.tokens()[self.offsets[1]:self.offsets[2]].tolist()[:len(self.reply_prefix)] != self.reply_prefix:
             raise UserError(f'targets in {self.path} do not begin as meta.json says; prepare the dataset again')
         S, T = np.diff(self.offsets).reshape(-1, 2).T  # (N,) each
-        if self.joined:  # one row holds both, of the source at least what half of it holds
-            self.T = np.minimum(T, block_size - np.minimum(S, block_size // 2))
-            self.S = np.minimum(S, block_size - self.T)
-            lengths = (self.S + self.T)[:, None]
+        if self.concatenated:  # one row holds both, of the source at least what half of it holds
+            self.target_lengths = np.minimum(T, block_size - np.minimum(S, block_size // 2))
+            self.source_lengths = np.minimum(S, block_size - self.target_lengths)
+            lengths = (self.source_lengths + self.target_lengths)[:, None]
         else:
-            self.S, self.T = np.minimum(S, src_block_size), np.minimum(T, block_size)
-            lengths = np.stack((self.S, self.T), axis=1)
-        self.cut = int((S > self.S).sum()), int((T > self.T).sum())  # how many sources and targets were shortened
-        self.targets, self.groups = int((self.T - len(self.given)).sum()), group(lengths, batch_tokens)
+            self.source_lengths, self.target_lengths = np.minimum(S, src_block_size), np.minimum(T, block_size)
+            lengths = np.stack((self.source_lengths, self.target_lengths), axis=1)
+        self.truncated = int((S > self.source_lengths).sum()), int((T > self.target_lengths).sum())  # how many sources and targets were shortened
+        self.num_targets, self.groups = int((self.target_lengths - len(self.reply_prefix)).sum()), bucket_by_length(lengths, batch_tokens)
         self.epoch, self.batch_size = len(self.groups), 1  # in groups
         computed = sum(len(g) * int(lengths[g].max(axis=0).sum()) for g in self.groups)
         self.padding = 1 - int(lengths.sum()) / computed  # the share of computed columns that is not text
 
     def pair(self, tokens, i):
         """(source, target) of pair i as int64 arrays, cut to what the model takes."""
-        a, b = self.offsets[2 * i + 1] - self.S[i], self.offsets[2 * i + 1] + self.T[i]
+        a, b = self.offsets[2 * i + 1] - self.source_lengths[i], self.offsets[2 * i + 1] + self.target_lengths[i]
         ids = self.check(tokens[a:b]).astype(np.int64)
-        return ids[:self.S[i]], ids[self.S[i]:]
+        return ids[:self.source_lengths[i]], ids[self.source_lengths[i]:]
 
     def batch(self, tokens, members):
         """The batch of these pairs, padded with id 0 and target -1: sources at the left, the rest at the right."""
-        S, T = int(self.S[members].max()), int(self.T[members].max())
-        if self.joined:
-            S, T = 0, int((self.S + self.T)[members].max())
+        S, T = int(self.source_lengths[members].max()), int(self.target_lengths[members].max())
+        if self.concatenated:
+            S, T = 0, int((self.source_lengths + self.target_lengths)[members].max())
         src = torch.zeros(len(members), S, dtype=torch.int64)
         idx = torch.zeros(len(members), T, dtype=torch.int64)
         targets = torch.full((len(members), T), -1)
         for row, i in enumerate(members):
             source, target = map(torch.from_numpy, self.pair(tokens, i))
-            s = len(source) if self.joined else 0  # where the target begins in its row
-            if self.joined:
+            s = len(source) if self.concatenated else 0  # where the target begins in its row
+            if self.concatenated:
                 idx[row, :s] = source
             else:
                 src[row, S - len(source):] = source
-            idx[row, s], idx[row, s + 1:s + len(target)] = self.start, target[:-1]
-            g = len(self.given)
+            idx[row, s], idx[row, s + 1:s + len(target)] = self.decoder_start_id, target[:-1]
+            g = len(self.reply_prefix)
             targets[row, s + g:s + len(target)] = target[g:]
         batch = {'idx': idx, 'targets': targets}
-        if not self.joined:
-            batch['src'], pad = src, torch.from_numpy(S - self.S[members])
+        if not self.concatenated:
+            batch['src'], pad = src, torch.from_numpy(S - self.source_lengths[members])
             if pad.any():
                 batch['src_pad'] = pad
         return batch
 
-    def batches(self, seed, step, micro_batches, rank=0, world=1):
+    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
         """The part of a step that falls to this rank; see the class. A pure function of its arguments.
 
         The groups of like lengths are the same in every epoch, their order is not. Ranks take whole groups where these come
         out even, otherwise rows of each: a rank that gets none takes one without targets, as in Stream.batches.
         """
         tokens = self.tokens()
-        whole = micro_batches % world == 0
-        first, stride, row, rows = (rank, world, 0, 1) if whole else (0, 1, rank, world)
+        whole = micro_batches % world_size == 0
+        first, stride, row, rows = (rank, world_size, 0, 1) if whole else (0, 1, rank, world_size)
         for m in range(step * micro_batches + first, (step + 1) * micro_batches, stride):
             key = int(mix(m // self.epoch, seed)[0]) % 2**32
             members = self.groups[int(permute(np.array([m % self.epoch]), self.epoch, key)[0])]
@@ -310,4 +310,4 @@ class Pairs(Tokens):
     def count_bytes(self, byte_lengths):
         """Bytes of UTF-8 text behind all targets. byte_lengths: see Tokenizer."""
         tokens = self.tokens()
-        return sum(int(byte_lengths[self.pair(tokens, i)[1][len(self.given):]].sum()) for i in range(len(self.S)))
+        return sum(int(byte_lengths[self.pair(tokens, i)[1][len(self.reply_prefix):]].sum()) for i in range(len(self.source_lengths)))

@@ -8,10 +8,10 @@ checkpoint, so a model can't lose it.
     sentencepiece             BPE by Google's library, trained here; sentencepiece_unigram: its unigram model
     gpt2, cl100k_base, …      OpenAI's, by their names in tiktoken
 
-    >>> tok = make('char', ['hello'])
+    >>> tok = make_tokenizer('char', ['hello'])
     >>> tok.encode('hole')
     [1, 3, 2, 0]
-    >>> from_dict(tok.to_dict()).decode([1, 3, 2, 0])
+    >>> tokenizer_from_dict(tok.to_dict()).decode([1, 3, 2, 0])
     'hole'
 """
 import base64
@@ -27,7 +27,7 @@ from itertools import chain
 
 import numpy as np
 
-from configurator import UserError
+from pocket.errors import UserError
 
 # How GPT-2 cuts text before merging: a word with the space before it, a number, a run of signs; spaces before a word stay apart
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -67,16 +67,16 @@ class UnknownCharacters(ValueError):
 class Tokenizer:
     """What every tokenizer has; subclasses set `kind`, and give encode_to_numpy() and to_dict().
 
-    specials: {name: id}, names without brackets: eot, pad, bos, … Text never encodes to a special id.
+    special_tokens: {name: id}, names without brackets: eot, pad, bos, … Text never encodes to a special id.
     """
     kind = ''
 
-    def __init__(self, tokens, specials=()):
-        """tokens: list of the bytes behind each ordinary id; specials: names that get the ids after those."""
-        if not all(isinstance(n, str) and re.fullmatch(r'[\w-]+', n) for n in specials) or len(set(specials)) < len(specials):
-            raise UserError(f'special tokens need different names of letters, digits, _ and -, got {list(specials)}')
-        self.specials = {name: len(tokens) + i for i, name in enumerate(specials)}
-        self.tokens = tokens + [b''] * len(specials)
+    def __init__(self, tokens, special_tokens=()):
+        """tokens: list of the bytes behind each ordinary id; special_tokens: names that get the ids after those."""
+        if not all(isinstance(n, str) and re.fullmatch(r'[\w-]+', n) for n in special_tokens) or len(set(special_tokens)) < len(special_tokens):
+            raise UserError(f'special tokens need different names of letters, digits, _ and -, got {list(special_tokens)}')
+        self.special_tokens = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
+        self.tokens = tokens + [b''] * len(special_tokens)
         self.vocab_size = len(self.tokens)
 
     def encode(self, text):
@@ -88,16 +88,16 @@ class Tokenizer:
         return [self.encode_to_numpy(text) for text in texts]
 
     @property
-    def end(self):
+    def eos_id(self):
         """The id that ends a document or a reply, or None."""
-        return self.specials.get('eos', self.specials.get('eot'))
+        return self.special_tokens.get('eos', self.special_tokens.get('eot'))
 
     @property
-    def start(self):
+    def decoder_start_id(self):
         """The id between a source and its target, which a decoder starts from, or None."""
-        return self.specials.get('sep', self.specials.get('bos', self.end))
+        return self.special_tokens.get('sep', self.special_tokens.get('bos', self.eos_id))
 
-    def prompt(self, text):
+    def encode_prompt(self, text):
         """Ids to start writing from, never none: those of text or, where it is empty, of a line break if there is one."""
         try:
             return self.encode(text or '\n') or [0]
@@ -123,10 +123,10 @@ class Tokenizer:
         """(vocab_size,) int64: bytes of UTF-8 behind each id, for bits per byte."""
         return np.array([len(token) for token in self.tokens], dtype=np.int64)
 
-    def listing(self):
+    def vocabulary_listing(self):
         """The vocabulary to read: a line an id, the token as Python would quote it, or its name where it is special."""
         shown = [repr(token.decode('utf-8', 'backslashreplace')) for token in self.tokens]
-        for name, i in self.specials.items():
+        for name, i in self.special_tokens.items():
             shown[i] = f'<{name}>'
         return ''.join(f'{i:6}  {token}\n' for i, token in enumerate(shown))
 
@@ -135,15 +135,15 @@ class CharTokenizer(Tokenizer):
     """One id a character, in the order of their code points; nanoGPT's."""
     kind = 'char'
 
-    def __init__(self, chars, specials=()):
-        super().__init__([c.encode('utf-8', 'surrogatepass') for c in chars], specials)
+    def __init__(self, chars, special_tokens=()):
+        super().__init__([c.encode('utf-8', 'surrogatepass') for c in chars], special_tokens)
         self.chars = chars
         self.points = np.array([ord(c) for c in chars], dtype=np.uint32)  # sorted
 
     @classmethod
-    def train(cls, text, specials=()):
+    def train(cls, text, special_tokens=()):
         """The characters that occur in text: a str or any iterable of characters."""
-        return cls(''.join(sorted(set(text))), specials)
+        return cls(''.join(sorted(set(text))), special_tokens)
 
     def encode_to_numpy(self, text):
         """str to uint32 array; raises UnknownCharacters."""
@@ -155,29 +155,29 @@ class CharTokenizer(Tokenizer):
         return ids.astype(np.uint32)
 
     def to_dict(self):
-        return {'kind': 'char', 'chars': self.chars} | ({'specials': list(self.specials)} if self.specials else {})
+        return {'kind': 'char', 'chars': self.chars} | ({'specials': list(self.special_tokens)} if self.special_tokens else {})
 
 
 class ByteTokenizer(Tokenizer):
     """One id a byte of UTF-8, then the special tokens: knows every character there is."""
     kind = 'byte'
 
-    def __init__(self, specials=('eot',)):
-        super().__init__([bytes([b]) for b in range(256)], specials)
+    def __init__(self, special_tokens=('eot',)):
+        super().__init__([bytes([b]) for b in range(256)], special_tokens)
 
     def encode_to_numpy(self, text):
         """str to uint32 array."""
         return np.frombuffer(text.encode('utf-8', 'surrogatepass'), dtype=np.uint8).astype(np.uint32)
 
     def to_dict(self):
-        return {'kind': 'byte'} | ({'specials': list(self.specials)} if list(self.specials) != ['eot'] else {})
+        return {'kind': 'byte'} | ({'specials': list(self.special_tokens)} if list(self.special_tokens) != ['eot'] else {})
 
 
 class TiktokenTokenizer(Tokenizer):
     """One of OpenAI's encodings, by its name in tiktoken; special tokens of our own come after all of its ids."""
     kind = 'tiktoken'
 
-    def __init__(self, name, specials=()):
+    def __init__(self, name, special_tokens=()):
         import tiktoken
         if name not in tiktoken.list_encoding_names():
             raise UserError(f'there is no tokenizer {name!r}: there are {", ".join(TRAINED)} and, from tiktoken, '
@@ -192,9 +192,9 @@ class TiktokenTokenizer(Tokenizer):
         tokens = [b''] * self.encoding.n_vocab  # some numbers mean nothing
         for token, i in self.ranks.items():
             tokens[i] = token
-        self.added = [s for s in specials if s not in theirs]
+        self.added = [s for s in special_tokens if s not in theirs]
         super().__init__(tokens, self.added)
-        self.specials = theirs | self.specials
+        self.special_tokens = theirs | self.special_tokens
 
     def encode_to_numpy(self, text):
         """str to uint32 array. Lone surrogates are encoded as U+FFFD."""
@@ -231,16 +231,16 @@ class TiktokenTokenizer(Tokenizer):
 
     def tokenizer_json(self):
         """What Hugging Face's tokenizer.json should say, as str. Their libraries take a typed <|endoftext|> for the token."""
-        specials = {'<|endoftext|>' if name == 'eot' else f'<|{name}|>': i for name, i in self.specials.items()}
+        special_tokens = {'<|endoftext|>' if name == 'eot' else f'<|{name}|>': i for name, i in self.special_tokens.items()}
         split = re.sub(r'(\d})\+', r'\1', self.split)  # to their library {1,3}+ is a repetition of repetitions
         level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
         flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
         return json.dumps({
-            'version': '1.0', 'added_tokens': [{'id': i, 'content': text, **flags} for text, i in specials.items()],
+            'version': '1.0', 'added_tokens': [{'id': i, 'content': text, **flags} for text, i in special_tokens.items()],
             'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [
                 {'type': 'Split', 'pattern': {'Regex': split}, 'behavior': 'Isolated', 'invert': False}, level]},
             'decoder': level,
-            'model': {'type': 'BPE', 'vocab': {printable(token): i for token, i in self.ranks.items()} | specials,
+            'model': {'type': 'BPE', 'vocab': {printable(token): i for token, i in self.ranks.items()} | special_tokens,
                       'merges': self.merges}}, ensure_ascii=False, indent=1)
 
 
@@ -252,7 +252,7 @@ class BpeTokenizer(TiktokenTokenizer):
     """
     kind, split = 'bpe', GPT2_SPLIT
 
-    def __init__(self, merges, specials=('eot',)):
+    def __init__(self, merges, special_tokens=('eot',)):
         import tiktoken
         names = {PRINTABLE[b]: bytes([b]) for b in range(256)}
         for n, merge in enumerate(merges):
@@ -262,17 +262,17 @@ class BpeTokenizer(TiktokenTokenizer):
             names[left + right] = names[left] + names[right]
         self.merges, self.ranks = merges, {token: i for i, token in enumerate(names.values())}
         self.encoding = tiktoken.Encoding('bpe', pat_str=self.split, mergeable_ranks=self.ranks, special_tokens={})
-        Tokenizer.__init__(self, list(self.ranks), specials)
+        Tokenizer.__init__(self, list(self.ranks), special_tokens)
 
     @classmethod
-    def train(cls, texts, vocab_size, specials=('eot',)):
+    def train(cls, texts, vocab_size, special_tokens=('eot',)):
         """Learn merges from an iterable of str, which is read once and not kept. Raises UserError.
 
         Of pairs that are equally frequent, the one with the smaller ids is joined first, whatever the order of the texts.
         """
         import regex
         from tqdm import tqdm
-        most = vocab_size - 256 - len(specials)
+        most = vocab_size - 256 - len(special_tokens)
         if most < 0:
             raise UserError(f'a bpe vocabulary of {vocab_size:,} is too small: bytes and special tokens are {vocab_size - most}')
         find, seen = regex.compile(cls.split).findall, Counter()
@@ -314,11 +314,11 @@ class BpeTokenizer(TiktokenTokenizer):
             bar.update()
         bar.close()
         if len(merges) < most:
-            print(f'a bpe vocabulary of {vocab_size:,} is too high for this text: made {len(names) + len(specials):,}')
-        return cls(merges, specials)
+            print(f'a bpe vocabulary of {vocab_size:,} is too high for this text: made {len(names) + len(special_tokens):,}')
+        return cls(merges, special_tokens)
 
     def to_dict(self):
-        return {'kind': 'bpe', 'split': 'gpt2', 'merges': self.merges, 'specials': list(self.specials)}
+        return {'kind': 'bpe', 'split': 'gpt2', 'merges': self.merges, 'specials': list(self.special_tokens)}
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -332,19 +332,19 @@ class SentencePieceTokenizer(Tokenizer):
             self.model, self.sp = model, sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model) or b'?')
         except (RuntimeError, ValueError):
             raise ValueError('the model of the sentencepiece tokenizer is damaged') from None
-        pieces, specials = [self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())], {}
+        pieces, special_tokens = [self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())], {}
         for i, piece in enumerate(pieces):
             if self.sp.is_control(i) or self.sp.is_unknown(i):
-                specials[piece.strip('<>')] = i
+                special_tokens[piece.strip('<>')] = i
             pieces[i] = bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else piece.replace('▁', ' ').encode('utf-8')
-        super().__init__([b'' if i in specials.values() else piece for i, piece in enumerate(pieces)])
-        self.specials = specials
+        super().__init__([b'' if i in special_tokens.values() else piece for i, piece in enumerate(pieces)])
+        self.special_tokens = special_tokens
 
     @classmethod
-    def train(cls, texts, vocab_size, specials=(), algorithm='bpe'):
+    def train(cls, texts, vocab_size, special_tokens=(), algorithm='bpe'):
         """Learn from an iterable of str. algorithm: bpe or unigram. Raises UserError."""
         import sentencepiece
-        Tokenizer([], specials)  # are they names?
+        Tokenizer([], special_tokens)  # are they names?
         lines = list(blocks((line for block in blocks(texts, 2**20) for line in mend(block).splitlines()), 1000))
         model = io.BytesIO()
         try:
@@ -353,7 +353,7 @@ class SentencePieceTokenizer(Tokenizer):
                 # whatever goes in comes out again: no normalising, no space put before, none taken away, bytes for the rest
                 normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True,
                 allow_whitespace_only_pieces=True, required_chars='▁', bos_id=-1, eos_id=-1,
-                control_symbols=[f'<{name}>' for name in specials])
+                control_symbols=[f'<{name}>' for name in special_tokens])
             return cls(base64.b64encode(model.getvalue()).decode('ascii'))
         except RuntimeError as e:
             most, least = re.search(r'too high.* (\d+)', str(e)), re.search(r'smaller than.*vs (\d+)', str(e))
@@ -361,7 +361,7 @@ class SentencePieceTokenizer(Tokenizer):
                 why = f'it needs at least {least[1]}' if least else str(e).split('] ')[-1] or 'there is no text'
                 raise UserError(f'sentencepiece cannot make a vocabulary of {vocab_size:,} from this: {why}') from None
         print(f'a sentencepiece vocabulary of {vocab_size:,} is too high for this text: made {int(most[1]):,}')
-        return cls.train(lines, int(most[1]), specials, algorithm)
+        return cls.train(lines, int(most[1]), special_tokens, algorithm)
 
     def encode_to_numpy(self, text):
         """str to uint32 array. Lone surrogates are encoded as U+FFFD."""
@@ -375,40 +375,40 @@ class SentencePieceTokenizer(Tokenizer):
         return {'kind': 'sentencepiece', 'model': self.model}
 
 
-def make(name, texts=None, vocab_size=None, specials=()):
+def make_tokenizer(name, texts=None, vocab_size=None, special_tokens=()):
     """A new tokenizer: char, byte, bpe, sentencepiece, sentencepiece_unigram or the name of one of tiktoken's encodings.
 
-    texts: iterable of str to learn from, where it learns. vocab_size: of bpe and sentencepiece, specials included.
-    specials: names of special tokens; () is what the kind always has: eot for byte, bpe and tiktoken. Raises UserError.
+    texts: iterable of str to learn from, where it learns. vocab_size: of bpe and sentencepiece, special_tokens included.
+    special_tokens: names of special tokens; () is what the kind always has: eot for byte, bpe and tiktoken. Raises UserError.
     """
     if name == 'char':
-        return CharTokenizer.train((c for text in texts for c in set(text)), specials)
+        return CharTokenizer.train((c for text in texts for c in set(text)), special_tokens)
     if name == 'byte':
-        return ByteTokenizer(specials or ('eot',))
+        return ByteTokenizer(special_tokens or ('eot',))
     if name == 'bpe':
-        return BpeTokenizer.train(texts, vocab_size, specials or ('eot',))
+        return BpeTokenizer.train(texts, vocab_size, special_tokens or ('eot',))
     if name in ('sentencepiece', 'sentencepiece_unigram'):
-        return SentencePieceTokenizer.train(texts, vocab_size, specials, 'unigram' if name.endswith('unigram') else 'bpe')
-    return TiktokenTokenizer(name, specials)
+        return SentencePieceTokenizer.train(texts, vocab_size, special_tokens, 'unigram' if name.endswith('unigram') else 'bpe')
+    return TiktokenTokenizer(name, special_tokens)
 
 
-def from_dict(d):
+def tokenizer_from_dict(d):
     """The tokenizer that to_dict() described. Raises ValueError where it describes none."""
     try:
-        kind, specials = d['kind'], d.get('specials', ('eot',) if d['kind'] == 'byte' else ())
-        if not isinstance(specials, (list, tuple)) or kind == 'bpe' and (d['split'] != 'gpt2' or type(d['merges']) is not list):
+        kind, special_tokens = d['kind'], d.get('specials', ('eot',) if d['kind'] == 'byte' else ())
+        if not isinstance(special_tokens, (list, tuple)) or kind == 'bpe' and (d['split'] != 'gpt2' or type(d['merges']) is not list):
             raise TypeError
         if kind == 'char':
             chars = d['chars']
             if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
                 raise ValueError('the characters of a char tokenizer must be sorted, and each there once')
-            return CharTokenizer(chars, specials)
+            return CharTokenizer(chars, special_tokens)
         if kind == 'byte':
-            return ByteTokenizer(specials)
+            return ByteTokenizer(special_tokens)
         if kind == 'tiktoken':
-            return TiktokenTokenizer(d['name'], specials)
+            return TiktokenTokenizer(d['name'], special_tokens)
         if kind == 'bpe':
-            return BpeTokenizer(d['merges'], specials)
+            return BpeTokenizer(d['merges'], special_tokens)
         if kind == 'sentencepiece':
             return SentencePieceTokenizer(d['model'])
     except (KeyError, TypeError, AttributeError):

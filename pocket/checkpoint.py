@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-import chat
-import tokenizer
-from configurator import UserError
-from files import FORMAT, write_whole
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
+from pocket import template, tokenizer
+from pocket.errors import UserError
+from pocket.files import FORMAT, atomic_write
 
 KINDS = {'gpt': (GPT, GPTConfig), 'seq2seq': (Seq2Seq, Seq2SeqConfig)}
 NUMBERS = {'step': int, 'tokens': int, 'evaluated': int, 'bad_evals': int, 'loss_tokens': int, 'loss_sum': float,
@@ -23,7 +22,7 @@ NUMBERS = {'step': int, 'tokens': int, 'evaluated': int, 'bad_evals': int, 'loss
 
 def save(path, state):
     """Write a checkpoint; a format version is added. Raises UserError where it can't be written, the old file intact."""
-    write_whole(path, lambda f: torch.save({'format': FORMAT, **state}, f))
+    atomic_write(path, lambda f: torch.save({'format': FORMAT, **state}, f))
 
 
 class Blank(TorchFunctionMode):
@@ -112,7 +111,7 @@ def load(path):
     if state['kind'] not in KINDS:
         raise UserError(f'{path} holds a {state["kind"]!r}, this version knows {", ".join(KINDS)}')
     if state['kind'] == 'seq2seq' and state.get('chat') is None:  # as older ones were
-        state['chat'] = chat.PLAIN
+        state['chat'] = template.PLAIN_TEMPLATE
     try:
         check_weights(state, size)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -126,11 +125,11 @@ def build(state, path, **overrides):
     try:
         model = Model(Config(**{**state['model_args'], **overrides}))
         model.load_state_dict(state['model'])
-        tok = tokenizer.from_dict(state['tokenizer'])
+        tok = tokenizer.tokenizer_from_dict(state['tokenizer'])
         if tok.vocab_size > model.config.vocab_size:
             raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model {model.config.vocab_size}')
         if state.get('chat') is not None:
-            chat.check(state['chat'], tok)
+            template.check(state['chat'], tok)
         return model.eval(), tok
     except UserError:  # an encoding that has to be downloaded, say
         raise

@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, configure, find
+from pocket.configurator import configure
+from pocket.errors import UserError
+from pocket.files import find_path
 
 run: tuple[str, ...] = ()          # the folder of a run, or a file like its log.csv; give it several times for several runs
 x: Literal['step', 'seconds', 'tokens'] = 'step'  # what to draw the losses over
@@ -18,14 +20,14 @@ title: str | None = None           # None: the run's name
 if __name__ == '__main__':
     configure(__file__, globals())
 
-from files import write_whole
+from pocket.files import atomic_write
 
 UNITS = {'step': 'step', 'seconds': 'seconds of training, evaluations included', 'tokens': 'tokens trained on'}
 
 
 def read(path):
     """(name, {column: list of float}) of a run. Raises UserError where there is no log with at least a row."""
-    path = find(path)
+    path = find_path(path)
     file = path / 'log.csv' if path.is_dir() else path
     try:
         rows = list(csv.DictReader(file.read_text(encoding='utf-8').splitlines()))
@@ -66,7 +68,7 @@ def draw(runs, path, x='step', title=None):
     kind = Path(path).suffix[1:].lower() or 'png'
     if kind not in ('png', 'svg', 'pdf'):
         raise UserError(f'a picture\'s name ends in .png, .svg or .pdf, got {path}')
-    write_whole(path, lambda f: figure.savefig(f, format=kind, dpi=120))
+    atomic_write(path, lambda f: figure.savefig(f, format=kind, dpi=120))
     plt.close(figure)
 
 
@@ -76,7 +78,7 @@ if __name__ == '__main__':
     runs = [read(path) for path in run]
     if lacking := [name for name, log in runs if x not in log]:
         raise UserError(f'the log of {", ".join(lacking)} has no column {x!r}: choose another with --x=')
-    first = find(run[0])
+    first = find_path(run[0])
     to = Path(to).expanduser() if to else (first if first.is_dir() else first.parent) / 'loss.png'
     draw(runs, to, x, title)
     print(f'{to}: ' + ', '.join(f'{name} {min(log["val_loss"]):.4f}' for name, log in runs))

@@ -6,12 +6,39 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from configurator import UserError
+from pocket.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent  # the folder of the scripts
 FORMAT = 1  # of meta.json and of checkpoints: an older one is read, a newer one refused
 
 
-def write_whole(path, write):
+def check_path(path):
+    """A Path, ~ expanded. Raises UserError where nothing can have such a name, whether it is there or not."""
+    try:
+        path = Path(path).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, RuntimeError, ValueError) as e:
+        if getattr(e, 'winerror', None) == 123:  # Windows, of a * or ?: no file has that name, but it may be a glob
+            return path
+        raise UserError(f'{str(path)!r} can\'t be a path: {getattr(e, "strerror", None) or e}') from None
+    return path
+
+
+def find_path(path):
+    """A path as typed from the working directory or, where that does not exist, from the folder that holds the scripts."""
+    path = check_path(path)
+    return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
+
+
+def short_path(path):
+    """The same path, relative to the working directory where it lies inside: shorter to read and to type."""
+    path = check_path(path).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def atomic_write(path, write):
     """Call write(file) on a temporary name beside path, flush it to disk, then give it its name: whole or not at all.
 
     Raises UserError where that fails; a file that was there before is then untouched.
@@ -42,17 +69,17 @@ def make_folder(folder, knob='--data_dir=…'):
         raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with {knob}') from None
 
 
-def free_name(path):
+def next_free_name(path):
     """The first of path.1, path.2, … that is not there: nobody's work is overwritten."""
     return next(p for n in count(1) if not (p := path.with_name(f'{path.name}.{n}')).exists())
 
 
-def move_aside(folder):
+def back_up(folder):
     """Give a folder the first free name, which is returned. Raises UserError where another process is writing to it."""
     claim = lock(folder)
     if os.name == 'nt':  # there a folder with an open file in it keeps its name
         claim.close()
-    aside = Path(folder).rename(free_name(Path(folder).resolve()))
+    aside = Path(folder).rename(next_free_name(Path(folder).resolve()))
     claim.close()
     return aside
 

@@ -8,30 +8,30 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
-world = int(os.environ.get('WORLD_SIZE') or 1)
-rank = int(os.environ.get('RANK') or 0) if world > 1 else 0
-main = rank == 0  # the one that prints, writes and prepares
-local_world = int(os.environ.get('LOCAL_WORLD_SIZE') or world)
-launcher = 'python' if world == 1 else 'torchrun …' if local_world != world else f'torchrun --standalone --nproc_per_node={world}'
+world_size = int(os.environ.get('WORLD_SIZE') or 1)
+rank = int(os.environ.get('RANK') or 0) if world_size > 1 else 0
+master_process = rank == 0  # the one that prints, writes and prepares
+local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE') or world_size)
+launcher = 'python' if world_size == 1 else 'torchrun …' if local_world_size != world_size else f'torchrun --standalone --nproc_per_node={world_size}'
 host = None  # the group for numbers on the CPU, whatever the model is on
 
 
-def start(device):
+def init(device):
     """Meet the other processes; returns the torch.device of this one. Raises UserError where this device can't be shared so."""
-    if world == 1:
+    if world_size == 1:
         return device
     import torch
     import torch.distributed as dist
 
-    from configurator import UserError  # which asks us who speaks
+    from pocket.errors import UserError  # which asks us who speaks
     if missing := [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]:
-        raise UserError(f'WORLD_SIZE is {world}, but {", ".join(missing)} is not set: start with torchrun, or unset WORLD_SIZE')
+        raise UserError(f'WORLD_SIZE is {world_size}, but {", ".join(missing)} is not set: start with torchrun, or unset WORLD_SIZE')
     if device.type == 'mps' or device.index is not None:
-        raise UserError(f'{world} processes can\'t share {device}: leave torchrun or --device={device} away, or say --device=cpu')
+        raise UserError(f'{world_size} processes can\'t share {device}: leave torchrun or --device={device} away, or say --device=cpu')
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         if device.index >= (n := torch.cuda.device_count()):
-            raise UserError(f'{local_world} processes need as many GPUs, this machine has {n}: lower --nproc_per_node')
+            raise UserError(f'{local_world_size} processes need as many GPUs, this machine has {n}: lower --nproc_per_node')
         torch.cuda.set_device(device)
     global host
     hook = sys.excepthook
@@ -41,9 +41,9 @@ def start(device):
     return device
 
 
-def total(*numbers):
+def all_reduce_sum(*numbers):
     """These numbers, each summed over all processes in float64. Every process must come here, as often as the others."""
-    if world == 1:
+    if world_size == 1:
         return numbers
     import torch
     import torch.distributed as dist
@@ -53,21 +53,21 @@ def total(*numbers):
 
 
 @contextmanager
-def main_first():
+def master_first():
     """What is inside, the main process does before the others: they find it done."""
-    if not main:
-        total(0)
+    if not master_process:
+        all_reduce_sum(0)
     yield
-    if main:
-        total(0)
+    if master_process:
+        all_reduce_sum(0)
 
 
-def wrap(model, some_unused):
+def wrap_model(model, some_unused):
     """The model, compiled already where it should be, so that the last backward of a step averages gradients over all processes.
 
     some_unused: parameters may get no gradient, as in an adaptive softmax when no target falls into a cluster.
     """
-    if world == 1:
+    if world_size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True,
@@ -76,16 +76,16 @@ def wrap(model, some_unused):
 
 def no_sync(model, last):
     """Context of a micro-batch's forward and backward: only the last one of a step is where processes wait for each other."""
-    return nullcontext() if world == 1 or last else model.no_sync()
+    return nullcontext() if world_size == 1 or last else model.no_sync()
 
 
-def finish():
+def shutdown():
     """Part from the other processes, once all are here: who leaves early may cut the last answer of another short."""
-    if world > 1:
+    if world_size > 1:
         import torch.distributed as dist
         store, patience = dist.distributed_c10d._get_default_store(), time.monotonic() + 10
         with suppress(dist.DistError):  # the store's host may have left: then all had come
             store.add('parting', 1)
-            while store.add('parting', 0) < world and time.monotonic() < patience:
+            while store.add('parting', 0) < world_size and time.monotonic() < patience:
                 time.sleep(0.01)
         dist.destroy_process_group()

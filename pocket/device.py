@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from configurator import UserError
+from pocket.errors import UserError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

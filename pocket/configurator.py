@@ -13,97 +13,18 @@ them is reported, not only the first. --help lists the knobs, --help=all prints 
 import ast
 import difflib
 import io
-import os
-import signal
 import sys
 import textwrap
-import time
 import tokenize
 import types
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
-from parallel import rank
-
-ROOT = Path(__file__).resolve().parent
-
-
-class UserError(ValueError):
-    """Something that the person at the keyboard can mend: its text is one clear sentence, shown without a traceback."""
-
-    def __init__(self, text):
-        text = ' '.join(text.splitlines())  # what it quotes can be anything
-        super().__init__(text if len(text) < 3000 else f'{text[:1000]} … {text[-1000:]}')
+from pocket.errors import UserError, show_user_errors
+from pocket.files import ROOT, find_path
 
 
-def show_user_errors(script):
-    """From here on an uncaught UserError, Ctrl-C or lack of memory ends in one sentence on stderr, not in a traceback.
-
-    And text is UTF-8 wherever it comes from or goes to: a console or file that can't hold a character is no error.
-    """
-    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, mode, encoding='utf-8'))
-        elif hasattr(stream, 'reconfigure'):
-            stream.reconfigure(encoding='utf-8', errors='replace')
-    if rank:  # of torchrun's processes the first speaks
-        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
-
-    def hook(kind, error, traceback):
-        text = str(error)
-        if issubclass(kind, UserError):
-            status = 2
-        elif issubclass(kind, KeyboardInterrupt):
-            text, status = 'interrupted', 130
-        elif issubclass(kind, MemoryError) or any(
-                s in text.lower() for s in ('out of memory', 'not enough memory', "can't allocate memory")):
-            text, status = ('out of memory: lower --batch_size (and raise --gradient_accumulation_steps to match), --block_size '
-                            'or the model, or try --gradient_checkpointing'), 2
-        elif issubclass(kind, BrokenPipeError):
-            sys.stderr.close()  # whoever read our output has left: nothing to say, nobody to say it to
-            raise SystemExit(1)
-        elif 'gloo' in text or kind.__name__.startswith('Dist'):  # torch.distributed's errors
-            text, status = f'lost another process of this run, or never met it: {text.split("] ")[-1].split(". ")[0]}', 1
-        else:
-            return sys.__excepthook__(kind, error, traceback)
-        if rank:  # all find the same mistakes, and torchrun ends us when the first has said so: only what it does not see is ours
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            time.sleep(3)
-            text = f'process {rank}: {text}'
-        print('\n' * issubclass(kind, KeyboardInterrupt) + f'{script}: {text}', file=sys.stderr)
-        raise SystemExit(status)  # the interpreter takes its exit status from here
-    sys.excepthook = hook
-
-
-def usable(path):
-    """A Path, ~ expanded. Raises UserError where nothing can have such a name, whether it is there or not."""
-    try:
-        path = Path(path).expanduser()
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
-    except (OSError, RuntimeError, ValueError) as e:
-        if getattr(e, 'winerror', None) == 123:  # Windows, of a * or ?: no file has that name, but it may be a glob
-            return path
-        raise UserError(f'{str(path)!r} can\'t be a path: {getattr(e, "strerror", None) or e}') from None
-    return path
-
-
-def find(path):
-    """A path as typed from the working directory or, where that does not exist, from the folder that holds the scripts."""
-    path = usable(path)
-    return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
-
-
-def nearby(path):
-    """The same path, relative to the working directory where it lies inside: shorter to read and to type."""
-    path = usable(path).resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def read_knobs(source):
+def read_options(source):
     """[(name, type, comment)] for the assignments above the call of configure() in a script's source; None: a heading."""
     comments, alone = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -211,7 +132,7 @@ def configure(script_file, namespace, argv=None):
     script = Path(script_file).name
     show_user_errors(script)
     argv = sys.argv[1:] if argv is None else argv
-    knobs = read_knobs(Path(script_file).read_text(encoding='utf-8'))
+    knobs = read_options(Path(script_file).read_text(encoding='utf-8'))
     kinds = {name: kind for name, kind, _ in knobs if name}
     for arg in argv:
         if arg.partition('=')[0] in ('-h', '--help'):
@@ -236,7 +157,7 @@ def configure(script_file, namespace, argv=None):
         explicit[name] = where
 
     for arg in (a for a in argv if not a.startswith('--')):
-        path = find(arg)
+        path = find_path(arg)
         if arg.startswith('-') or not arg.endswith('.py'):
             problems.append(f'cannot read {arg!r}: write --key=value, or the path of a config file that ends in .py')
             continue

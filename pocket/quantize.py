@@ -18,7 +18,7 @@ class PackedLinear(nn.Module):
         self.bias, self.softcap = linear.bias, getattr(linear, 'softcap', 0.0)
         self.pack(linear.weight.detach())
 
-    def pack(self, weight):
+    def prepare_for_decoding(self, weight):
         """Store weight (out, in) in a layout of one's own."""
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
 
@@ -39,7 +39,7 @@ class Int8Linear(PackedLinear):
     Elsewhere only the weights are int8, and the arithmetic is in the precision of the input.
     """
 
-    def pack(self, weight):
+    def prepare_for_decoding(self, weight):
         scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)             # (out,)
         self.fbgemm = weight.is_cpu and 'fbgemm' in torch.backends.quantized.supported_engines
         self.fbgemm &= hasattr(torch, 'quantize_per_channel')  # it is to leave PyTorch some day: then the other branch serves
@@ -67,7 +67,7 @@ class Int8Linear(PackedLinear):
         return y.to(rows.dtype) if self.bias is None else (y + self.bias).to(rows.dtype)
 
 
-def pack(model, bits=None):
+def prepare_for_decoding(model, bits=None):
     """Replace the linear layers of a GPT or Seq2Seq, in place, by what writes fastest where they are; bits=8: by Int8Linear.
 
     Embeddings stay as they are. Returns the model; it can't be trained any more.

@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from checkpoint import blank, finite
-from configurator import UserError, find
-from files import download, make_folder, write_whole
 from model import GPT, GPTConfig
-from tokenizer import BpeTokenizer, make, printable
+from pocket.checkpoint import blank, finite
+from pocket.errors import UserError
+from pocket.files import atomic_write, download, find_path, make_folder
+from pocket.tokenizer import BpeTokenizer, make_tokenizer, printable
 
 NAMES = {  # commit, and sha256 of its model.safetensors
     'gpt2': '607a30d783dfa663caf39e06633721c8d4cfcd7e 248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707',
@@ -49,8 +49,8 @@ def fetch(name):
     The cache is huggingface_hub's, laid out as on Windows, without links: what either of us has downloaded, the other finds.
     """
     if name not in NAMES:
-        if (find(name) / 'config.json').is_file():
-            return find(name)
+        if (find_path(name) / 'config.json').is_file():
+            return find_path(name)
         raise UserError(f'{str(name)!r} is neither one of {", ".join(NAMES)} nor a folder with a GPT-2 as Hugging Face\'s tools '
                         f'write it, with a config.json and a model.safetensors')
     repo, (commit, sha256) = ('distilbert/' if name == 'distilgpt2' else 'openai-community/') + name, NAMES[name].split()
@@ -73,7 +73,7 @@ def fetch(name):
         download([f'{endpoint}/{repo}/resolve/{commit}/{file}'], folder / file, sha, advice)
     read_json(folder / 'config.json')  # or some proxy's page in its place
     if not main.is_file():
-        write_whole(main, lambda f: f.write(commit.encode()))
+        atomic_write(main, lambda f: f.write(commit.encode()))
     return folder
 
 
@@ -179,7 +179,7 @@ def load_tokenizer(name):
     theirs = read_json(path) if path.is_file() else {}
     older = folder / 'vocab.json'  # has no more than the tokens: enough to see that they are GPT-2's
     vocab = read_json(older) if older.is_file() and not theirs else None
-    candidates = [make('gpt2')] if size == 50257 else []
+    candidates = [make_tokenizer('gpt2')] if size == 50257 else []
     try:
         vocab = theirs['model']['vocab'] if theirs else vocab
         merges = [m if isinstance(m, str) else ' '.join(m) for m in theirs['model']['merges']]
@@ -194,7 +194,7 @@ def load_tokenizer(name):
     raise UserError(f'{folder} has a vocabulary of {size} of its own: only GPT-2\'s, and a BPE that pocketGPT wrote, can be read')
 
 
-def grow(model, tok, theirs, folder):
+def resize_token_embeddings(model, tok, theirs, folder):
     """Make room in a loaded model for the special tokens that a dataset's tokenizer has beside those of the model's own.
 
     Their rows are the mean of all others: unknown, but no outliers. Raises UserError where the ids mean something else.
@@ -231,7 +231,7 @@ def export(model, tok, folder):
             tensors[key] = (t.t() if key.endswith(CONV1D) else t).float().cpu().contiguous()
         if not c.bias and key.startswith(('transformer.h.', 'transformer.ln_f.')):
             tensors[key.removesuffix('weight') + 'bias'] = torch.zeros(t.size(0))
-    ends = {'bos_token_id': tok.start, 'eos_token_id': tok.end}
+    ends = {'bos_token_id': tok.decoder_start_id, 'eos_token_id': tok.eos_id}
     config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], **{k: getattr(c, ours) for k, ours in SIZES.items()},
               'n_ctx': c.block_size, 'n_inner': c.n_inner, 'activation_function': acts[c.act], 'layer_norm_epsilon': 1e-5,
               'resid_pdrop': c.dropout, 'embd_pdrop': c.dropout, 'attn_pdrop': c.attn_dropout, 'torch_dtype': 'float32',
@@ -245,8 +245,8 @@ def export(model, tok, folder):
     make_folder(unfinished, '--to=FOLDER')
     try:
         for file, text in files.items():
-            write_whole(unfinished / file, lambda f, text=text: f.write(text.encode('utf-8')))
-        write_whole(unfinished / 'model.safetensors', lambda f: f.write(save(tensors, {'format': 'pt'})))
+            atomic_write(unfinished / file, lambda f, text=text: f.write(text.encode('utf-8')))
+        atomic_write(unfinished / 'model.safetensors', lambda f: f.write(save(tensors, {'format': 'pt'})))
         if unfinished != folder:
             unfinished.rename(folder)
     finally:

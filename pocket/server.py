@@ -19,8 +19,10 @@ import threading
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 
-from configurator import ROOT, UserError, read_knobs
-from talk import PRESETS, SAMPLING, change, check_seed
+from pocket.chat import PRESETS, SAMPLING, change, check_seed
+from pocket.configurator import read_options
+from pocket.errors import UserError
+from pocket.files import ROOT
 
 try:
     import uvicorn
@@ -50,7 +52,7 @@ class Page:
         talk.model.register_forward_pre_hook(self.go_on)  # so that a beam search, silent to its end, can be stopped as well
         self.about = {'name': str(talk.name), 'size': talk.model.num_params(), 'style': talk.style, 'start': start,
                       'settings': {**talk.settings, 'seed': seed}, 'presets': PRESETS, 'sampling': SAMPLING, 'comments': {
-                          name: comment for name, _, comment in read_knobs((ROOT / 'sample.py').read_text('utf-8'))}}
+                          name: comment for name, _, comment in read_options((ROOT / 'sample.py').read_text('utf-8'))}}
         routes = [routing.Route('/', self.page), routing.Route('/write', self.write, methods=['POST'])]
         app = applications.Starlette(routes=routes, exception_handlers={
             UserError: lambda request, e: responses.PlainTextResponse(json.dumps({'error': str(e)}) + '\n')})
@@ -80,7 +82,7 @@ class Page:
     async def page(self, request):
         self.guard(request)
         about, key = json.dumps(self.about).replace('<', '\\u003c'), os.urandom(16).hex()
-        html = (ROOT / 'chat.html').read_text('utf-8').replace('{"about": "us"}', about)  # read each time: edit it and reload
+        html = (ROOT / 'pocket' / 'chat.html').read_text('utf-8').replace('{"about": "us"}', about)  # read each time: edit it and reload
         html = html.replace('<style>', f'<style nonce="{key}">', 1).replace('<script>', f'<script nonce="{key}">', 1)
         return responses.HTMLResponse(html, headers={'Cache-Control': 'no-store', 'Content-Security-Policy': (
             f"default-src 'none'; style-src 'nonce-{key}'; script-src 'nonce-{key}'; connect-src 'self'; img-src data:; "

@@ -7,7 +7,9 @@ Write a trained model for others: as a folder that Hugging Face's transformers r
 from pathlib import Path
 from typing import Literal
 
-from configurator import ROOT, UserError, configure, find, nearby
+from pocket.configurator import configure
+from pocket.errors import UserError
+from pocket.files import ROOT, find_path, short_path
 
 out_dir: str | None = None         # the run
 to: str | None = None              # the folder to make, or the file
@@ -18,11 +20,11 @@ if not out_dir or not to:
     raise UserError('name a run and a new folder or file: python export.py --out_dir=out/RUN --to=FOLDER')
 import torch
 
-import checkpoint
-from files import make_folder
-from gpt2 import export
+from pocket import checkpoint
+from pocket.files import make_folder
+from pocket.pretrained import export_folder
 
-path, target = nearby(find(out_dir)) / f'{weights}.pt', nearby(Path(to).expanduser())
+path, target = short_path(find_path(out_dir)) / f'{weights}.pt', short_path(Path(to).expanduser())
 state = checkpoint.load(path)
 model, tok = checkpoint.build(state, path)
 if target.suffix == '.pt':
@@ -33,9 +35,9 @@ if target.suffix == '.pt':
     slim['config'] = slim['config'] | {'out_dir': None, 'data_dir': None}  # paths that mean nothing elsewhere
     checkpoint.save(target, slim | {'model': model.to(torch.bfloat16).state_dict()})
     print(f'{target}: {target.stat().st_size / 1e6:.2f} MB, {path} has {path.stat().st_size / 1e6:.2f}')
-    print(f'next: python {nearby(ROOT / "sample.py")} --out_dir={target.parent if target.name == "best.pt" else target}')
+    print(f'next: python {short_path(ROOT / "sample.py")} --out_dir={target.parent if target.name == "best.pt" else target}')
     raise SystemExit(0)
-export(model, tok, target)
+export_folder(model, tok, target)
 kind = tok.to_dict()['kind']
 print(f'{target}: {", ".join(sorted(p.name for p in target.iterdir()))}'
       + ('' if (target / 'tokenizer.json').is_file() else f'; no tokenizer.json, which can\'t describe a {kind} tokenizer'))

@@ -6,7 +6,8 @@ How much memory training takes, and what for. train.py says it before it starts;
 """
 from typing import Literal
 
-from configurator import UserError, configure
+from pocket.configurator import configure
+from pocket.errors import UserError
 
 batch_size = 4                     # rows of a micro-batch; how many of these make a step costs nothing
 block_size = 1024                  # tokens in a row
@@ -22,9 +23,9 @@ import sys
 
 import torch
 
-from device import DTYPES, autocast, peak_memory, pick_device
-from head import MAX_LOGITS
 from model import GPT, GPTConfig
+from pocket.device import DTYPES, autocast, peak_memory, pick_device
+from pocket.kernels import MAX_LOGITS
 
 
 def estimate(c, others, matrices, tokens, precision, device, world=1):

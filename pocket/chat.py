@@ -11,13 +11,15 @@ A trained model as something that writes, text in and text out: what sample.py, 
 import sys
 from itertools import zip_longest
 
-import checkpoint
-from chat import never_written, source_ids, start_ids
-from configurator import ROOT, UserError, convert, describe, find, nearby
-from device import pick_device, pick_dtype
-from generate import check_sampling
-from packed import pack
-from tokenizer import UnknownCharacters
+from pocket import checkpoint
+from pocket.configurator import convert, describe
+from pocket.device import pick_device, pick_dtype
+from pocket.errors import UserError
+from pocket.files import ROOT, find_path, short_path
+from pocket.generate import check_sampling
+from pocket.quantize import prepare_for_decoding
+from pocket.template import banned_ids, encode_conversation, reply_start_ids
+from pocket.tokenizer import UnknownCharacters
 
 SETTINGS = {'temperature': (float, 0.8), 'top_k': (int | None, 200), 'top_p': (float | None, None), 'min_p': (float | None, None),
             'repetition_penalty': (float, 1.0), 'max_new_tokens': (int, 500), 'num_beams': (int, 1),
@@ -26,7 +28,7 @@ SAMPLING = [*SETTINGS][:5]  # what draws: a beam search knows none of it
 PRESETS = {name: dict(zip([*SAMPLING, 'num_beams'], values)) for name, values in {
     'focused': (0.5, 20, 0.9, None, 1.1, 1), 'balanced': (0.8, 50, 0.95, None, 1.1, 1),
     'creative': (1.1, 200, 0.98, None, 1.0, 1), 'greedy': (0.0, None, None, None, 1.0, 1)}.items()}
-COMES_ALONG = ROOT / 'pretrained' / 'shakespeare'  # for those who have trained nothing yet
+COMES_ALONG = ROOT / 'pocket' / 'bundled' / 'shakespeare'  # for those who have trained nothing yet
 
 
 def change(settings, new, named=None):
@@ -66,28 +68,28 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
     along. init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs. Raises UserError."""
     device = pick_device(device)
     if init_from:
-        import gpt2
-        model, tok, style, name = gpt2.load(init_from)[0], gpt2.load_tokenizer(init_from), None, init_from
+        from pocket import pretrained
+        model, tok, style, name = pretrained.load(init_from)[0], pretrained.load_tokenizer(init_from), None, init_from
     else:
         if out_dir is None:
             runs = sorted((ROOT / 'out').glob('*/[bl]*st.pt'), key=lambda p: p.stat().st_mtime)
             out_dir = runs[-1].parent if runs else COMES_ALONG  # (best.pt and last.pt)
-        name = nearby(find(out_dir))
+        name = short_path(find_path(out_dir))
         if not name.is_file():  # a run's folder, not a checkpoint by its own name; last.pt: stopped before its first evaluation
             there = [name / f'{w}.pt' for w in (weights, 'last') if (name / f'{w}.pt').is_file()]
             if not there:
-                runs = ', '.join(sorted({str(nearby(p.parent)) for p in (ROOT / 'out').glob('*/[bl]*st.pt')})) or 'none yet'
+                runs = ', '.join(sorted({str(short_path(p.parent)) for p in (ROOT / 'out').glob('*/[bl]*st.pt')})) or 'none yet'
                 raise UserError(f'there is no checkpoint in {name}: name a run with --out_dir=…; there are {runs}')
             name = there[0]
         state = checkpoint.load(name)
         model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
         if out_dir is COMES_ALONG:
-            print(f'no run in {nearby(ROOT / "out")} yet, so this is {nearby(COMES_ALONG)}, which comes along; '
+            print(f'no run in {short_path(ROOT / "out")} yet, so this is {short_path(COMES_ALONG)}, which comes along; '
                   f'python train.py trains one of your own', file=sys.stderr)
         style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
     # what int8 leaves as it is, is small: float32 saves a CPU the conversions around each product
     model = model.to(device, pick_dtype(device, dtype or ('auto' if quantize and device.type != 'cpu' else 'float32'))[0])
-    return Talk(pack(model, 8 if quantize else None), tok, style, name, **more)
+    return Talk(prepare_for_decoding(model, 8 if quantize else None), tok, style, name, **more)
 
 
 class Talk:
@@ -100,9 +102,9 @@ class Talk:
     def __init__(self, model, tok, style=None, name='', stop=(), ignore_eot=False, drop_unknown=False, **settings):
         self.model, self.tok, self.style, self.name = model, tok, style, name
         self.stop, self.drop_unknown = [s for s in stop if s], drop_unknown
-        self.eot = None if ignore_eot else tok.end
-        self.start = start_ids(tok, style) if style else None
-        self.banned = never_written(tok, model.config.vocab_size, but=self.eot)
+        self.eot = None if ignore_eot else tok.eos_id
+        self.start = reply_start_ids(tok, style) if style else None
+        self.banned = banned_ids(tok, model.config.vocab_size, but=self.eot)
         self.settings = change({key: default for key, (_, default) in SETTINGS.items()}, settings, named=())
 
     def __call__(self, text='', turns=(), seed=None, **settings):
@@ -133,11 +135,11 @@ class Talk:
         """What the model is given for a text: its ids or, in a conversation, a source with the turns before it."""
         length, text = settings['max_new_tokens'], self.encodable(text)
         if not self.style:
-            ids, T = self.tok.prompt(text), self.model.config.block_size
+            ids, T = self.tok.encode_prompt(text), self.model.config.block_size
             return ids if settings['num_beams'] == 1 else ids[-max(1, T - min(length, T // 2)):]  # a beam's context stays
         turns = [*turns, (you or self.style['you'], text)][-self.style['turns']:]  # of a long conversation it reads the end
         turns = [tuple(map(self.encodable, turn)) for turn in turns]
-        source = source_ids(self.tok, self.style, turns, self.model.reply_room(self.start, length))
+        source = encode_conversation(self.tok, self.style, turns, self.model.reply_room(self.start, length))
         return self.model.reply_prompts([source], self.start, length)[0]
 
     def write(self, prompts, settings, seed):

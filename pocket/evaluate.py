@@ -3,10 +3,10 @@ from itertools import islice
 
 import torch
 
-from chat import never_written, reply_text, start_ids
-from configurator import UserError
-from device import autocast
-from parallel import main, rank, total, world
+from pocket.device import autocast
+from pocket.distributed import all_reduce_sum, master_process, rank, world_size
+from pocket.errors import UserError
+from pocket.template import banned_ids, decode_reply, reply_start_ids
 
 
 def to_device(batch, where):
@@ -23,16 +23,16 @@ def evaluate(model, data, where, precision, stopped=lambda: False):
     from tqdm import tqdm
     model.eval()
     loss = right = count = stop = 0
-    batches, more = islice(data.eval_batches(), rank, None, world), 1
-    quiet = None if main else True
-    with tqdm(desc='evaluating', total=data.targets, unit='tok', unit_scale=True, leave=False, disable=quiet, delay=2) as bar:
+    batches, more = islice(data.eval_batches(), rank, None, world_size), 1
+    quiet = None if master_process else True
+    with tqdm(desc='evaluating', total=data.num_targets, unit='tok', unit_scale=True, leave=False, disable=quiet, delay=2) as bar:
         while more and not stop:  # a batch for each process, and all go on, or none
             l = r = n = 0
             if batch := next(batches, None):
                 with autocast(where, precision):
                     l, r = model(**to_device(batch, where), reduction='score')[1].tolist()
                 n = (batch['targets'] != -1).sum().item()
-            l, r, n, more, stop = total(l, r, n, batch is not None, bool(stopped()))
+            l, r, n, more, stop = all_reduce_sum(l, r, n, batch is not None, bool(stopped()))
             loss, right, count = loss + l, right + r, count + int(n)
             bar.update(count - bar.n)
     model.train()
@@ -47,8 +47,8 @@ def smoothed_batch_mean(model, data, where, precision, label_smoothing, size=32)
     """
     model.eval()
     tokens, losses = data.tokens(), []
-    for i in range(0, len(data.S), size):
-        batch = data.batch(tokens, range(i, min(i + size, len(data.S))))
+    for i in range(0, len(data.source_lengths), size):
+        batch = data.batch(tokens, range(i, min(i + size, len(data.source_lengths))))
         with autocast(where, precision):
             losses.append(model(**to_device(batch, where), label_smoothing=label_smoothing)[1].item())
     return sum(losses) / len(losses)
@@ -59,12 +59,12 @@ def readable(tok, ids):
     parts = [[]]
     for i in ids:
         parts[-1].append(i)
-        if i in tok.specials.values():
+        if i in tok.special_tokens.values():
             parts.append([])
     return ' | '.join(text for text in map(tok.decode, parts) if text)
 
 
-def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, batch_size=32, **sampling):
+def generate_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, batch_size=32, **sampling):
     """Replies to `count` pairs of data, spread over it: a list of (source, reference, reply), all text, greedy unless told.
 
     style: the format of conversations (chat.py). num_beams above 1: beam search. Pairs of like lengths are answered together.
@@ -72,9 +72,9 @@ def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, b
     from tqdm import tqdm
     model.eval()
     tokens, out = data.tokens(), {}
-    start, N = start_ids(tok, style), len(data.S)
-    told = {'start': start, 'eot': tok.end, 'banned': never_written(tok, model.config.vocab_size, but=tok.end)}
-    order = sorted({i * N // min(count, N) for i in range(min(count, N))}, key=lambda i: data.S[i])
+    start, N = reply_start_ids(tok, style), len(data.source_lengths)
+    told = {'start': start, 'eot': tok.eos_id, 'banned': banned_ids(tok, model.config.vocab_size, but=tok.eos_id)}
+    order = sorted({i * N // min(count, N) for i in range(min(count, N))}, key=lambda i: data.source_lengths[i])
     with tqdm(desc='writing replies', total=len(order), unit='reply', leave=False, disable=None, delay=2) as bar:
         for first in range(0, len(order), batch_size):
             members = order[first:first + batch_size]
@@ -86,12 +86,12 @@ def write_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, b
                 written = list(model.stream(prompts, max_new_tokens, **told, **{'temperature': 0, **sampling}))
                 new = [[i for i in row if i >= 0] for row in torch.stack(written, dim=1).tolist()]
             for i, (source, target), ids in zip(members, pairs, new):
-                out[i] = readable(tok, source), reply_text(tok, style, target), reply_text(tok, style, ids)
+                out[i] = readable(tok, source), decode_reply(tok, style, target), decode_reply(tok, style, ids)
             bar.update(len(members))
     return [out[i] for i in sorted(out)]
 
 
-def reply_scores(triples):
+def score_replies(triples):
     """Lines of text: BLEU and chrF of (source, reference, reply) triples with sacrebleu's signatures, distinct-1 and -2.
 
     distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams of the replies' words by all of them.
