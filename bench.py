@@ -1,30 +1,32 @@
 """
-How fast this machine trains, reads and writes, and which share that is of what its processor and its memory can do.
+How fast this machine trains, encodes and generates, and how much of its peak speed that is.
 
     python bench.py                       every row once, in two to three minutes
-    python bench.py --rows=decode         only rows whose name holds this
-    python bench.py --peers --rounds=3    beside peers: nn.Transformer and, where installed, transformers, ctranslate2, tokenizers
-    python bench.py --nanogpt=FOLDER      … and nanoGPT, FOLDER holding a clone of github.com/karpathy/nanoGPT
-    python bench.py --profile             also a trace of each row in out/bench, for chrome://tracing or ui.perfetto.dev
+    python bench.py --rows=decode         only the rows with this in their name
+    python bench.py --peers --rounds=3    three repeats, with baselines: torch.nn.Transformer and,
+                                          if installed, transformers, ctranslate2, tokenizers
+    python bench.py --nanogpt=FOLDER      with nanoGPT, too: a clone of github.com/karpathy/nanoGPT
+    python bench.py --profile             also write a trace of each row to out/bench, for
+                                          chrome://tracing or ui.perfetto.dev
 
-Each measurement is a process of its own, and peers take turns with us: A B A B. Same shapes, same data, same number of threads;
-the first steps, which warm up, don't count. Prints medians, with minimum and maximum over the rounds, and one line of JSON last.
+Each measurement runs in a process of its own, and baselines take turns with us: A B A B. They get
+the same shapes, data and number of threads. Prints medians, with minimum and maximum if there are
+several repeats, and all figures as JSON in the last line.
 """
 from typing import Literal
 
 from pocket.configurator import configure
-from pocket.errors import UserError
 
-rows = ''                          # only rows whose name holds this
-peers = False                      # the same work by whatever peer is installed
-nanogpt: str | None = None         # a clone of nanoGPT to run beside us; switches peers on
-rounds = 1                         # processes of each, in turns
-seconds = 2.0                      # of timed steps in each process
-profile = False                    # write traces to out/bench
-device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of our products; peers run in theirs
-worker = ''                        # for this script's own use: whose turn it is
-config, _ = configure(__file__, globals())
+rows = ''                    # only the rows with this in their name
+peers = False                # measure baselines too, those that are installed
+nanogpt: str | None = None   # a folder with nanoGPT's model.py, another baseline; implies --peers
+rounds = 1                   # how often each measurement is repeated
+seconds = 2.0                # for how long each measurement is timed
+profile = False              # write traces to out/bench
+device = 'auto'              # auto, cpu, cuda, cuda:1 or mps
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # ours; baselines use their own
+worker = ''                  # internal: what this process is to measure
+configure(__file__, globals())
 
 import importlib.util
 import json
@@ -32,335 +34,778 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
 from pocket import checkpoint
 from pocket.data import Stream, bucket_by_length
 from pocket.device import autocast, peak_memory, pick_device, pick_dtype
+from pocket.errors import UserError
 from pocket.files import ROOT
+from pocket.generate import new_cache
 from pocket.quantize import prepare_for_decoding
 from pocket.tokenizer import BpeTokenizer, ByteTokenizer
 
+device = pick_device(device)
+compute_dtype, _ = pick_dtype(device, dtype)
+
+# Shapes of the models: nanoGPT's example for a CPU and its Shakespeare model, GPT-2 124M, and the
+# base model of "Attention Is All You Need"
+TINY = dict(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False)
 SMALL = dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
-TINY = SMALL | dict(n_layer=4, n_head=4, n_embd=128)
 GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True)
-PAPER = dict(vocab_size=50260, block_size=128, src_block_size=256, attn_bias=False, head_bias=True, tie_source=False)
-where = pick_device(device)
-precision = pick_dtype(where, dtype)[0]
+PAPER = dict(
+    vocab_size=50260, block_size=128, src_block_size=256,
+    attn_bias=False, head_bias=True, tie_source=False,
+)
 
 
-def timed(step, amounts):
-    """Work a second: step(i) does amounts[i % len] of it. Runs for `seconds`; the first steps, which warm up, don't count."""
-    times, n, start = [], len(amounts), time.perf_counter()
-    while len(times) < min(3, n) or len(times) < 3 and time.perf_counter() - start < seconds:
-        step(len(times))
-        times.append(0)
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < n or len(times) % n:  # whole rounds over batches of different sizes
+# --------------------------------------------------------------------------------------------------
+# Timing
+
+def time_steps(step, amounts):
+    """Call step(i) for i = 0, 1, … during `seconds`, and return how much work it does per second.
+
+    step(i) does amounts[i % len(amounts)] of the work: tokens, for example.
+    """
+    # Warm up: at least one step and up to three, or as many as there are amounts
+    deadline = time.perf_counter() + seconds
+    for i in range(3):
+        if i >= len(amounts) and time.perf_counter() > deadline:
+            break
+        step(i)
+
+    # Time whole passes over the amounts, because batches of different sizes differ in speed
+    times = []
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or not times or len(times) % len(amounts) != 0:
         start = time.perf_counter()
         step(len(times))
         times.append(time.perf_counter() - start)
+
     if profile:
-        trace = ROOT / 'out' / 'bench' / f'{"".join(c if c.isalnum() else "-" for c in rows)}-{worker}.json'
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        with torch.profiler.profile() as p:
-            step(0)
-        p.export_chrome_trace(str(trace))
-    return amounts[0] / median(times) if n == 1 else sum(amounts) * len(times) / n / sum(times)
+        write_trace(step)
+    if len(amounts) == 1:
+        return amounts[0] / median(times)
+    passes = len(times) / len(amounts)
+    return passes * sum(amounts) / sum(times)
 
 
-def weights(net):
-    """Parameters that a written token is multiplied with: those of the layers that write and of the head, not of embeddings."""
-    stack = net.transformer if isinstance(net, GPT) else net.decoder
-    return sum(p.numel() for p in [*stack.h.parameters(), *stack.ln_f.parameters(), *net.lm_head.parameters()])
+def write_trace(step):
+    """Write a trace of one more step to out/bench."""
+    row_name = ''.join(c if c.isalnum() else '-' for c in rows)
+    path = ROOT / 'out' / 'bench' / f'{row_name}-{worker}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as profiler:
+        step(0)
+    profiler.export_chrome_trace(str(path))
 
 
-def trainer(net, precision, fused=True):
-    """A function that takes one step of training on a batch: forward, backward, clipping, AdamW."""
-    net.to(where).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
+def measure_peaks():
+    """What this machine can do per second: FLOP of a matrix product, bytes read from memory.
+
+    The best of ten tries each. The roofline model: a program is limited by one of the two.
+    """
+    a, b = torch.randn(2, 2048, 2048, device=device).to(compute_dtype)
+    x = torch.ones(2**27, device=device)  # 512 MB, which no cache holds
+    return {
+        'FLOP': 2 * 2048**3 / shortest_time(lambda: (a @ b)[0, 0].item()),
+        'bytes': x.nbytes / shortest_time(lambda: x.sum().item()),
+    }
+
+
+def shortest_time(function):
+    """Seconds that a call of function() takes, the best of ten."""
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# --------------------------------------------------------------------------------------------------
+# The measurements: functions that return (rate, cost).
+#
+# rate: units of work per second. cost: the FLOP or bytes that a unit needs at least, or None. So
+# rate x cost / peak is the utilization of the processor (model FLOPs utilization, MFU, Chowdhery et
+# al. 2022, https://arxiv.org/abs/2204.02311) or that of the memory's bandwidth (MBU).
+
+# Training
+
+def train_gpt(shape, batch_size, length):
+    """Tokens/s of training a GPT on random ids: forward, backward, clipping, AdamW."""
+    attn_dropout = shape.get('dropout', 0.0)  # as nanoGPT does it
+    model = GPT(GPTConfig(act='gelu_erf', attn_dropout=attn_dropout, **shape))
+    step = make_training_step(model, compute_dtype)
+    return time_gpt_training(model, step, shape, batch_size, length)
+
+
+def train_nanogpt(shape, batch_size, length):
+    """Tokens/s of the same training with nanoGPT's model, in the precision of its train.py."""
+    theirs = import_file('nanogpt_model', Path(nanogpt) / 'model.py')
+    model = theirs.GPT(theirs.GPTConfig(**shape))
+    amp_dtype = torch.float32 if device.type == 'cpu' else torch.bfloat16
+    step = make_training_step(model, amp_dtype, fused_optimizer=device.type == 'cuda')
+    return time_gpt_training(model, step, shape, batch_size, length)
+
+
+def make_training_step(model, amp_dtype, fused_optimizer=True):
+    """A function that trains the model for a step on a batch: keyword arguments of forward()."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, fused=fused_optimizer,
+    )
 
     def step(**batch):
-        with autocast(where, precision):
-            loss = net(**{key: t.to(where) for key, t in batch.items()})[1]
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with autocast(device, amp_dtype):
+            _, loss = model(**batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()  # waits for a GPU
+        loss.item()  # waits for a GPU to finish
+
     return step
 
 
-def train_gpt(who, B, T, args):
-    """Tokens a second of training on random ids; FLOP a token."""
-    args = {**args, 'block_size': max(T, args['block_size']) if args is GPT2 else T}
-    net = GPT(GPTConfig(act='gelu_erf', attn_dropout=args.get('dropout', 0.0), **args))
-    cost = 6 * weights(net) + 6 * args['n_layer'] * args['n_embd'] * T  # attention: what lies below the diagonal
-    if who == 'nanogpt':
-        sys.path.insert(0, nanogpt)
-        for module in ('model', 'configurator'):
-            sys.modules.pop(module)
-        import model as peer
-        theirs = torch.float32 if where.type == 'cpu' else torch.bfloat16  # what its train.py does
-        step = trainer(peer.GPT(peer.GPTConfig(**args)), theirs, where.type == 'cuda')
-    else:
-        step = trainer(net, precision)
-    idx, targets = torch.randint(args['vocab_size'], (2, B, T))
-    return timed(lambda i: step(idx=idx, targets=targets), [B * T]), cost
+def time_gpt_training(model, step, shape, batch_size, length):
+    """Time the training step of a GPT, ours or nanoGPT's. The cost is in FLOP per token."""
+    idx, targets = torch.randint(shape['vocab_size'], (2, batch_size, length))
+    rate = time_steps(lambda i: step(idx=idx, targets=targets), [batch_size * length])
+    # Forward takes 2 FLOP per weight and token, backward twice that. Attention: the scores and the
+    # weighted sum take 2 FLOP per channel and position each; a token sees length / 2 positions.
+    attention = 6 * shape['n_layer'] * shape['n_embd'] * length
+    return rate, 6 * count_weights(model) + attention
 
 
-class Padded(torch.nn.Module):
-    """The base model of 2017 on PyTorch's own modules."""
+def count_weights(model):
+    """How many parameters a generated token is multiplied with: all but the embeddings.
 
-    def __init__(self, V):
+    A GPT, a nanoGPT, a GPT-2 of transformers, or the decoder of a Seq2Seq.
+    """
+    stack = model.decoder if isinstance(model, Seq2Seq) else model.transformer
+    counted = [*stack.h.parameters(), *stack.ln_f.parameters(), *model.lm_head.parameters()]
+    return sum(p.numel() for p in counted)
+
+
+def import_file(name, path):
+    """Import a Python file as the module `name`: nanoGPT's model.py has the same name as ours."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_seq2seq():
+    """Pairs/s of training the paper's base model on pairs that are as long as those of chats."""
+    rng = np.random.default_rng(0)
+    lengths = chat_lengths(rng)
+    buckets = bucket_by_length(lengths, 4096)
+    num_batches = max(3, int(seconds))
+    chosen = rng.permutation(len(buckets))[:num_batches]
+    buckets = [buckets[i] for i in chosen]
+
+    step = make_training_step(Seq2Seq(Seq2SeqConfig(dropout=0.1, **PAPER)), compute_dtype)
+    batches = [random_pairs(lengths[members]) for members in buckets]
+    batch_sizes = [len(members) for members in buckets]
+    return time_steps(lambda i: step(**batches[i % len(batches)]), batch_sizes), None
+
+
+def train_seq2seq_padded():
+    """Pairs/s of training as small projects do it: nn.Transformer, float32, all pairs padded."""
+    batch_size = 32
+    lengths = chat_lengths(np.random.default_rng(0))[:batch_size]
+    step = make_training_step(PaddedTransformer(PAPER['vocab_size']), torch.float32)
+    pairs = random_pairs(lengths, 256, 127)
+    source_lengths = torch.from_numpy(lengths[:, 0])
+    is_padding = torch.arange(256) >= source_lengths[:, None]
+    src = pairs['src'].masked_fill(is_padding, PaddedTransformer.PADDING)
+    batch = {'src': src, 'idx': pairs['idx'], 'targets': pairs['targets']}
+    return time_steps(lambda i: step(**batch), [batch_size]), None
+
+
+def chat_lengths(rng):
+    """(8863, 2) int64: tokens in sources (52 on average) and targets (20) of made-up pairs."""
+    sources = rng.gamma(1.9, 27, 8863)
+    targets = rng.gamma(1.5, 13, 8863)
+    lengths = np.stack((sources, targets), axis=1).astype(int) + 1
+    return lengths.clip(max=(256, 127))
+
+
+def random_pairs(lengths, S=None, T=None):
+    """A batch of random pairs for a Seq2Seq, a dict. lengths: (B, 2) int64, of sources and targets.
+
+    S, T: columns of src and idx; None: as many as the longest needs. Sources are padded at the
+    left, as src_pad (B,) says; padding of idx has -1 as its target.
+    """
+    lengths = torch.from_numpy(lengths)
+    S = S or int(lengths[:, 0].max())
+    T = T or int(lengths[:, 1].max())
+    src = torch.randint(1, PAPER['vocab_size'], (len(lengths), S))
+    idx = torch.randint(1, PAPER['vocab_size'], (len(lengths), T))
+    is_padding = torch.arange(T) >= lengths[:, 1:]
+    return {
+        'src': src,
+        'src_pad': S - lengths[:, 0],
+        'idx': idx,
+        'targets': idx.masked_fill(is_padding, -1),
+    }
+
+
+class PaddedTransformer(nn.Module):
+    """The paper's base model, made of PyTorch's own modules."""
+
+    PADDING = 0  # the id of padding
+
+    def __init__(self, vocab_size):
         super().__init__()
-        self.body = torch.nn.Transformer(512, 8, 6, 6, 2048, 0.1, batch_first=True, norm_first=True)
-        self.src, self.tgt, self.head = torch.nn.Embedding(V, 512), torch.nn.Embedding(V, 512), torch.nn.Linear(512, V)
+        self.body = nn.Transformer(512, 8, 6, 6, 2048, 0.1, batch_first=True, norm_first=True)
+        self.source_embedding = nn.Embedding(vocab_size, 512)
+        self.target_embedding = nn.Embedding(vocab_size, 512)
+        self.head = nn.Linear(512, vocab_size)
 
     def forward(self, idx, targets, src):
-        causal = torch.nn.Transformer.generate_square_subsequent_mask(idx.size(1), device=idx.device)
-        hidden = src == 0
-        x = self.body(self.src(src), self.tgt(idx), tgt_mask=causal, src_key_padding_mask=hidden, memory_key_padding_mask=hidden)
-        return None, torch.nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        """idx, targets: (B, T) int64; src: (B, S) int64. Returns (None, loss), as our models do."""
+        causal = nn.Transformer.generate_square_subsequent_mask(idx.size(1), device=idx.device)
+        is_padding = src == self.PADDING
+        x = self.body(
+            self.source_embedding(src), self.target_embedding(idx), tgt_mask=causal,
+            src_key_padding_mask=is_padding, memory_key_padding_mask=is_padding,
+        )
+        logits = self.head(x)
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-def train_pairs(who):
-    """Pairs a second of training, their lengths as in chats: sources of 52 tokens in the mean, targets of 20."""
-    rng = np.random.default_rng(0)
-    lengths = np.stack((rng.gamma(1.9, 27, 8863), rng.gamma(1.5, 13, 8863)), axis=1).astype(int) + 1
-    lengths = lengths.clip(max=(256, 127))
-    if who == 'padded':  # the way small encoder-decoder projects train: float32, every pair padded to the longest
-        step, groups = trainer(Padded(PAPER['vocab_size']), torch.float32), [np.arange(32)]
-    else:
-        step = trainer(Seq2Seq(Seq2SeqConfig(dropout=0.1, **PAPER)), precision)
-        groups = bucket_by_length(lengths, 4096)
-        groups = [groups[i] for i in rng.permutation(len(groups))[:max(3, int(seconds))]]
+# Generation: GPT-2 124M with random weights
 
-    def batch(members):
-        S, T = (256, 127) if who == 'padded' else lengths[members].max(axis=0)
-        src, idx = (torch.randint(1, PAPER['vocab_size'], (len(members), int(n))) for n in (S, T))
-        s, t = torch.from_numpy(lengths[members]).T[:, :, None]
-        if who == 'padded':
-            return {'src': src.where(torch.arange(256) < s, 0), 'idx': idx, 'targets': idx.where(torch.arange(127) < t, -1)}
-        return {'src': src, 'src_pad': S - s[:, 0], 'idx': idx, 'targets': idx.where(torch.arange(T) < t, -1)}
-    batches = [batch(members) for members in groups]
-    return timed(lambda i: step(**batches[i % len(batches)]), [len(members) for members in groups]), None
+PREFILL_TOKENS = 1000
+PROMPT_TOKENS = 16
+NEW_TOKENS = 128
 
 
 @torch.inference_mode()
-def prefill(who, T=1000):
-    """Tokens a second of reading a prompt of T tokens, GPT-2 124M's shape; FLOP a token."""
-    idx = torch.randint(GPT2['vocab_size'], (1, T), device=where)
-    net = GPT(GPTConfig(**GPT2))
-    cost = 2 * (weights(net) - net.config.vocab_size * 768) + 2 * 12 * 768 * T  # the head sees the last token alone
-    if who == 'transformers':
-        from transformers import GPT2Config, GPT2LMHeadModel
-        net = GPT2LMHeadModel(GPT2Config()).eval().to(where, precision)
-        return timed(lambda i: net(idx, logits_to_keep=1).logits.sum().item(), [T]), cost
-    net = prepare_for_decoding(net.eval().to(where, precision))
-    return timed(lambda i: net(idx, cache=net.new_cache(1, T), last_only=True)[0].sum().item(), [T]), cost
+def prefill_gpt():
+    """Tokens/s of prefill: run a prompt through the model, up to the logits of the next token."""
+    idx = random_prompts(1, PREFILL_TOKENS)
+    model = GPT(GPTConfig(**GPT2)).eval().to(device, compute_dtype)
+    cost = prefill_cost(model)
+    model = prepare_for_decoding(model)
+
+    def step(i):
+        cache = new_cache(model, 1, PREFILL_TOKENS)
+        model.next_token_logits(idx, cache).sum().item()
+
+    return time_steps(step, [PREFILL_TOKENS]), cost
 
 
-def decode_gpt(who, B, n=128, bits=None):
-    """Tokens a second of greedy decoding behind 16 tokens, GPT-2 124M's shape, random weights; bytes read for a token."""
-    idx = torch.randint(GPT2['vocab_size'], (B, 16), device=where)
-    rest = torch.float32 if bits and where.type == 'cpu' and dtype == 'auto' else precision  # as sample.py has it
-    net = GPT(GPTConfig(**GPT2)).eval().to(where, rest)
-    cost = weights(net) * (1 if bits else precision.itemsize) / B
-    if who == 'transformers':
-        from transformers import GPT2Config, GPT2LMHeadModel
-        net = GPT2LMHeadModel(GPT2Config()).eval().to(where, precision)
-        how = {'max_new_tokens': n, 'min_new_tokens': n, 'do_sample': False, 'pad_token_id': 0}
-        return timed(lambda i: net.generate(idx, **how).sum().item(), [B * n]), cost
-    if who == 'ctranslate2':
-        net = ctranslate2_gpt(net)
-        prompts = [[str(t) for t in row] for row in idx.tolist()]
-        how = {'max_length': 16 + n, 'min_length': 16 + n, 'sampling_topk': 1}
-        return timed(lambda i: net.generate_batch(prompts, **how), [B * n]), None
-    net, n = prepare_for_decoding(net, bits), n if who == 'ours' else 32
-    return timed(lambda i: net.generate(idx, n, temperature=0, use_cache=who == 'ours').sum().item(), [B * n]), cost
+@torch.inference_mode()
+def prefill_transformers():
+    """Tokens/s of the same prefill in Hugging Face's transformers."""
+    idx = random_prompts(1, PREFILL_TOKENS)
+    model = transformers_gpt2()
+
+    def step(i):
+        model(idx, logits_to_keep=1).logits.sum().item()
+
+    return time_steps(step, [PREFILL_TOKENS]), prefill_cost(model)
 
 
-def ctranslate2_gpt(net):
-    """ctranslate2.Generator with the weights of our GPT in int8, its way of being fast on a CPU."""
+def prefill_cost(model):
+    """FLOP per token of a prompt. The head is left out: it only sees the last token."""
+    weights = count_weights(model) - GPT2['vocab_size'] * GPT2['n_embd']
+    attention = 2 * GPT2['n_layer'] * GPT2['n_embd'] * PREFILL_TOKENS
+    return 2 * weights + attention
+
+
+def decode_gpt(batch_size, bits=None):
+    """Tokens/s of greedy decoding after a short prompt, prefill included. bits=8: int8 weights."""
+    return time_our_decoding(batch_size, bits, NEW_TOKENS, use_cache=True)
+
+
+def decode_gpt_uncached(batch_size):
+    """Tokens/s of greedy decoding without a KV cache, and of fewer tokens."""
+    return time_our_decoding(batch_size, None, 32, use_cache=False)
+
+
+def time_our_decoding(batch_size, bits, new_tokens, use_cache):
+    """Time generate(). The cost is in bytes per token: each step reads all weights once."""
+    idx = random_prompts(batch_size, PROMPT_TOKENS)
+    model_dtype = compute_dtype
+    if bits == 8 and device.type == 'cpu' and dtype == 'auto':
+        model_dtype = torch.float32  # what stays unquantized; sample.py does the same
+    model = GPT(GPTConfig(**GPT2)).eval().to(device, model_dtype)
+    bytes_per_weight = 1 if bits == 8 else compute_dtype.itemsize
+    cost = count_weights(model) * bytes_per_weight / batch_size
+    model = prepare_for_decoding(model, bits)
+
+    def step(i):
+        ids = model.generate(idx, new_tokens, temperature=0, use_cache=use_cache)
+        ids.sum().item()
+
+    return time_steps(step, [batch_size * new_tokens]), cost
+
+
+def decode_gpt_transformers(batch_size):
+    """Tokens/s of the same decoding in Hugging Face's transformers."""
+    idx = random_prompts(batch_size, PROMPT_TOKENS)
+    model = transformers_gpt2()
+    cost = count_weights(model) * compute_dtype.itemsize / batch_size
+    options = {
+        'max_new_tokens': NEW_TOKENS, 'min_new_tokens': NEW_TOKENS,
+        'do_sample': False, 'pad_token_id': 0,
+    }
+
+    def step(i):
+        model.generate(idx, **options).sum().item()
+
+    return time_steps(step, [batch_size * NEW_TOKENS]), cost
+
+
+def decode_gpt_ctranslate2(batch_size):
+    """Tokens/s of the same decoding in CTranslate2, with int8 weights: its fast way on a CPU."""
+    idx = random_prompts(batch_size, PROMPT_TOKENS)
+    prompts = [[str(token) for token in row] for row in idx.tolist()]
+    generator = ctranslate2_gpt2(GPT(GPTConfig(**GPT2)))
+    length = PROMPT_TOKENS + NEW_TOKENS
+    options = {'max_length': length, 'min_length': length, 'sampling_topk': 1}
+
+    def step(i):
+        generator.generate_batch(prompts, **options)
+
+    return time_steps(step, [batch_size * NEW_TOKENS]), None
+
+
+def random_prompts(batch_size, length):
+    """(batch_size, length) int64 random ids of GPT-2's vocabulary."""
+    return torch.randint(GPT2['vocab_size'], (batch_size, length), device=device)
+
+
+def transformers_gpt2():
+    """A GPT-2 124M of Hugging Face's transformers with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config()).eval().to(device, compute_dtype)
+
+
+def ctranslate2_gpt2(model):
+    """A ctranslate2.Generator with the weights of our GPT, rounded to int8."""
     import ctranslate2
     from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
-    spec = TransformerDecoderModelSpec.from_config(12, 12, activation=common_spec.Activation.GELUTanh)
-    tensors = {name: p.detach().float().numpy() for name, p in net.transformer.named_parameters()}
-    layers, names = [(spec.decoder.layer_norm, 'ln_f')], ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')
-    for i, layer in enumerate(spec.decoder.layer):
-        att, mlp = layer.self_attention, layer.ffn
-        parts = (att.layer_norm, *att.linear, mlp.layer_norm, mlp.linear_0, mlp.linear_1)
-        layers += zip(parts, (f'h.{i}.{name}' for name in names))
-    for part, name in layers:
-        ours, theirs = tensors[f'{name}.weight'], tensors[f'{name}.bias']
-        part.__dict__.update({'gamma': ours, 'beta': theirs} if 'ln_' in name else {'weight': ours, 'bias': theirs})
-    spec.decoder.embeddings.weight = spec.decoder.projection.weight = tensors['wte.weight']
-    spec.decoder.position_encodings.encodings, spec.decoder.scale_embeddings = tensors['wpe.weight'], False
+
+    gelu = common_spec.Activation.GELUTanh
+    spec = TransformerDecoderModelSpec.from_config(12, 12, activation=gelu)
+    weights = {}
+    for name, parameter in model.transformer.named_parameters():
+        weights[name] = parameter.detach().numpy()
+
+    def copy_norm(theirs, name):
+        theirs.gamma = weights[f'{name}.weight']
+        theirs.beta = weights[f'{name}.bias']
+
+    def copy_linear(theirs, name):
+        theirs.weight = weights[f'{name}.weight']
+        theirs.bias = weights[f'{name}.bias']
+
+    # Copy embeddings and layers
+    decoder = spec.decoder
+    decoder.embeddings.weight = weights['wte.weight']
+    decoder.projection.weight = weights['wte.weight']
+    decoder.position_encodings.encodings = weights['wpe.weight']
+    decoder.scale_embeddings = False
+    for i, layer in enumerate(decoder.layer):
+        copy_norm(layer.self_attention.layer_norm, f'h.{i}.ln_1')
+        copy_linear(layer.self_attention.linear[0], f'h.{i}.attn.c_attn')
+        copy_linear(layer.self_attention.linear[1], f'h.{i}.attn.c_proj')
+        copy_norm(layer.ffn.layer_norm, f'h.{i}.ln_2')
+        copy_linear(layer.ffn.linear_0, f'h.{i}.mlp.c_fc')
+        copy_linear(layer.ffn.linear_1, f'h.{i}.mlp.c_proj')
+    copy_norm(decoder.layer_norm, 'ln_f')
+
+    # A vocabulary of numbers: '0', '1', …
     spec.register_vocabulary([str(i) for i in range(GPT2['vocab_size'])])
-    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = '50256'
-    folder = tempfile.mkdtemp()
+    spec.config.bos_token = '50256'
+    spec.config.eos_token = '50256'
+    spec.config.unk_token = '50256'
+
+    # Quantize, save, load
     spec.validate()
     spec.optimize(quantization='int8')
-    spec.save(folder)
-    return ctranslate2.Generator(folder, intra_threads=torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        return ctranslate2.Generator(folder, intra_threads=torch.get_num_threads())
 
 
-def decode_seq2seq(who, B, n=64):
-    """Tokens a second of greedy decoding of B sources of 45 tokens, the base shape, random weights; bytes read for a token."""
-    src = torch.randint(2, PAPER['vocab_size'], (B, 45))
-    if who == 'transformers':
-        from transformers import MarianConfig, MarianMTModel
-        sizes = {f'{side}_{k}': v for side in ('encoder', 'decoder')
-                 for k, v in (('layers', 6), ('ffn_dim', 2048), ('attention_heads', 8))}
-        theirs = MarianConfig(PAPER['vocab_size'], d_model=512, max_position_embeddings=256, activation_function='relu',
-                              pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None, **sizes)
-        net = MarianMTModel(theirs).eval().to(where, precision)
-        how = {'max_new_tokens': n, 'min_new_tokens': n, 'do_sample': False, 'num_beams': 1}
-        return timed(lambda i: net.generate(src.to(where), **how).sum().item(), [B * n]), None
-    net = Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(where, precision)
-    cost = weights(net) * precision.itemsize / B
-    net = prepare_for_decoding(net)
-    return timed(lambda i: net.generate(src.tolist(), n, start=0, temperature=0, use_cache=who == 'ours'), [B * n]), cost
+# Generation: the paper's base model with random weights
+
+SOURCE_TOKENS = 45
+REPLY_TOKENS = 64
 
 
-def sources():
+def decode_seq2seq(batch_size, use_cache=True):
+    """Tokens/s of encoding sources and decoding replies greedily. The cost: bytes per token."""
+    src = random_sources(batch_size).tolist()
+    model = Seq2Seq(Seq2SeqConfig(**PAPER)).eval().to(device, compute_dtype)
+    cost = count_weights(model) * compute_dtype.itemsize / batch_size
+    model = prepare_for_decoding(model)
+
+    def step(i):
+        model.generate(src, REPLY_TOKENS, decoder_start=0, temperature=0, use_cache=use_cache)
+
+    return time_steps(step, [batch_size * REPLY_TOKENS]), cost
+
+
+def decode_seq2seq_transformers(batch_size):
+    """Tokens/s of the same in a Marian model of Hugging Face's transformers."""
+    from transformers import MarianConfig, MarianMTModel
+
+    config = MarianConfig(
+        PAPER['vocab_size'], d_model=512, max_position_embeddings=256, activation_function='relu',
+        encoder_layers=6, encoder_ffn_dim=2048, encoder_attention_heads=8,
+        decoder_layers=6, decoder_ffn_dim=2048, decoder_attention_heads=8,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None,
+    )
+    model = MarianMTModel(config).eval().to(device, compute_dtype)
+    src = random_sources(batch_size)
+    options = {
+        'max_new_tokens': REPLY_TOKENS, 'min_new_tokens': REPLY_TOKENS,
+        'do_sample': False, 'num_beams': 1,
+    }
+
+    def step(i):
+        model.generate(src.to(device), **options).sum().item()
+
+    return time_steps(step, [batch_size * REPLY_TOKENS]), None
+
+
+def random_sources(batch_size):
+    """(batch_size, SOURCE_TOKENS) int64 random ids; 0 and 1 are left to padding and end."""
+    return torch.randint(2, PAPER['vocab_size'], (batch_size, SOURCE_TOKENS))
+
+
+# Data and tokenizers
+
+VOCAB_SIZE = 4096  # of the tokenizers
+
+
+def load_batches():
+    """Tokens/s of loading batches of 64 x 256 in the order of an epoch, from a file of 200 MB."""
+    num_tokens = 10**8
+    meta = {'vocab_size': 50257, 'dtype': 'uint16', 'counts': {'train': num_tokens}}
+    with tempfile.TemporaryDirectory() as folder:
+        ids = np.random.default_rng(0).integers(0, 50257, num_tokens, dtype=np.uint16)
+        ids.tofile(Path(folder) / 'train.bin')
+        data = Stream(folder, meta, 'train', 256, 64)
+        return time_steps(lambda i: list(data.batches(1337, i, 1)), [64 * 256]), None
+
+
+def encode():
+    """Bytes/s of encoding text with our BPE, in pieces of 4,096 characters."""
+    text = sample_text()
+    tok = BpeTokenizer.train([text], VOCAB_SIZE)
+    pieces = split_text(text)
+    return time_steps(lambda i: tok.encode_batch(pieces), [len(text.encode())]), None
+
+
+def encode_tokenizers():
+    """Bytes/s of encoding the same text with Hugging Face's tokenizers."""
+    text = sample_text()
+    tok = train_hugging_face_bpe(text)
+    pieces = split_text(text)
+    return time_steps(lambda i: tok.encode_batch(pieces), [len(text.encode())]), None
+
+
+def learn_bpe():
+    """Bytes/s of learning a BPE vocabulary from a text."""
+    text = sample_text()
+    return time_steps(lambda i: BpeTokenizer.train([text], VOCAB_SIZE), [len(text.encode())]), None
+
+
+def learn_bpe_tokenizers():
+    """Bytes/s of learning a BPE vocabulary of the same size with Hugging Face's tokenizers."""
+    text = sample_text()
+    return time_steps(lambda i: train_hugging_face_bpe(text), [len(text.encode())]), None
+
+
+def train_hugging_face_bpe(text):
+    """A byte-level BPE tokenizer of Hugging Face's."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tok = ByteLevelBPETokenizer()
+    tok.train_from_iterator([text], VOCAB_SIZE, show_progress=False)
+    return tok
+
+
+def sample_text():
     """About a megabyte of text that every machine has: Python's own standard library."""
+    folder = Path(json.__file__).parent.parent
     text = ''
-    for path in sorted(Path(json.__file__).parent.parent.glob('*.py')):
+    for path in sorted(folder.glob('*.py')):
         text += path.read_text(encoding='utf-8', errors='replace')
         if len(text) > 1_000_000:
             break
     return text
 
 
-def train_bpe(who):
-    """Bytes a second of learning 4,096 byte-pair tokens."""
-    text = sources()
-    if who == 'tokenizers':
-        return timed(lambda i: peer_tokenizer(text), [len(text.encode())]), None
-    return timed(lambda i: BpeTokenizer.train([text], 4096), [len(text.encode())]), None
+def split_text(text):
+    """Pieces of 4,096 characters."""
+    return [text[i:i + 4096] for i in range(0, len(text), 4096)]
 
 
-def peer_tokenizer(text):
-    """4,096 byte-pair tokens by Hugging Face."""
-    from tokenizers import ByteLevelBPETokenizer
-    peer = ByteLevelBPETokenizer()
-    peer.train_from_iterator([text], 4096, show_progress=False)
-    return peer
+# Start-up
 
-
-def encode(who):
-    """Bytes a second of text to ids, with 4,096 byte-pair tokens, in blocks of 4,096 characters."""
-    text = sources()
-    texts, size = [text[i:i + 4096] for i in range(0, len(text), 4096)], len(text.encode())
-    if who == 'tokenizers':
-        peer = peer_tokenizer(text)
-        return timed(lambda i: peer.encode_batch(texts), [size]), None
-    tok = BpeTokenizer.train([text], 4096)
-    return timed(lambda i: tok.encode_batch(texts), [size]), None
-
-
-def load(who):
-    """Tokens a second of reading batches of 64 x 256 in the order of an epoch, from 200 MB."""
+def start_sample():
+    """How often per second sample.py could start, load a small model and print its first token."""
     with tempfile.TemporaryDirectory() as folder:
-        np.random.default_rng(0).integers(0, 50257, 10**8, dtype=np.uint16).tofile(Path(folder) / 'train.bin')
-        data = Stream(folder, {'vocab_size': 50257, 'dtype': 'uint16', 'counts': {'train': 10**8}}, 'train', 256, 64)
-        return timed(lambda i: list(data.batches(1337, i, 1)), [64 * 256]), None
+        tok = ByteTokenizer()
+        model = GPT(GPTConfig(**{**TINY, 'vocab_size': tok.vocab_size}))
+        state = checkpoint.model_state(model, tok, {}, None)
+        checkpoint.save(Path(folder) / 'best.pt', state)
+        command = [
+            sys.executable, ROOT / 'sample.py', f'--out_dir={folder}', f'--device={device}',
+            '--start=a', '--max_new_tokens=1',
+        ]
+        return time_steps(lambda i: run_quietly(command), [1]), None
 
 
-def start(who):
-    """How often a second sample.py could start, load a small model and write its first token; or Python import torch."""
-    if who == 'import torch':
-        return timed(lambda i: subprocess.run([sys.executable, '-c', 'import torch'], check=True), [1]), None
-    with tempfile.TemporaryDirectory() as folder:
-        net, tok = GPT(GPTConfig(**TINY | dict(vocab_size=257))), ByteTokenizer()
-        checkpoint.save(Path(folder) / 'best.pt', checkpoint.model_state(net, tok, {}))
-        command = [sys.executable, ROOT / 'sample.py', f'--out_dir={folder}', '--start=a', '--max_new_tokens=1']
-        return timed(lambda i: subprocess.run([*command, f'--device={where}'], check=True, stdout=subprocess.DEVNULL), [1]), None
+def start_import_torch():
+    """How often per second Python could start and import torch: what sample.py can't go below."""
+    return time_steps(lambda i: run_quietly([sys.executable, '-c', 'import torch']), [1]), None
 
 
-WORK = {  # name: (unit, ceiling that the cost of a unit counts against, peers, what to time)
-    "train nanoGPT's CPU example (0.8 M), 12 x 64": ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 12, 64, TINY)),
-    'train shakespeare_char (10.7 M), 64 x 256': ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL)),
-    '… with dropout 0.2, train': ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 64, 256, SMALL | dict(dropout=0.2))),
-    'train GPT-2 124M, 4 x 512': ('tok/s', 'FLOP', ['nanogpt'], lambda who: train_gpt(who, 4, 512, GPT2)),
-    'train Seq2Seq base, chats': ('pairs/s', '', ['padded'], train_pairs),
-    'prefill GPT-2 124M, 1 x 1000': ('tok/s', 'FLOP', ['transformers'], prefill),
-    'decode GPT-2 124M, batch 1': ('tok/s', 'bytes', ['transformers', 'ctranslate2', 'uncached'], lambda who: decode_gpt(who, 1)),
-    'decode GPT-2 124M, batch 8': ('tok/s', 'bytes', ['transformers', 'ctranslate2', 'uncached'], lambda who: decode_gpt(who, 8)),
-    'decode GPT-2 124M, batch 1, int8': ('tok/s', 'bytes', ['ctranslate2'], lambda who: decode_gpt(who, 1, bits=8)),
-    'decode GPT-2 124M, batch 8, int8': ('tok/s', 'bytes', ['ctranslate2'], lambda who: decode_gpt(who, 8, bits=8)),
-    'decode Seq2Seq base, batch 1': ('tok/s', 'bytes', ['transformers', 'uncached'], lambda who: decode_seq2seq(who, 1)),
-    'decode Seq2Seq base, batch 32': ('tok/s', 'bytes', ['transformers', 'uncached'], lambda who: decode_seq2seq(who, 32)),
-    'batches of 64 x 256 from a file': ('tok/s', '', [], load),
-    'text to ids, our BPE': ('bytes/s', '', ['tokenizers'], encode),
-    'learn a BPE of 4,096': ('bytes/s', '', ['tokenizers'], train_bpe),
-    'start: sample.py to its first token': ('1/s', '', ['import torch'], start),
-}
+def run_quietly(command):
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def ceilings():
-    """{what: the most of it that could be had a second}: FLOP of a matrix product, bytes read from memory; best of ten."""
-    def best(f):
-        times = []
-        for _ in range(10):
-            begin = time.perf_counter()
-            f()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-    (a, b), x = torch.randn(2, 2048, 2048, device=where).to(precision), torch.ones(2**27, device=where)
-    return {'FLOP': 2 * 2048 ** 3 / best(lambda: (a @ b)[0, 0].item()), 'bytes': x.nbytes / best(lambda: x.sum().item())}
+# --------------------------------------------------------------------------------------------------
+# The table. To add a row, write a function that measures something and name it here.
+
+@dataclass
+class Row:
+    """A kind of work and the functions that measure it, each of which returns (rate, cost)."""
+
+    name: str
+    unit: str               # of the rate
+    ours: Callable
+    baselines: dict         # {name: function}
+    limit: str = ''         # what cost counts: 'FLOP' or 'bytes', see measure_peaks()
 
 
-if nanogpt and not (Path(nanogpt) / 'model.py').is_file():
-    raise UserError(f'--nanogpt={nanogpt} holds no model.py: name the folder of a clone of nanoGPT')
-if rounds < 1 or seconds <= 0:
-    raise UserError(f'rounds must be at least 1 and seconds above 0, got {rounds} and {seconds}')
-if worker == 'ceilings':
-    print(json.dumps(ceilings()))
-    raise SystemExit(0)
-if worker:
+SMALL_DROPOUT = {**SMALL, 'dropout': 0.2}
+ROWS = [
+    Row(
+        "train nanoGPT's CPU example (0.8 M), 12 x 64", 'tok/s',
+        lambda: train_gpt(TINY, 12, 64),
+        {'nanogpt': lambda: train_nanogpt(TINY, 12, 64)},
+        limit='FLOP',
+    ),
+    Row(
+        'train shakespeare_char (10.7 M), 64 x 256', 'tok/s',
+        lambda: train_gpt(SMALL, 64, 256),
+        {'nanogpt': lambda: train_nanogpt(SMALL, 64, 256)},
+        limit='FLOP',
+    ),
+    Row(
+        'train shakespeare_char with dropout 0.2', 'tok/s',
+        lambda: train_gpt(SMALL_DROPOUT, 64, 256),
+        {'nanogpt': lambda: train_nanogpt(SMALL_DROPOUT, 64, 256)},
+        limit='FLOP',
+    ),
+    Row(
+        'train GPT-2 124M, 4 x 512', 'tok/s',
+        lambda: train_gpt(GPT2, 4, 512),
+        {'nanogpt': lambda: train_nanogpt(GPT2, 4, 512)},
+        limit='FLOP',
+    ),
+    Row(
+        'train Seq2Seq base, chats', 'pairs/s',
+        train_seq2seq,
+        {'padded': train_seq2seq_padded},
+    ),
+    Row(
+        'prefill GPT-2 124M, 1 x 1000', 'tok/s',
+        prefill_gpt,
+        {'transformers': prefill_transformers},
+        limit='FLOP',
+    ),
+    Row(
+        'decode GPT-2 124M, batch 1', 'tok/s',
+        lambda: decode_gpt(1),
+        {
+            'transformers': lambda: decode_gpt_transformers(1),
+            'ctranslate2': lambda: decode_gpt_ctranslate2(1),
+            'uncached': lambda: decode_gpt_uncached(1),
+        },
+        limit='bytes',
+    ),
+    Row(
+        'decode GPT-2 124M, batch 8', 'tok/s',
+        lambda: decode_gpt(8),
+        {
+            'transformers': lambda: decode_gpt_transformers(8),
+            'ctranslate2': lambda: decode_gpt_ctranslate2(8),
+            'uncached': lambda: decode_gpt_uncached(8),
+        },
+        limit='bytes',
+    ),
+    Row(
+        'decode GPT-2 124M, batch 1, int8', 'tok/s',
+        lambda: decode_gpt(1, bits=8),
+        {'ctranslate2': lambda: decode_gpt_ctranslate2(1)},
+        limit='bytes',
+    ),
+    Row(
+        'decode GPT-2 124M, batch 8, int8', 'tok/s',
+        lambda: decode_gpt(8, bits=8),
+        {'ctranslate2': lambda: decode_gpt_ctranslate2(8)},
+        limit='bytes',
+    ),
+    Row(
+        'decode Seq2Seq base, batch 1', 'tok/s',
+        lambda: decode_seq2seq(1),
+        {
+            'transformers': lambda: decode_seq2seq_transformers(1),
+            'uncached': lambda: decode_seq2seq(1, use_cache=False),
+        },
+        limit='bytes',
+    ),
+    Row(
+        'decode Seq2Seq base, batch 32', 'tok/s',
+        lambda: decode_seq2seq(32),
+        {
+            'transformers': lambda: decode_seq2seq_transformers(32),
+            'uncached': lambda: decode_seq2seq(32, use_cache=False),
+        },
+        limit='bytes',
+    ),
+    Row('load batches of 64 x 256', 'tok/s', load_batches, {}),
+    Row('encode text with our BPE', 'bytes/s', encode, {'tokenizers': encode_tokenizers}),
+    Row('learn a BPE of 4,096 tokens', 'bytes/s', learn_bpe, {'tokenizers': learn_bpe_tokenizers}),
+    Row('start sample.py', '1/s', start_sample, {'import torch': start_import_torch}),
+]
+OPTIONAL_PACKAGES = ('transformers', 'ctranslate2', 'tokenizers')  # baselines of the same names
+
+
+# --------------------------------------------------------------------------------------------------
+# Running them
+
+def main():
+    if rounds < 1 or seconds <= 0:
+        got = f'{rounds} and {seconds}'
+        raise UserError(f'rounds must be at least 1 and seconds above 0, got {got}')
+    if nanogpt and not (Path(nanogpt) / 'model.py').is_file():
+        raise UserError(f'--nanogpt={nanogpt} has no model.py: name the folder of a nanoGPT clone')
+
+    if worker == 'peaks':
+        print(json.dumps(measure_peaks()))
+    elif worker:
+        print(json.dumps(measure(worker)))
+    else:
+        compare()
+
+
+def measure(name):
+    """In a worker: measure the row named `rows`. Returns [rate, cost, peak memory in bytes]."""
     torch.manual_seed(0)
-    print(json.dumps([*WORK[rows][3](worker), peak_memory(where)]))
-    raise SystemExit(0)
-chosen = [name for name in WORK if rows in name]
-if not chosen:
-    raise UserError(f'no row holds {rows!r}: there are {"; ".join(WORK)}')
-found = {who for who in ('transformers', 'ctranslate2', 'tokenizers') if importlib.util.find_spec(who)}
-found = found | {'padded', 'uncached', 'import torch', *(['nanogpt'] if nanogpt else [])} if peers or nanogpt else set()
+    row = next(row for row in ROWS if row.name == rows)
+    function = row.ours if name == 'ours' else row.baselines[name]
+    rate, cost = function()
+    return [rate, cost, peak_memory(device)]
 
 
-def ask(who, *more):
-    """What a process of its own prints as its last line, JSON: its peak of memory is its own, ours stays small."""
-    told = [a for a in sys.argv[1:] if not a.startswith('--rows=')] + [f'--worker={who}', *more]
-    done = subprocess.run([sys.executable, __file__, *told], stdout=subprocess.PIPE, text=True, encoding='utf-8')
-    if done.returncode:
-        raise UserError(f'the {who} process {" ".join(more)} failed: see above')
+def compare():
+    """Measure all chosen rows in processes of their own, and print the results."""
+    chosen = [row for row in ROWS if rows in row.name]
+    if not chosen:
+        names = '; '.join(row.name for row in ROWS)
+        raise UserError(f'no row has {rows!r} in its name: there are {names}')
+    available = available_baselines()
+
+    peaks = run_worker('peaks')
+    threads = torch.get_num_threads()
+    dtype_name = str(compute_dtype).removeprefix('torch.')
+    print(f'{device}, {threads} threads, torch {torch.__version__}; '
+          f'peak {peaks["FLOP"] / 1e9:,.0f} GFLOP/s ({dtype_name}), '
+          f'{peaks["bytes"] / 1e9:,.1f} GB/s read from memory')
+
+    results = {}
+    for row in chosen:
+        names = ['ours'] + [name for name in row.baselines if name in available]
+        measured = {name: [] for name in names}  # [rate, cost, peak memory] of each repeat
+        for _ in range(rounds):
+            for name in names:
+                measured[name].append(run_worker(name, f'--rows={row.name}'))
+        print_row(row, measured, peaks)
+        results[row.name] = {}
+        for name, repeats in measured.items():
+            rates = [rate for rate, _, _ in repeats]
+            results[row.name][name] = {'rates': rates, 'peak': [memory for _, _, memory in repeats]}
+
+    print(json.dumps({
+        'torch': torch.__version__,
+        'device': str(device),
+        'threads': threads,
+        'limits': peaks,
+        'work': results,
+    }))
+
+
+def available_baselines():
+    """The names of the baselines that are asked for and can run here."""
+    if not peers and not nanogpt:
+        return set()
+    names = {'padded', 'uncached', 'import torch'}
+    for package in OPTIONAL_PACKAGES:
+        if importlib.util.find_spec(package):
+            names.add(package)
+    if nanogpt:
+        names.add('nanogpt')
+    return names
+
+
+def run_worker(name, *args):
+    """Run this script as a worker and return what it prints last, JSON.
+
+    A process of its own has a peak memory of its own, and starts with empty caches.
+    """
+    options = [arg for arg in sys.argv[1:] if not arg.startswith('--rows=')]
+    command = [sys.executable, __file__, *options, f'--worker={name}', *args]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding='utf-8')
+    if done.returncode != 0:
+        raise UserError(f'the process for {" ".join((name, *args))} failed: see above')
     return json.loads(done.stdout.splitlines()[-1])
 
 
-limits = ask('ceilings')
-print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; at the most {limits["FLOP"] / 1e9:,.0f} GFLOP/s '
-      f'({str(precision).removeprefix("torch.")}) and {limits["bytes"] / 1e9:,.1f} GB/s read')
-result = {'torch': torch.__version__, 'device': str(where), 'threads': torch.get_num_threads(), 'limits': limits, 'work': {}}
-for name in chosen:
-    unit, limit, rivals, _ = WORK[name]
-    got = {who: [] for who in ['ours', *(who for who in rivals if who in found)]}
-    for _ in range(rounds):
-        for who in got:
-            got[who].append(ask(who, f'--rows={name}'))
-    print(name)
-    for who, values in got.items():
-        rates, cost, peak = [rate for rate, *_ in values], values[0][1], median(memory or 0 for *_, memory in values)
-        ours = median(rate for rate, *_ in got['ours'])
-        told = f'{median(rates):>14,.1f} {unit:8} ({min(rates):,.1f} - {max(rates):,.1f}), {peak / 1e9:.2f} GB'
-        told += f', {median(rates) * cost / limits[limit]:.0%} of the {limit}/s' if cost and limit else ''
-        print(f'    {who:14}{told}' + (f'; ours is {ours / median(rates):.2f} times that' if who != 'ours' else ''), flush=True)
-    result['work'][name] = {who: {'rates': [v[0] for v in values], 'peak': [v[2] for v in values]} for who, values in got.items()}
-print(json.dumps(result))
+def print_row(row, measured, peaks):
+    """Print a row's results. measured: {name: [[rate, cost, peak memory] of each repeat]}."""
+    print(row.name)
+    our_rate = median(rate for rate, _, _ in measured['ours'])
+    for name, repeats in measured.items():
+        rates = [rate for rate, _, _ in repeats]
+        rate = median(rates)
+        memory = median(memory or 0 for _, _, memory in repeats)
+        cost = repeats[0][1]
+
+        line = f'    {name:14}{rate:>14,.1f} {row.unit:8}'
+        if len(rates) > 1:
+            line += f' ({min(rates):,.1f} - {max(rates):,.1f})'
+        line += f' {memory / 1e9:.2f} GB'
+        if cost and row.limit:
+            line += f', {rate * cost / peaks[row.limit]:.0%} of peak {row.limit}/s'
+        if name != 'ours':
+            line += f'; ours is {our_rate / rate:.2f} times as fast'
+        print(line, flush=True)
+
+
+if __name__ == '__main__':
+    main()

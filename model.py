@@ -1,450 +1,595 @@
 """
-The models of pocketGPT, in one file: read it from top to bottom.
+The models, in one file to read from top to bottom: norms, attention, MLP, block, Transformer,
+then the two models built of them. GPT continues a text; Seq2Seq reads one text and writes another.
 
-    GPTConfig, Seq2SeqConfig   every shape and switch; the defaults are GPT-2's architecture and the 2017 paper's
-    Attention                  multi-head attention, of a text on itself or on another, with an optional key-value cache
-    MLP, Block, Stack          the rest of a Transformer: layers, and a pile of them on top of embeddings
-    GPT                        one stack that reads and goes on: decoder-only
-    Seq2Seq                    one stack that reads a source, one that writes a target: encoder-decoder
+Where a plain formula is slow, it stands here all the same, and the line below it puts a faster
+version from pocket/kernels.py in its place. How text is generated: pocket/generate.py.
 
-From the last layer to logits and loss: head.py. How they write text: generate.py. References:
-  GPT-2      Radford et al. 2019, and https://github.com/openai/gpt-2/blob/master/src/model.py
-  Attention  Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
-  rotary     Su et al. 2021,      https://arxiv.org/abs/2104.09864
-  RMSNorm    Zhang, Sennrich 2019, https://arxiv.org/abs/1910.07467
-  QK-norm    Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
-  ReLU^2     So et al. 2021,      https://arxiv.org/abs/2109.08668
-  SwiGLU     Shazeer 2020,        https://arxiv.org/abs/2002.05202
-  token shift  Peng et al. 2023,  https://arxiv.org/abs/2305.13048 (RWKV's)
+  GPT-2        Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/model.py
+  Transformer  Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
 """
 import math
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn as nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pocket.generate import Generation, pad_left
-from pocket.kernels import AdaptiveHead, Head, score
+from pocket import kernels
+from pocket.generate import generate
+from pocket.kernels import Dropout
 
-CHOICES = {  # what the switches of GPTConfig that are names may be
-    'pos': ('learned', 'sinusoidal', 'rotary'),
-    'norm': ('layernorm', 'rmsnorm'),
-    'norm_position': ('pre', 'post'),
-    'act': ('gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'),
-    'init': ('gpt2', 'xavier'),
-}
-LIMITS = {  # … and how large its sizes: a config can come from a stranger's file, and what it asks for is made
-    'block_size': 2**20, 'src_block_size': 2**20, 'vocab_size': 2**62, 'n_layer': 2**10, 'n_encoder_layer': 2**10,
-    'n_head': 2**24, 'n_embd': 2**24, 'n_inner': 2**24,
-}
+# The letters of shapes, which are written behind the lines that make them:
+#   B  rows in a batch         T  tokens in a row         C  channels of a token (n_embd)
+#   H  attention heads         S  tokens attended to      D  channels of a head (C / H)
+#   V  ids in the vocabulary
 
+# --------------------------------------------------------------------------------------------------
+# Norms keep the numbers that flow through the layers at the same scale
 
-@dataclass
-class GPTConfig:
-    """Shape and switches of a GPT. The defaults are GPT-2 124M; raises ValueError where they contradict each other."""
-    block_size: int = 1024           # tokens of context
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    n_inner: int | None = None       # width of the MLP's hidden layer; None: 4 * n_embd
-    dropout: float = 0.0             # on embeddings and on what each block adds to the residual stream
-    attn_dropout: float = 0.0        # on attention weights
-    bias: bool = True                # biases in Linear and LayerNorm, but for these two:
-    attn_bias: bool | None = None    # in the projections of attention; None: as bias
-    head_bias: bool = False          # in the head
-    pos: str = 'learned'             # learned, sinusoidal (on embeddings times sqrt(n_embd)) or rotary
-    norm: str = 'layernorm'          # layernorm or rmsnorm
-    norm_position: str = 'pre'       # pre: x + f(norm(x)), GPT-2's; post: norm(x + f(x)), the 2017 paper's
-    act: str = 'gelu'                # gelu (tanh form, GPT-2's), gelu_erf (nanoGPT's), relu, relu2 or swiglu
-    qk_norm: bool = False            # normalise queries and keys in each head
-    token_shift: bool = False        # attention and MLP read half of their channels from the token before
-    tie_weights: bool = True         # the head shares the token embedding
-    init: str = 'gpt2'               # gpt2: normal(0, 0.02); xavier: uniform by fan, embeddings normal(0, n_embd^-1/2)
-    zero_init: bool = False          # projections into the residual stream start at zero
-    softcap: float = 0.0             # logits = softcap * tanh(logits / softcap); 0: off
-    cutoffs: tuple = ()              # adaptive softmax: how many of the most frequent ids go in the first, second … cluster
-    div_value: float = 4.0           # … each next cluster is that much narrower
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
-            if not isinstance(value, kind) or isinstance(value, bool) and 'bool' not in str(f.type):
-                raise ValueError(f'{f.name} must be of type {getattr(f.type, "__name__", f.type)}, got {type(value).__name__}')
-        problems = [f'{name} must be one of {", ".join(valid)}, got {getattr(self, name)!r}'
-                    for name, valid in CHOICES.items() if getattr(self, name) not in valid]
-        problems += [f'{name} must be from 1 to {most:,}, got {value}' for name, most in LIMITS.items()
-                     if (value := getattr(self, name, None)) is not None and not 1 <= value <= most]
-        problems += [f'{name} must be at least 0 and below 1, got {getattr(self, name)}'
-                     for name in ('dropout', 'attn_dropout') if not 0 <= getattr(self, name) < 1]
-        if self.n_head >= 1 and self.n_embd % self.n_head:
-            problems.append(f'n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}')
-        elif self.n_head >= 1 and self.pos == 'rotary' and self.n_embd // self.n_head % 2:
-            problems.append(f'rotary positions need an even n_embd / n_head, got {self.n_embd // self.n_head}')
-        if self.token_shift and self.n_embd % 2:
-            problems.append(f'token_shift needs an even n_embd, got {self.n_embd}')
-        if not 0 <= self.softcap < math.inf:
-            problems.append(f'softcap must be at least 0, got {self.softcap}')
-        width = {'sinusoidal': self.n_embd, 'rotary': self.n_embd // max(1, self.n_head)}.get(self.pos, 0)
-        if (T := max(self.block_size, getattr(self, 'src_block_size', None) or 0)) * width > 2**26:
-            problems.append(f'{self.pos} positions are a table of block_size x {width}, too large with {T}: lower block_size')
-        if self.cutoffs:
-            if not (all(isinstance(n, int) for n in self.cutoffs) and list(self.cutoffs) == sorted(set(self.cutoffs))
-                    and 0 < self.cutoffs[0] and self.cutoffs[-1] < self.vocab_size and len(self.cutoffs) <= 16
-                    and 1 <= self.div_value <= self.n_embd and self.div_value ** len(self.cutoffs) <= self.n_embd):
-                problems.append(f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s {self.vocab_size}, 16 at '
-                                f'most, div_value at least 1, the last cluster 1 wide, got {self.cutoffs} and {self.div_value}')
-            if without := [name for name in ('tie_weights', 'softcap', 'head_bias') if getattr(self, name)]:
-                problems.append(f'cutoffs (adaptive softmax) don\'t go with {", ".join(without)}: switch one of the two off')
-        if problems:
-            raise ValueError('; '.join(problems))
-
-
-@dataclass
-class Seq2SeqConfig(GPTConfig):
-    """Shape and switches of an encoder-decoder. The defaults are the base model of the 2017 paper, with norms in front."""
-    block_size: int = 256            # tokens of a target
-    src_block_size: int | None = None  # tokens of a source; None: as block_size
-    n_layer: int = 6                 # of the decoder
-    n_encoder_layer: int | None = None  # None: as n_layer
-    n_head: int = 8
-    n_embd: int = 512
-    pos: str = 'sinusoidal'
-    act: str = 'relu'
-    tie_weights: bool = False
-    tie_source: bool = True          # source and target share their embedding
-    init: str = 'xavier'
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# parts
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2)) * weight over the last dimension: LayerNorm without centring and bias."""
+    """x / sqrt(mean(x²)) * weight over the last dimension: LayerNorm without centering and bias.
 
-    def __init__(self, n):
+    Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467
+    """
+
+    def __init__(self, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
+        self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-5)
 
 
-def make_norm(c):
-    """The norm that config `c` asks for, n_embd wide."""
-    return RMSNorm(c.n_embd) if c.norm == 'rmsnorm' else nn.LayerNorm(c.n_embd, bias=c.bias)
+def make_norm(config):
+    """The norm that a config asks for, n_embd wide."""
+    if config.norm == 'rmsnorm':
+        return RMSNorm(config.n_embd)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-class Dropout(nn.Module):
-    """Dropout; on a CPU seven times faster than F.dropout, which there draws one Bernoulli number an element.
+# --------------------------------------------------------------------------------------------------
+# Attention lets each token gather information from others
 
-    We draw random bytes instead, eight elements to a 64-bit number, so on a CPU the probability is p rounded to 1/256
-    (0.2 is 51/256); what is kept is scaled by exactly 1 / (1 - that), so the expectation is right.
+
+def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
+    """softmax(q kᵀ / √D) v: for each query a mean of the values, weighted by how well keys match.
+
+    q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D).
+    mask: bool, broadcastable to (B, H, T, S), True = may attend; no row is all False.
+    is_causal: no token sees a later one (needs T == S and no mask).
+    dropout: a Dropout for the weights, or None.
     """
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
 
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
+    # A score sums D products, so its standard deviation grows with √D. Divided by that it stays
+    # near 1 for heads of any width; otherwise softmax would saturate, and let no gradient through.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
 
-    def forward(self, x):
-        drop = round(self.p * 256)  # of 256 byte values, how many mean "drop"
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != 'cpu' or not 0 < drop < 256:
-            return F.dropout(x, self.p)
-        bits = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None)
-        keep = bits.view(torch.int8)[:x.numel()].view(x.shape).to(x.dtype)   # -128 .. 127, exact in any float type
-        keep = keep.sub_(drop - 129).clamp_(0, 1).mul_(256 / (256 - drop))   # 0 or 1 / (1 - p); in place is what is fast
-        return x * keep
+    weights = F.softmax(scores, dim=-1)  # (B, H, T, S), each row sums to 1
+    if dropout is not None:
+        weights = dropout(weights)
+    return weights @ v  # (B, H, T, D)
 
 
-@lru_cache(maxsize=8)
-def causal_bias(T, dtype, device):
-    """(T, T) tensor to add to attention scores: 0 on and below the diagonal, -inf above."""
-    with torch.inference_mode(False):  # it is cached, so it must be usable in training too
-        return torch.full((T, T), -math.inf, dtype=dtype, device=device).triu(1)
+# The same numbers, sooner. To experiment with the formula above, swap these two lines
+attention = kernels.attention
+# attention = plain_attention
 
 
-def attend(q, k, v, mask=None, causal=False, dropout=None):
-    """softmax(q k^T / sqrt(D)) v.  q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D).
+def position_angles(length, size):
+    """(length, size / 2) float32 angles t * 10000^(-2i / size) of positions t.
 
-    mask: bool, broadcastable to (B, H, T, S), True = may attend; no row all False. causal: T == S and no mask.
-    dropout: a Dropout module for the attention weights, or None.
-    On a CPU and up to 1024 x 1024 two matrix products and a softmax take half to a tenth of the time of PyTorch's
-    fused kernel (LOG.md); for one query in float32, and everywhere else, that kernel is the fast one, and never holds the scores.
+    Each pair of channels is a clock hand that turns at a speed of its own: together they tell any
+    position from any other. Sinusoidal and rotary positions both use them.
     """
-    T, S, p = q.size(2), k.size(2), dropout.p if dropout is not None and dropout.training else 0.0
-    if q.device.type != 'cpu' or T * S > 1024 * 1024 or T == 1 and q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=p)
-    out, n = [], 256 if causal else T  # causal: in blocks of queries, and nearly half of the scores are never computed
-    if T > n:
-        k, v = k.contiguous(), v.contiguous()  # once, not in every product
-    for i in range(0, T, n):
-        end = min(i + n, T) if causal else S
-        att = (q[:, :, i:min(i + n, T)] * q.size(-1) ** -0.5) @ k[:, :, :end].transpose(-2, -1)  # (B, H, n, end)
-        if causal:
-            att += causal_bias(end, att.dtype, att.device)[i:]
-        elif mask is not None:
-            att = att.masked_fill(~mask, -math.inf)
-        att = torch.softmax(att, dim=-1)
-        out.append((dropout(att) if p else att) @ v[:, :, :end])
-    return torch.cat(out, dim=2) if len(out) > 1 else out[0]
-
-
-def position_angles(T, D):
-    """(T, D / 2) float32 angles t * 10000^(-2i / D): the frequencies of sinusoidal and of rotary positions."""
-    return torch.outer(torch.arange(T).float(), 10000.0 ** (-torch.arange(0, D, 2).float() / D))
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2).float() / size)
+    return torch.outer(torch.arange(length).float(), frequencies)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions. x: (B, T, H, D); cos, sin: (T, 1, D/2) or (B, T, 1, D/2). Turns pairs (i, i + D/2) of a head."""
+    """Rotary positions: turn each pair of channels (i, i + D/2) of a head by its position's angle.
+
+    x: (B, T, H, D); cos, sin: (T, 1, D/2) or (B, T, 1, D/2). The product of a query and a key that
+    are turned so depends on the distance between them alone. Su et al. 2021,
+    https://arxiv.org/abs/2104.09864
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-class KVCache:
-    """Preallocated keys and values of all layers, for B rows and up to T positions; `len` columns are filled.
+class Attention(nn.Module):
+    """Multi-head attention: of a text on itself or, with cross=True, on an encoder's output.
 
-    memory: {layer: (k, v)} of cross-attention, computed once a source. last: {module: (B, 1, C / 2)}, for shift().
+    Each head compares tokens in a subspace of its own, so they can look for different things.
     """
 
-    def __init__(self, c, B, T, device, dtype):
-        shape = (c.n_layer, B, c.n_head, T, c.n_embd // c.n_head)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.size, self.len, self.memory, self.last = T, 0, {}, {}
-
-    def append(self, layer, k, v):
-        """Store k, v (B, H, T, D) behind what is there; returns all keys and values so far, (B, H, len + T, D)."""
-        end = self.len + k.size(2)  # Stack.forward moves `len` once every layer has written its columns
-        self.k[layer, :, :, self.len:end] = k
-        self.v[layer, :, :, self.len:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def select(self, rows, memory=True):
-        """Go on with these rows, (N,) int64: some may be gone, some there several times. memory=False leaves that as it is."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.last = {key: a[rows] for key, a in self.last.items()}
-        if memory:
-            self.memory = {layer: (k[rows], v[rows]) for layer, (k, v) in self.memory.items()}
-
-
-class Attention(nn.Module):
-    """Multi-head attention: of x on itself and, with a cache, on what came before; or (cross) of x on a memory."""
-
-    def __init__(self, c, layer=0, cross=False):
+    def __init__(self, config, layer=0, cross=False):
         super().__init__()
-        self.layer, self.head_size, self.qk_norm = layer, c.n_embd // c.n_head, c.qk_norm
-        bias = c.bias if c.attn_bias is None else c.attn_bias
+        C = config.n_embd
+        bias = config.bias if config.attn_bias is None else config.attn_bias
+        self.layer = layer  # where a cache keeps this layer's keys and values
+        self.is_cross = cross
+        self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         if cross:
-            self.c_q = nn.Linear(c.n_embd, c.n_embd, bias=bias)
-            self.c_kv = nn.Linear(c.n_embd, 2 * c.n_embd, bias=bias)
+            self.c_q = nn.Linear(C, C, bias=bias)  # queries from the decoder,
+            self.c_kv = nn.Linear(C, 2 * C, bias=bias)  # keys and values from the encoder
         else:
-            self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=bias)  # q, k and v in one product
-        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=bias)
-        self.attn_dropout = Dropout(c.attn_dropout)
-        self.resid_dropout = Dropout(c.dropout)
+            self.c_attn = nn.Linear(C, 3 * C, bias=bias)  # all three from the same text
+        self.c_proj = nn.Linear(C, C, bias=bias)
+        self.attn_dropout = Dropout(config.attn_dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
-    def heads(self, x, norm=False):
-        """(B, T, n * D) to (B, T, n, D), the D of each head normalised where that is asked for."""
-        x = x.view(*x.shape[:2], -1, self.head_size)
-        return F.layer_norm(x, x.shape[-1:]) if norm and self.qk_norm else x
+    def forward(self, x, mask=None, is_causal=False, rope=None, cache=None, memory=None):
+        """x: (B, T, C), and returned so. mask, is_causal: as in plain_attention().
 
-    def forward(self, x, mask=None, causal=False, rope=None, cache=None, memory=None):
-        """x: (B, T, C); mask, causal: see attend(); rope: (cos, sin) or None; memory: (B, S, C) to attend to instead of x.
-
-        Returns (B, T, C).
+        rope: (cos, sin) for rotate(), or None. cache: a KVCache that holds the keys and values of
+        earlier tokens, or None. memory: (B, S, C) to attend to instead of x.
         """
         B, T, C = x.shape
         if memory is None:
-            qk, v = self.c_attn(x).split((2 * C, C), dim=2)
-            qk = self.heads(qk, norm=True)                     # queries and keys share norm and rotation: one pass
-            if rope is not None:
-                qk = rotate(qk, *rope)
-            q, k = qk.transpose(1, 2).chunk(2, dim=1)          # (B, H, T, D) each
-            v = self.heads(v).transpose(1, 2)                  # (B, H, T, D)
-            if cache is not None:
-                all_k, all_v = cache.append(self.layer, k, v)
-                if cache.len:  # else what was just computed is all there is, and in the precision that products are fast in
-                    k, v = all_k, all_v
+            q, k, v = self.project_self(x, rope, cache)
         else:
-            q = self.heads(self.c_q(x), norm=True).transpose(1, 2)
-            if cache is not None and self.layer in cache.memory:
-                k, v = cache.memory[self.layer]
-            else:
-                k, v = self.c_kv(memory).chunk(2, dim=2)
-                k, v = self.heads(k, norm=True).transpose(1, 2), self.heads(v).transpose(1, 2)  # (B, H, S, D)
-                if cache is not None:
-                    cache.memory[self.layer] = k, v = k.to(cache.k.dtype), v.to(cache.k.dtype)
-        y = attend(q.to(k.dtype), k, v, mask, causal, self.attn_dropout).to(x.dtype)  # a cache has a precision of its own
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            q, k, v = self.project_cross(x, memory, cache)
+        q = q.to(k.dtype)  # a cache may keep its keys in another precision
+        y = attention(q, k, v, mask, is_causal, self.attn_dropout)  # (B, H, T, D)
+        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+    def project_self(self, x, rope, cache):
+        """Queries (B, H, T, D), and keys and values (B, H, S, D) of all tokens so far."""
+        C = x.size(-1)
+        qk, v = self.c_attn(x).split((2 * C, C), dim=2)
+        qk = self.normalize(self.split_heads(qk))  # (B, T, 2H, D): queries, then keys
+        if rope is not None:
+            qk = rotate(qk, *rope)
+        q, k = qk.transpose(1, 2).chunk(2, dim=1)  # (B, H, T, D) each
+        v = self.split_heads(v).transpose(1, 2)  # (B, H, T, D)
+        if cache is None:
+            return q, k, v
+
+        cache_was_empty = cache.length == 0
+        all_k, all_v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        if cache_was_empty:  # then these keys are all there is, and still in the precision of x
+            return q, k, v
+        return q, all_k, all_v
+
+    def project_cross(self, x, memory, cache):
+        """Queries (B, H, T, D) of x, and keys and values (B, H, S, D) of memory."""
+        q = self.normalize(self.split_heads(self.c_q(x))).transpose(1, 2)  # (B, H, T, D)
+        if cache is not None and self.layer in cache.cross:  # the source does not change
+            k, v = cache.cross[self.layer]
+            return q, k, v
+
+        k, v = self.c_kv(memory).chunk(2, dim=2)  # (B, S, C) each
+        k = self.normalize(self.split_heads(k)).transpose(1, 2)  # (B, H, S, D)
+        v = self.split_heads(v).transpose(1, 2)  # (B, H, S, D)
+        if cache is not None:
+            k = k.to(cache.k.dtype)
+            v = v.to(cache.v.dtype)
+            cache.cross[self.layer] = k, v
+        return q, k, v
+
+    def split_heads(self, x):
+        """(B, T, n * D) to (B, T, n, D)."""
+        B, T, width = x.shape
+        D = self.c_proj.in_features // self.n_head
+        return x.view(B, T, width // D, D)
+
+    def normalize(self, x):
+        """QK-norm, if it is on: the queries and keys of each head all get the same length.
+
+        Then only their directions count, and no score exceeds √D however large the weights grow.
+        x: (B, T, n, D). Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
+        """
+        if not self.qk_norm:
+            return x
+        return F.layer_norm(x, x.shape[-1:])
+
+
+# --------------------------------------------------------------------------------------------------
+# The MLP works on each token by itself
 
 
 class MLP(nn.Module):
-    """Two linear layers with a nonlinearity between; SwiGLU gates one half of the hidden layer with the other."""
-
-    def __init__(self, c):
-        super().__init__()
-        inner = c.n_inner or 4 * c.n_embd
-        self.act = c.act
-        self.c_fc = nn.Linear(c.n_embd, inner * (2 if c.act == 'swiglu' else 1), bias=c.bias)
-        self.c_proj = nn.Linear(inner, c.n_embd, bias=c.bias)
-        self.dropout = Dropout(c.dropout)
-
-    def forward(self, x):
-        h = self.c_fc(x)
-        if self.act.startswith('gelu'):
-            h = F.gelu(h, approximate='tanh' if self.act == 'gelu' else 'none')
-        elif self.act == 'swiglu':
-            gate, h = h.chunk(2, dim=-1)
-            h = F.silu(gate) * h
-        else:
-            h = F.relu(h)
-            h = h.square() if self.act == 'relu2' else h
-        return self.dropout(self.c_proj(h))
-
-
-def shift(x, cache, key, first):
-    """x (B, T, C) with the first half of the channels of each token replaced by those of the token before it, or by zeros.
-
-    A layer so knows pairs of tokens without any attention. cache: what the token before x had is kept there under key.
-    first: (B, T, 1) bool, where rows begin that are padded at the left, or None.
-    """
-    a, b = x.chunk(2, dim=-1)
-    before = a.new_zeros(a[:, :1].shape) if cache is None or key not in cache.last else cache.last[key]
-    if cache is not None:
-        cache.last[key] = a[:, -1:]
-    before = torch.cat((before, a[:, :-1]), dim=1)
-    return torch.cat((before if first is None else before.masked_fill(first, 0), b), dim=2)
-
-
-class Block(nn.Module):
-    """Attention, cross-attention where there is a source, MLP: each added to the residual stream."""
-
-    def __init__(self, c, layer, cross=False):
-        super().__init__()
-        self.pre, self.token_shift = c.norm_position == 'pre', c.token_shift
-        self.ln_1, self.attn = make_norm(c), Attention(c, layer)
-        if cross:
-            self.ln_x, self.cross = make_norm(c), Attention(c, layer, cross=True)
-        self.ln_2, self.mlp = make_norm(c), MLP(c)
-
-    def add(self, x, norm, f):
-        """The residual stream with f added, the norm in front of f or behind the sum."""
-        return x + f(norm(x)) if self.pre else norm(x + f(x))
-
-    def forward(self, x, mask=None, causal=False, rope=None, cache=None, memory=None, memory_mask=None, first=None):
-        """x: (B, T, C), and returned so; mask … memory: see Attention; memory_mask: of cross-attention; first: see shift()."""
-        def read(h, module):
-            return shift(h, cache, module, first) if self.token_shift else h
-
-        x = self.add(x, self.ln_1, lambda h: self.attn(read(h, self.attn), mask, causal, rope, cache))
-        if memory is not None:
-            x = self.add(x, self.ln_x, lambda h: self.cross(h, memory_mask, cache=cache, memory=memory))
-        return self.add(x, self.ln_2, lambda h: self.mlp(read(h, self.mlp)))
-
-
-class Stack(nn.Module):
-    """Embeddings, positions and a pile of blocks: GPT has one, Seq2Seq two."""
-
-    def __init__(self, c, n_layer, block_size, causal=True, cross=False):
-        super().__init__()
-        self.config, self.block_size, self.causal = c, block_size, causal
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
-        if c.pos == 'learned':
-            self.wpe = nn.Embedding(block_size, c.n_embd)
-        self.drop = Dropout(c.dropout)
-        self.h = nn.ModuleList(Block(c, i, cross) for i in range(n_layer))
-        if c.norm_position == 'pre':  # post-norm blocks end with a norm of their own
-            self.ln_f = make_norm(c)
-        if c.pos == 'sinusoidal':  # (block_size, C): sines, then cosines
-            angles = position_angles(block_size, c.n_embd)
-            self.register_buffer('sinusoid', torch.cat((angles.sin(), angles.cos()), dim=1)[:, :c.n_embd], persistent=False)
-        elif c.pos == 'rotary':    # (block_size, 1, D / 2): the 1 is for the heads
-            angles = position_angles(block_size, c.n_embd // c.n_head)
-            self.register_buffer('cos', angles.cos()[:, None], persistent=False)
-            self.register_buffer('sin', angles.sin()[:, None], persistent=False)
-
-    def forward(self, idx, cache=None, pad=None, memory=None, memory_mask=None, last_only=False):
-        """idx: (B, T) int64; returns (B, T, C), with last_only (B, 1, C).
-
-        cache: KVCache; idx continues what it holds. pad: (B,) int64, how many columns at the left of each row are padding.
-        memory, memory_mask: an encoder's output (B, S, C) and which of it may be seen, (B, 1, 1, S) bool or None.
-        Raises ValueError where cache and idx together are longer than block_size.
-        """
-        c, (B, T), past = self.config, idx.shape, cache.len if cache is not None else 0
-        if past + T > self.block_size:
-            raise ValueError(f'{past + T} tokens are more than the model\'s block_size of {self.block_size}')
-        col = torch.arange(past, past + T, device=idx.device)                              # (T,)
-        pos = col if pad is None else (col - pad[:, None]).clamp(min=0)                    # (T,) or (B, T)
-        mask = None
-        if not self.causal:
-            mask = source_mask(pad, T)
-        elif pad is not None or (past and T > 1):  # otherwise plain causal attention, or one token that sees all
-            key = torch.arange(past + T, device=idx.device)                                # (S,)
-            mask = key <= col[:, None]                                                     # (T, S)
-            if pad is not None:  # padding is seen by nobody but itself: no row may be empty
-                mask = mask & (key >= pad[:, None, None]) | (key == col[:, None])          # (B, T, S)
-            mask = mask.expand(B, T, past + T)[:, None]                                    # (B, 1, T, S)
-        x = self.wte(idx)  # (B, T, C)
-        if c.pos == 'learned':
-            x = x + self.wpe(pos)
-        elif c.pos == 'sinusoidal':
-            x = x * math.sqrt(c.n_embd) + self.sinusoid[pos].to(x.dtype)  # scaled as in the paper, or the sines drown the tokens
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream in bf16 too: half the memory traffic
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        rope = (self.cos[pos].to(x.dtype), self.sin[pos].to(x.dtype)) if c.pos == 'rotary' else None
-        first = (col == pad[:, None])[..., None] if c.token_shift and pad is not None else None  # (B, T, 1)
-        x = self.drop(x)
-        causal = self.causal and mask is None and T > 1
-        for block in self.h:
-            if c.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, causal, rope, None, memory, memory_mask, first, use_reentrant=False)
-            else:
-                x = block(x, mask, causal, rope, cache, memory, memory_mask, first)
-        if cache is not None:
-            cache.len += T
-        x = x[:, -1:] if last_only else x
-        return self.ln_f(x) if c.norm_position == 'pre' else x
-
-
-def source_mask(pad, S):
-    """(B, 1, 1, S) bool, True = not padding, for rows whose first pad (B,) columns are; None for None."""
-    return None if pad is None else (torch.arange(S, device=pad.device) >= pad[:, None])[:, None, None]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the models
-
-class LanguageModel(Generation, nn.Module):
-    """What GPT and Seq2Seq share: a head, initial weights, and how loss and logits are given back."""
+    """Two linear layers with a nonlinearity in between."""
 
     def __init__(self, config):
         super().__init__()
+        hidden = config.n_inner or 4 * config.n_embd
+        self.act = config.act
+        gates = 2 if config.act == 'swiglu' else 1
+        self.c_fc = nn.Linear(config.n_embd, gates * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.activate(self.c_fc(x))  # (B, T, n_inner)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
+
+    def activate(self, x):
+        """The nonlinearity that the config names."""
+        if self.act == 'gelu':  # GPT-2's
+            return F.gelu(x, approximate='tanh')
+        if self.act == 'gelu_erf':
+            return F.gelu(x)
+        if self.act == 'relu':  # the 2017 paper's
+            return F.relu(x)
+        if self.act == 'relu2':  # So et al. 2021, https://arxiv.org/abs/2109.08668
+            return F.relu(x).square()
+        gate, x = x.chunk(2, dim=-1)  # swiglu: Shazeer 2020, https://arxiv.org/abs/2002.05202
+        return F.silu(gate) * x
+
+
+# --------------------------------------------------------------------------------------------------
+# A block is one layer: attention, then MLP, each added to the residual stream
+
+
+def shift_tokens(x, cache=None, key=None, first=None):
+    """Token shift: the first half of each token's channels is taken from the token before it.
+
+    So a layer sees pairs of tokens before any attention, at the price of one copy. RWKV's idea:
+    Peng et al. 2023, https://arxiv.org/abs/2305.13048. x: (B, T, C); the first token of a row gets
+    zeros. cache: keeps the last token's half under `key`. first: (B, T, 1) bool: where padded rows
+    begin, or None.
+    """
+    half, rest = x.chunk(2, dim=-1)  # (B, T, C/2) each
+    before = half.new_zeros(half[:, :1].shape)  # (B, 1, C/2)
+    if cache is not None:
+        before = cache.last.get(key, before)
+        cache.last[key] = half[:, -1:]
+    shifted = torch.cat((before, half[:, :-1]), dim=1)  # (B, T, C/2)
+    if first is not None:
+        shifted = shifted.masked_fill(first, 0)
+    return torch.cat((shifted, rest), dim=2)
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share: who may attend to whom, and positions."""
+    mask: torch.Tensor | None = None  # (B, 1, T, S) bool, True = may attend
+    is_causal: bool = False  # plain causal attention, which needs no mask
+    rope: tuple | None = None  # (cos, sin) of the tokens' positions
+    first: torch.Tensor | None = None  # (B, T, 1) bool: where padded rows begin
+
+
+class Block(nn.Module):
+    """Attention, cross-attention (in a decoder) and MLP around one residual stream."""
+
+    def __init__(self, config, layer, cross=False):
+        super().__init__()
+        self.post_norm = config.norm_position == 'post'
+        self.token_shift = config.token_shift
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config, layer)
+        if cross:
+            self.ln_x = make_norm(config)
+            self.cross = Attention(config, layer, cross=True)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, context, cache=None, memory=None):
+        """x: (B, T, C), and returned so. memory: what Seq2Seq.encode() returned, or None."""
+        if self.post_norm:  # the 2017 paper: normalize after adding
+            x = self.ln_1(x + self.self_attention(x, context, cache))
+            if memory is not None:
+                x = self.ln_x(x + self.cross_attention(x, cache, memory))
+            x = self.ln_2(x + self.feed_forward(x, context, cache))
+            return x
+
+        # GPT-2 and nearly all since: normalize before, and the residual stream stays a plain sum
+        x = x + self.self_attention(self.ln_1(x), context, cache)
+        if memory is not None:
+            x = x + self.cross_attention(self.ln_x(x), cache, memory)
+        x = x + self.feed_forward(self.ln_2(x), context, cache)
+        return x
+
+    def self_attention(self, x, context, cache):
+        """Tokens look at each other."""
+        if self.token_shift:
+            x = shift_tokens(x, cache, self.attn, context.first)
+        return self.attn(x, context.mask, context.is_causal, context.rope, cache)
+
+    def cross_attention(self, x, cache, memory):
+        """Tokens of the target look at the source."""
+        encoded, mask = memory
+        return self.cross(x, mask, cache=cache, memory=encoded)
+
+    def feed_forward(self, x, context, cache):
+        """Each token by itself."""
+        if self.token_shift:
+            x = shift_tokens(x, cache, self.mlp, context.first)
+        return self.mlp(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# A Transformer: embeddings, positions, and blocks on top of each other
+
+
+def padding_mask(pad, length):
+    """(B, 1, 1, length) bool, True = not padding. pad: (B,) padded columns at the left, or None."""
+    if pad is None:
+        return None
+    return (torch.arange(length, device=pad.device) >= pad[:, None])[:, None, None]
+
+
+def causal_mask(column, pad, past):
+    """(B or 1, 1, T, past + T) bool, True = may attend: no token sees later ones, nor padding.
+
+    column: (T,) columns of the new tokens, which come after `past` others. pad: as above, or None.
+    """
+    key = torch.arange(past + len(column), device=column.device)  # (S,)
+    mask = key <= column[:, None]  # (T, S)
+    if pad is None:
+        return mask[None, None]
+    not_padding = key >= pad[:, None, None]  # (B, 1, S)
+    itself = key == column[:, None]  # (T, S): padding sees itself, as no row may be empty
+    return (mask & not_padding | itself)[:, None]
+
+
+class Transformer(nn.Module):
+    """From token ids to one vector per token. A GPT has one of these, a Seq2Seq two."""
+
+    def __init__(self, config, n_layer, block_size, causal=True, cross=False):
+        super().__init__()
+        C = config.n_embd
+        self.config = config
+        self.block_size = block_size
+        self.causal = causal  # False in an encoder: each token sees the whole text
+        self.wte = nn.Embedding(config.vocab_size, C)
+        if config.pos == 'learned':
+            self.wpe = nn.Embedding(block_size, C)
+        self.drop = Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer, cross) for layer in range(n_layer))
+        if config.norm_position == 'pre':  # blocks of the other kind end with a norm already
+            self.ln_f = make_norm(config)
+
+        # Tables of sines and cosines; they are computed, so no checkpoint needs to hold them
+        if config.pos == 'sinusoidal':
+            angles = position_angles(block_size, C)
+            table = torch.cat((angles.sin(), angles.cos()), dim=1)[:, :C]  # (block_size, C)
+            self.register_buffer('sinusoid', table, persistent=False)
+        if config.pos == 'rotary':
+            angles = position_angles(block_size, C // config.n_head)
+            angles = angles[:, None]  # (block_size, 1, D/2): the same for all heads
+            self.register_buffer('cos', angles.cos(), persistent=False)
+            self.register_buffer('sin', angles.sin(), persistent=False)
+
+    def forward(self, idx, pad=None, cache=None, memory=None):
+        """idx: (B, T) int64 token ids; returns (B, T, C).
+
+        pad: (B,) int64, how many columns at the left of each row are padding, or None. cache: a
+        KVCache; idx continues what it holds. memory: what Seq2Seq.encode() returned, in a decoder.
+        Raises ValueError if cache and idx together are longer than block_size.
+        """
+        T = idx.size(1)
+        past = 0 if cache is None else cache.length
+        if past + T > self.block_size:
+            raise ValueError(f'{past + T} tokens exceed the model\'s block_size {self.block_size}')
+
+        # Positions count from the first real token of each row
+        column = torch.arange(past, past + T, device=idx.device)  # (T,)
+        position = column
+        if pad is not None:
+            position = (column - pad[:, None]).clamp(min=0)  # (B, T)
+
+        x = self.drop(self.embed(idx, position))
+        context = self.make_context(column, position, pad, past, x.dtype)
+        for block in self.h:
+            if self.config.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, context, None, memory, use_reentrant=False)
+            else:
+                x = block(x, context, cache, memory)
+        if cache is not None:
+            cache.length += T
+        if self.config.norm_position == 'pre':
+            x = self.ln_f(x)
+        return x
+
+    def embed(self, idx, position):
+        """(B, T, C): token embeddings, plus those of positions unless they are rotary."""
+        x = self.wte(idx)
+        if self.config.pos == 'learned':
+            x = x + self.wpe(position)
+        if self.config.pos == 'sinusoidal':
+            # Scaled as in the paper: otherwise the sines drown the tokens
+            x = x * math.sqrt(self.config.n_embd)
+            x = x + self.sinusoid[position].to(x.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            # Under autocast the residual stream is in 16 bits, too: half the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def make_context(self, column, position, pad, past, dtype):
+        """The Context of one forward pass. A mask costs time: there is one only where needed."""
+        T = len(column)
+        mask = None
+        if not self.causal:
+            mask = padding_mask(pad, T)
+        elif pad is not None or (past > 0 and T > 1):
+            mask = causal_mask(column, pad, past)
+        rope = None
+        if self.config.pos == 'rotary':
+            rope = self.cos[position].to(dtype), self.sin[position].to(dtype)
+        first = None
+        if self.config.token_shift and pad is not None:
+            first = (column == pad[:, None])[..., None]
+        is_causal = self.causal and mask is None and T > 1
+        return Context(mask, is_causal, rope, first)
+
+
+# --------------------------------------------------------------------------------------------------
+# Heads: from the last layer to a score for each id of the vocabulary, and to the loss
+
+
+def plain_cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0.0):
+    """Summed cross-entropy of x (N, C), through a linear layer (V, C), to targets (N,): float32.
+
+    How surprised the model is by each target: minus the logarithm of the probability it gave it.
+    """
+    logits = F.linear(x, weight, bias).float()  # (N, V)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction='sum', label_smoothing=label_smoothing)
+
+
+# The same, without ever holding all N × V logits: with a large vocabulary the largest tensor of all
+cross_entropy = kernels.cross_entropy
+# cross_entropy = plain_cross_entropy
+
+
+class Head(nn.Linear):
+    """A linear layer to logits, bounded to ± softcap unless that is 0."""
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.softcap = config.softcap
+
+    def forward(self, x):
+        """x: (..., C); returns logits (..., V) in the precision of the product."""
+        logits = super().forward(x)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def loss(self, x, targets, label_smoothing=0.0):
+        """Summed cross-entropy of x (N, C) and targets (N,), none of them negative: float32."""
+        return cross_entropy(x, self.weight, self.bias, targets, label_smoothing, self.softcap)
+
+
+class AdaptiveHead(nn.Module):
+    """Adaptive softmax: frequent ids at full width, rare ones in narrow clusters, seldom computed.
+
+    rank: (V,) int64 buffer, the place of each id in order of frequency; train.py counts them.
+    Grave et al. 2017, https://arxiv.org/abs/1609.04309
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        V = config.vocab_size
+        cutoffs = list(config.cutoffs)
+        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(config.n_embd, V, cutoffs, config.div_value)
+        self.register_buffer('rank', torch.arange(V))
+
+    def forward(self, x):
+        """x: (..., C); returns log-probabilities (..., V), which are as good as any logits."""
+        with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
+            logp = self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank]
+        return logp.view(*x.shape[:-1], -1)
+
+    def loss(self, x, targets, label_smoothing=0.0):
+        """As Head.loss(). Raises ValueError for label smoothing, which this head can't do."""
+        if label_smoothing:
+            raise ValueError('adaptive softmax (cutoffs) can\'t do label_smoothing: '
+                             'switch one of them off')
+        with torch.autocast(x.device.type, enabled=False):
+            return -self.softmax(x.float(), self.rank[targets]).output.sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# The two models
+
+
+@dataclass
+class GPTConfig:
+    """Shape and switches of a GPT. The defaults are GPT-2 124M.
+
+    Values from untrusted files are checked by check_config() in pocket/checkpoint.py first.
+    """
+    block_size: int = 1024  # tokens of context
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None  # width of the MLP's hidden layer; None: 4 * n_embd
+    dropout: float = 0.0  # on embeddings and on what each block adds to the residual stream
+    attn_dropout: float = 0.0  # on attention weights
+    bias: bool = True  # biases in Linear and LayerNorm, but for these two:
+    attn_bias: bool | None = None  # in the projections of attention; None: as bias
+    head_bias: bool = False  # in the head
+    pos: str = 'learned'  # learned, sinusoidal or rotary positions
+    norm: str = 'layernorm'  # layernorm or rmsnorm
+    norm_position: str = 'pre'  # pre (GPT-2) or post (the 2017 paper): see Block.forward()
+    act: str = 'gelu'  # gelu (tanh form, GPT-2's), gelu_erf (nanoGPT's), relu, relu2 or swiglu
+    qk_norm: bool = False  # normalize queries and keys in each head
+    token_shift: bool = False  # attention and MLP take half of their channels from the token before
+    tie_weights: bool = True  # the head shares the token embedding
+    init: str = 'gpt2'  # initial weights, gpt2 or xavier: see the table in LanguageModel
+    zero_init: bool = False  # projections into the residual stream start at zero
+    softcap: float = 0.0  # logits = softcap * tanh(logits / softcap); 0: off
+    cutoffs: tuple = ()  # adaptive softmax: each cluster but the last ends at this frequency rank
+    div_value: float = 4.0  # … and each next cluster is that much narrower
+    gradient_checkpointing: bool = False  # recompute blocks in backward: less memory
+
+
+@dataclass
+class Seq2SeqConfig(GPTConfig):
+    """Shape and switches of an encoder-decoder. The defaults: the 2017 base model, but pre-norm."""
+    block_size: int = 256  # tokens of a target
+    src_block_size: int | None = None  # tokens of a source; None: as block_size
+    n_layer: int = 6  # in the decoder
+    n_encoder_layer: int | None = None  # in the encoder; None: as n_layer
+    n_head: int = 8
+    n_embd: int = 512
+    pos: str = 'sinusoidal'
+    act: str = 'relu'
+    tie_weights: bool = False
+    tie_source: bool = True  # source and target share their embedding
+    init: str = 'xavier'
+
+
+class LanguageModel(nn.Module):
+    """What GPT and Seq2Seq share: initial weights, the loss, and generation."""
+    is_encoder_decoder = False
+
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, 'n_embd must be divisible by n_head'
         self.config = config
 
     def _init_weights(self, module):
-        """GPT-2's: normal(0, 0.02), biases 0, projections into the residual stream scaled down with depth. Or Xavier's."""
+        """Initial weights, a row of this table at a time (apply() visits a module after its parts):
+
+                                        init='gpt2'                  init='xavier' (fairseq's)
+            linear layers               normal(0.02)                 uniform by fan-in and fan-out
+            embeddings, head            normal(0.02)                 normal(1 / √n_embd)
+            biases                      zero                         zero
+            c_proj of attention, MLP    normal(0.02 / √(2 n_layer))  as other linear layers
+            … with zero_init            zero                         zero
+            untied head with zero_init  zero                         zero
+
+        c_proj starts small because 2 n_layer of them add up in the residual stream. With zero_init
+        all blocks start as the identity, and the first loss is exactly ln(vocab_size).
+        """
         c = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
             if c.init == 'gpt2':
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, (nn.Embedding, Head)):  # fairseq's: of unit size once the embedding is scaled
+            elif isinstance(module, (nn.Embedding, Head)):
                 nn.init.normal_(module.weight, std=c.n_embd ** -0.5)
             else:
                 nn.init.xavier_uniform_(module.weight)
+
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Attention) and c.init == 'xavier':  # q, k and v are matrices of their own
-            for weight in (module.c_q.weight, module.c_kv.weight) if hasattr(module, 'c_q') else (module.c_attn.weight,):
-                for part in weight.split(c.n_embd):
-                    nn.init.xavier_uniform_(part)
-        if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):  # apply() visits children first
+
+        if isinstance(module, Attention) and c.init == 'xavier':
+            # Queries, keys and values are matrices of their own, which happen to lie in one
+            stacked = [module.c_q, module.c_kv] if module.is_cross else [module.c_attn]
+            for linear in stacked:
+                for matrix in linear.weight.split(c.n_embd):
+                    nn.init.xavier_uniform_(matrix)
+
+        if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):
             std = 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
             nn.init.normal_(module.c_proj.weight, std=std)
+
         if isinstance(module, Head) and c.zero_init and not c.tie_weights:
             nn.init.zeros_(module.weight)
 
@@ -452,99 +597,113 @@ class LanguageModel(Generation, nn.Module):
         """Number of parameters; shared ones count once."""
         return sum(p.numel() for p in self.parameters())
 
-    def finish(self, x, targets, label_smoothing, reduction):
-        """(logits, None) of the last layer x (B, T, C), or (None, loss) where there are targets (B, T)."""
-        if targets is None:
-            return self.lm_head(x), None
-        real = targets != -1
-        x, targets = x[real], targets[real]  # (N, C), (N,): of prompts and padding, logits are not even computed
-        if reduction == 'score':
-            return None, score(self.lm_head, x, targets)
-        loss = self.lm_head.loss(x, targets, label_smoothing)
-        return None, loss if reduction == 'sum' else loss / len(targets)
+    def compute_loss(self, x, targets, label_smoothing, reduction):
+        """The loss of the last layer's x (B, T, C) against targets (B, T), -1 = no target: float32.
 
-    def new_cache(self, B, T):
-        """An empty KVCache for B rows of up to T tokens; on a CPU in float32, which is read several times as fast (LOG.md)."""
-        p = next(self.parameters())
-        return KVCache(self.config, B, T, p.device, torch.float32 if p.dtype == torch.bfloat16 and p.is_cpu else p.dtype)
+        reduction: 'mean' or 'sum' over targets. Or 'sum_and_correct': a tensor (2,) with the sum
+        and the number of targets that were the model's first choice.
+        """
+        # Prompts and padding have no targets: their logits are not even computed
+        has_target = targets != -1
+        x = x[has_target]  # (N, C)
+        targets = targets[has_target]  # (N,)
+        if reduction == 'sum_and_correct':
+            return kernels.loss_and_correct(self.lm_head, x, targets, self.config.vocab_size)
+        loss = self.lm_head.loss(x, targets, label_smoothing)
+        if reduction == 'mean':
+            loss = loss / len(targets)
+        return loss
+
+    def generate(self, idx, max_new_tokens, **options):
+        """Continue idx: a (B, T) tensor gives (B, T + max_new_tokens), lists of ids give lists.
+
+            model.generate(torch.tensor([[1, 2, 3]]), 20, temperature=0.8, top_k=50)
+
+        The loop and its options are in pocket/generate.py: read it next.
+        """
+        return generate(self, idx, max_new_tokens, **options)
 
 
 class GPT(LanguageModel):
-    """Decoder-only Transformer with GPT-2's layout and parameter names."""
+    """Decoder-only Transformer, with GPT-2's layout and parameter names."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.transformer = Stack(config, config.n_layer, config.block_size)
+        self.transformer = Transformer(config, config.n_layer, config.block_size)
         self.lm_head = AdaptiveHead(config) if config.cutoffs else Head(config)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
 
-    def forward(self, idx, targets=None, cache=None, pad=None, label_smoothing=0.0, reduction='mean', last_only=False):
-        """idx: (B, T) int64; returns (logits, None), or (None, loss) where targets (B, T) are given, -1 = no target.
+    def forward(self, idx, targets=None, cache=None, label_smoothing=0.0, reduction='mean'):
+        """idx: (B, T) int64; returns (logits, None), or (None, loss) if targets (B, T) are given.
 
-        logits: (B, T, V), with last_only (B, 1, V), in the precision that the model runs in. loss: float32 scalar, the mean or
-        the sum (reduction) over targets; logits are not returned with it because at large V they are never all held.
-        reduction='score': (2,) instead, the sum and the number of targets that were the likeliest.
-        cache, pad: see Stack.
+        logits: (B, T, V), in the precision that the model runs in. targets: the id that follows
+        each token, -1 = no target. cache: a KVCache, which idx continues.
+        label_smoothing, reduction: see compute_loss().
         """
-        return self.finish(self.transformer(idx, cache, pad, last_only=last_only), targets, label_smoothing, reduction)
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, self.compute_loss(x, targets, label_smoothing, reduction)
 
-    def begin(self, prompts, start=None):
-        """See Generation: writing goes on from the prompts."""
-        return prompts, {}
+    def hidden(self, idx, cache=None):
+        """(B, T, C): the last layer, before the head."""
+        pad = None if cache is None else cache.pad
+        return self.transformer(idx, pad, cache)
 
-    def reply_prompts(self, sources, start, max_new_tokens):
-        """Prompts for replies to sources, lists of ids: each source, the newest part of a long one, then the ids `start`."""
-        room = self.reply_room(start, max_new_tokens)
-        return [source[-room:] + start for source in sources]
-
-    def reply_room(self, start, max_new_tokens):
-        """How many ids of a source there is room for, beside `start` and a reply."""
-        return max(1, self.config.block_size - len(start) - min(max_new_tokens, self.config.block_size // 2))
+    def next_token_logits(self, idx, cache):
+        """(B, V) logits of the token that follows idx (B, T), which continues a KVCache."""
+        x = self.hidden(idx, cache)
+        return self.lm_head(x[:, -1:])[:, -1]
 
 
 class Seq2Seq(LanguageModel):
-    """Encoder-decoder Transformer: the encoder reads a whole source, the decoder writes a target and looks at what was read."""
+    """Encoder-decoder Transformer: the encoder reads a source, the decoder writes a target."""
+    is_encoder_decoder = True
 
     def __init__(self, config):
         super().__init__(config)
-        c = config
-        self.encoder = Stack(c, c.n_encoder_layer or c.n_layer, c.src_block_size or c.block_size, causal=False)
-        self.decoder = Stack(c, c.n_layer, c.block_size, cross=True)
-        self.lm_head = AdaptiveHead(c) if c.cutoffs else Head(c)
-        if c.tie_source:
+        n_encoder_layer = config.n_encoder_layer or config.n_layer
+        src_block_size = config.src_block_size or config.block_size
+        self.encoder = Transformer(config, n_encoder_layer, src_block_size, causal=False)
+        self.decoder = Transformer(config, config.n_layer, config.block_size, cross=True)
+        self.lm_head = AdaptiveHead(config) if config.cutoffs else Head(config)
+        if config.tie_source:
             self.encoder.wte.weight = self.decoder.wte.weight
-        if c.tie_weights:
+        if config.tie_weights:
             self.lm_head.weight = self.decoder.wte.weight
         self.apply(self._init_weights)
 
     def encode(self, src, src_pad=None):
-        """src: (B, S) int64; src_pad: (B,) int64, how many columns at the left of each row are padding, None: none.
+        """The memory that decoding attends to: ((B, S, C), mask of its padding or None).
 
-        Returns what decoding needs of it: ((B, S, C), mask). Raises ValueError where S is more than src_block_size.
+        src: (B, S) int64; src_pad: (B,) int64, how many columns at the left of each row are
+        padding. Raises ValueError if S exceeds src_block_size.
         """
-        return self.encoder(src, pad=src_pad), source_mask(src_pad, src.size(1))
+        return self.encoder(src, src_pad), padding_mask(src_pad, src.size(1))
 
-    def forward(self, idx, targets=None, src=None, src_pad=None, memory=None, cache=None, pad=None, label_smoothing=0.0,
-                reduction='mean', last_only=False):
-        """idx: (B, T) int64, what the decoder has written so far, a start id first; src (B, S): the source, or memory: encode()'s
-        result. Everything else is as in GPT.forward; a row's padding at its right needs no mask, only targets of -1."""
-        memory, memory_mask = self.encode(src, src_pad) if memory is None else memory
-        x = self.decoder(idx, cache, pad, memory, memory_mask, last_only)
-        return self.finish(x, targets, label_smoothing, reduction)
+    def forward(self, idx, targets=None, src=None, src_pad=None, cache=None, label_smoothing=0.0,
+                reduction='mean'):
+        """idx: (B, T) int64, the target so far, behind the id that every target starts with.
 
-    def begin(self, prompts, start):
-        """See Generation: writing begins with `start`, and looks at the prompts."""
-        if start is None:
-            raise ValueError('an encoder-decoder needs the id that its targets begin with: start=tokenizer.decoder_start_id')
-        start = [start] if isinstance(start, int) else list(start)
-        return [start] * len(prompts), {'memory': self.encode(*pad_left(prompts, self.decoder.wte.weight.device))}
+        src, src_pad: the source, see encode(); without it, cache.memory holds one that is encoded
+        already. The rest is as in GPT.forward(). Padding at the right of idx needs no mask: its
+        targets are -1.
+        """
+        memory = cache.memory if src is None else self.encode(src, src_pad)
+        x = self.hidden(idx, cache, memory)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, self.compute_loss(x, targets, label_smoothing, reduction)
 
-    def reply_prompts(self, sources, start, max_new_tokens):
-        """Prompts for replies to sources, lists of ids: each source, its newest part where it is too long."""
-        return [source[-self.encoder.block_size:] for source in sources]
+    def hidden(self, idx, cache, memory):
+        """(B, T, C): the decoder's last layer, before the head."""
+        pad = None if cache is None else cache.pad
+        return self.decoder(idx, pad, cache, memory)
 
-    def reply_room(self, start, max_new_tokens):
-        """How many ids of a source there is room for."""
-        return self.encoder.block_size
+    def next_token_logits(self, idx, cache):
+        """(B, V) logits of the token that follows idx (B, T), which continues a KVCache with a
+        memory."""
+        x = self.hidden(idx, cache, cache.memory)
+        return self.lm_head(x[:, -1:])[:, -1]

@@ -1,12 +1,12 @@
 """
-Write text with a trained model, complete what you type, or talk with it.
+Generate text with a trained model, let it complete what you type, or chat with it.
 
-    python sample.py                                       the newest run in out/
+    python sample.py                                            from the newest run in out/
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
-    python sample.py --start="ROMEO:" --start=FILE:prompt.txt     several prompts at once
-    python sample.py --out_dir=out/office_encdec --chat    a conversation; with a model of plain text, a completion prompt
-    python sample.py --web                                 the same in the browser, on a page of your own machine
-    python sample.py --init_from=gpt2 --start="The"        GPT-2's weights, downloaded once
+    python sample.py --start="ROMEO:" --start=FILE:prompt.txt   several prompts at once
+    python sample.py --out_dir=out/office_encdec --chat         chat, or complete what you type
+    python sample.py --web                                      the same in the browser
+    python sample.py --init_from=gpt2 --start="The"             GPT-2, downloaded once
 """
 from typing import Literal
 
@@ -16,152 +16,242 @@ from pocket.files import find_path
 
 out_dir: str | None = None         # the run to sample from (None: the newest in out/)
 weights: Literal['best', 'last'] = 'best'  # which of its checkpoints
-init_from: str | None = None       # a public GPT-2 instead (gpt2, gpt2-medium, …, distilgpt2), or a folder with one
-start: tuple[str, ...] = ('',)     # the prompt, or FILE:prompt.txt; give it several times for several prompts
-num_samples = 1                    # samples of each prompt
-chat = False                       # talk with it, or let it complete what you type, until /quit, Ctrl-D or Ctrl-C
+init_from: str | None = None       # instead: a GPT-2 (gpt2, …, distilgpt2), or a folder with one
+start: tuple[str, ...] = ('',)     # the prompt, or FILE:prompt.txt; may be given several times
+num_samples = 1                    # [1, inf) samples per prompt
+chat = False                       # chat, or complete what you type, until /quit, Ctrl-D or Ctrl-C
 interactive = False                # the same as --chat
 # Sampling
-max_new_tokens = 500               # tokens a sample
-temperature = 0.8                  # 0: always the likeliest; below 1: safer, above: wilder
-top_k: int | None = 200            # choose among that many of the likeliest (None: all)
-top_p: float | None = None         # choose among the likeliest that together have this probability
-min_p: float | None = None         # choose among those at least this share of the likeliest one's probability
-repetition_penalty = 1.0           # above 1: tokens that were there are less likely
-num_beams = 1                      # above 1: no drawing, but a search for the likeliest text, so many at a time
-length_penalty = 0.6               # of such a search: above 0 it prefers longer texts
-stop: tuple[str, ...] = ()         # end a sample before this text; may be given several times
-ignore_eot = False                 # go on after end of text
-drop_unknown = False               # leave out characters of a prompt that the tokenizer does not know
-seed: int | None = 1337            # None: other samples every time
-# Page
-web = False                        # talk with it, or let it complete what you type, in the browser
+max_new_tokens = 500               # tokens per sample
+temperature = 0.8                  # 0: always the most probable token; 0.5: safe; above 1: wild
+top_k: int | None = 200            # keep this many of the most probable tokens (None: all)
+top_p: float | None = None         # keep the most probable tokens that add up to this probability
+min_p: float | None = None         # keep tokens at least this fraction as probable as the top one
+repetition_penalty = 1.0           # above 1: tokens that have already occurred become less likely
+num_beams = 1                      # above 1: no sampling, a beam search for the most probable text
+length_penalty = 0.6               # of a beam search: above 0 favors longer texts
+stop: tuple[str, ...] = ()         # end a sample before this string; may be given several times
+ignore_eot = False                 # continue past the end-of-text token
+drop_unknown = False               # leave out characters that the tokenizer does not know
+seed: int | None = 1337            # None: different samples every time
+# Web page
+web = False                        # chat, or complete what you type, in the browser
 port = 8000                        # of the page's address, http://127.0.0.1:8000
 host = '127.0.0.1'                 # 0.0.0.0: other machines can reach it too
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # of the weights (None: float32; int8 on a GPU: auto)
-quantize: Literal['', 'int8'] = ''  # int8: weights in 8 bits, faster where one text at a time is written
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # weights (None: float32)
+quantize: Literal['', 'int8'] = ''  # int8: faster for one text at a time (dtype None, GPU: auto)
 config, explicit = configure(__file__, globals())
 
-import sys  # after configure(), so that --help and typing errors are answered at once
+# Only now what takes a second to import: --help and typing errors have been answered at once
+import sys
+from dataclasses import asdict, replace
 
-from pocket.chat import PRESETS, SETTINGS, change, load
+from pocket.chat import PRESETS, SETTING_TYPES, Settings, load, update_settings
 
-if num_samples < 1:
-    raise UserError(f'num_samples must be at least 1, got {num_samples}')
-settings = change({}, {key: config[key] for key in SETTINGS}, explicit)  # mistakes are told before a model is loaded
+# Mistakes in the options are reported before a model is loaded
+options = {name: config[name] for name in SETTING_TYPES}
+settings = update_settings(Settings(), options, chosen=explicit)
 if web:
-    from pocket.server import Page, listen
-    sock = listen(host, port)
-talk = load(out_dir, init_from, weights, device, dtype, quantize, stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown)
-talk.settings, style = settings, talk.style
+    from pocket.server import ChatServer, listen
+    listening_socket = listen(host, port)
+
+model = load(out_dir, init_from, weights, device, dtype, quantize,
+             stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown)
+model.settings = settings
 
 
 def read_prompt(text):
-    """What --start says: a text, or FILE: and the path of one."""
-    if not text.startswith('FILE:'):
-        return talk.encodable(text)
-    try:
-        return talk.encodable(find_path(text[5:]).read_bytes().decode('utf-8'))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'cannot read the prompt {text}: {getattr(e, "strerror", None) or "it is not UTF-8 text"}') from None
+    """The prompt that --start gives: text, or FILE: and the path of a text file."""
+    if text.startswith('FILE:'):
+        path = find_path(text.removeprefix('FILE:'))
+        try:
+            content = path.read_bytes().decode('utf-8')
+        except OSError as e:
+            raise UserError(f'cannot read the prompt {text}: {e.strerror}') from None
+        except UnicodeDecodeError:
+            raise UserError(f'cannot read the prompt {text}: it is not UTF-8 text') from None
+        return model.encodable(content)
+    return model.encodable(text)
 
 
-def show(*text):
-    print(*text, end='', flush=True)
+def show(text):
+    """Print without a line break, at once: text appears as it is generated."""
+    print(text, end='', flush=True)
 
 
-HELP = """/settings      show them; /settings temperature=0.7 top_k=None changes some, /settings focused takes a preset:
-               {presets}
-/as NAME       speak as NAME (in a conversation)
-/reset         forget what was said
-/help          this
-/quit          end; so does Ctrl-D. Ctrl-C ends what is being written"""
+# ---- Samples
 
 
-def obey(line, turns):
-    """A line that begins with a slash. Raises UserError where it makes no sense, EOFError where it is the end."""
-    command, _, rest = line.partition(' ')
-    if command == '/quit':
-        raise EOFError
-    if command == '/help':
-        print(HELP.format(presets=', '.join(PRESETS)))
-    elif command == '/reset':
-        turns.clear()
-    elif command == '/as':
-        if not style or not rest.strip():
-            raise UserError('/as NAME is for conversations' + (', and needs a name' if style else ': this is plain text'))
-        style['you'] = talk.encodable(rest.strip())
-    elif command == '/settings':
-        new, typed = {}, {}
-        for word in rest.replace(',', ' ').split():
-            key, _, value = word.partition('=')
-            new.update(PRESETS[word] if word in PRESETS else {key: value})
-            typed |= {} if word in PRESETS else {key: value}
-        talk.settings = change(talk.settings, new, typed)
-        print(', '.join(f'{key}={value}' for key, value in talk.settings.items()))
+def print_samples():
+    """Print num_samples samples for each prompt, all generated in one batch."""
+    texts = []
+    for text in start:
+        texts += [read_prompt(text)] * num_samples
+    if model.template and not all(text.strip() for text in texts):
+        raise UserError(f'{model.name} replies to what is said: give it something, '
+                        '--start="Hello.", or chat with it: --chat')
+
+    # Hints go to stderr, and only if a person is watching: a file or a pipe gets the text alone
+    if out_dir is None and sys.stdout.isatty():
+        print(f'{model.name} writes:', file=sys.stderr)
+
+    prompts = [model.encode_prompt(text, (), settings) for text in texts]
+    current_row = None
+    for row, text in model.generate(prompts, settings, seed):
+        if row != current_row:      # the first piece of another sample
+            current_row = row
+            print_heading(row, texts)
+            if model.template:
+                text = text.lstrip()
+        show(text)
+    print()
+
+    if sys.stdout.isatty():
+        print('next: --chat continues what you type, --web does so in the browser; '
+              '--help lists all options', file=sys.stderr)
+
+
+def print_heading(row, texts):
+    """What stands above and before a sample: its number if there are several, and the prompt."""
+    if len(texts) > 1:
+        if row > 0:
+            print()
+        print(f'--- {row + 1} of {len(texts)} ' + '-' * 40)
+    if model.template:
+        show(f'{model.template.user}: {texts[row]}\n{model.template.assistant}: ')
     else:
-        raise UserError(f'{line!r} is no command: /help lists them')
+        show(texts[row])
 
 
-def converse():
-    """The prompt: each line is answered or, by a model of plain text, completed. /quit, end of input, or Ctrl-C there end it."""
-    print(f'{talk.name}: {talk.model.num_params() / 1e6:.1f} M parameters. '
-          + ('Say something' if style else 'Type the start of a text') + '; /help lists commands, /quit ends.')
-    turns, number = [], 0
+# ---- Chat
+
+
+HELP = """/settings      show the settings; /settings temperature=0.7 top_k=None changes some,
+               /settings focused takes a preset: {presets}
+/as NAME       speak as NAME (in a conversation)
+/reset         forget the conversation
+/help          show this
+/quit          exit; so does Ctrl-D. Ctrl-C stops a generation"""
+
+
+def chat_loop():
+    """Read lines and reply to each or, with a model of plain text, complete it.
+
+    Ends at /quit, at the end of the input, or with Ctrl-C while waiting for a line.
+    """
+    invitation = 'Say something' if model.template else 'Type the start of a text'
+    print(f'{model.name}: {model.model.num_params() / 1e6:.1f} M parameters. '
+          f'{invitation}; /help lists commands, /quit exits.')
+
+    turns = []          # of the conversation: [(speaker, text), …]
+    num_replies = 0
     while True:
         try:
-            line = input(f'\n{style["you"]}: ' if style else '\n> ')
-            if line.startswith('/'):
-                obey(line.strip(), turns)
-                continue
-            if line.strip() in ('exit', 'quit') and not style:
-                raise EOFError
-            if not line.strip():
-                continue
-            line, text = talk.encodable(line.strip() if style else line), ''
-        except UserError as e:  # a mistake in one line ends that line only
+            line = read_line(turns)
+        except UserError as e:      # a mistake in one line ends that line only
             print(e, file=sys.stderr)
             continue
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        try:
-            show(f'{style["me"]}: ' if style else '')  # what is typed stands above, what is written below: never mixed
-            for piece in talk.pieces(line, turns, None if seed is None else seed + number):
-                text += piece
-                show(piece)
-        except KeyboardInterrupt:
-            show(' …')
-        print()
-        number += 1
-        if style:
-            turns = [*turns, (style['you'], line), (style['me'], text.strip())][-style['turns']:]
+        if line is None:
+            continue
+
+        # Every reply has a seed of its own: the same words would otherwise get the same reply
+        reply_seed = None if seed is None else seed + num_replies
+        reply = print_reply(line, turns, reply_seed)
+        num_replies += 1
+        if model.template:
+            turns = [*turns, (model.template.user, line), (model.template.assistant, reply.strip())]
+            turns = turns[-model.template.max_turns:]
+
+
+def read_line(turns):
+    """The next line to reply to. None: it was empty, or a command, which is done by now.
+
+    Raises UserError if the line makes no sense, EOFError if it ends the conversation.
+    """
+    line = input(f'\n{model.template.user}: ' if model.template else '\n> ')
+    if line.startswith('/'):
+        handle_command(line.strip(), turns)
+        return None
+    if not line.strip():
+        return None
+    if model.template:
+        return model.encodable(line.strip())
+    if line.strip() in ('exit', 'quit'):
+        raise EOFError
+    return model.encodable(line)
+
+
+def print_reply(line, turns, reply_seed):
+    """Print the reply to a line as it is generated, until it ends or Ctrl-C does; returns it."""
+    reply = ''
+    try:
+        if model.template:
+            show(f'{model.template.assistant}: ')
+        for piece in model.stream(line, turns, reply_seed):
+            reply += piece
+            show(piece)
+    except KeyboardInterrupt:
+        show(' …')
+    print()
+    return reply
+
+
+def handle_command(line, turns):
+    """Do what a line that begins with a slash says.
+
+    Raises UserError if it makes no sense, EOFError for /quit.
+    """
+    command, _, rest = line.partition(' ')
+    rest = rest.strip()
+    if command == '/quit':
+        raise EOFError
+    elif command == '/help':
+        print(HELP.format(presets=', '.join(PRESETS)))
+    elif command == '/reset':
+        turns.clear()
+    elif command == '/as':
+        speak_as(rest)
+    elif command == '/settings':
+        change_settings(rest)
+    else:
+        raise UserError(f'{line!r} is no command: /help lists them')
+
+
+def speak_as(name):
+    """/as NAME: what follows is said by somebody else."""
+    if not model.template:
+        raise UserError('/as NAME is for conversations: this is a model of plain text')
+    if not name:
+        raise UserError('/as NAME is for conversations, and needs a name')
+    model.template = replace(model.template, user=model.encodable(name))
+
+
+def change_settings(words):
+    """/settings: show them, after changing those in words, name=value or the name of a preset."""
+    changes = {}
+    chosen = []     # names that were typed: what a preset sets may have no effect
+    for word in words.replace(',', ' ').split():
+        if word in PRESETS:
+            changes.update(PRESETS[word])
+        else:
+            name, _, value = word.partition('=')
+            changes[name] = value
+            chosen.append(name)
+    model.settings = update_settings(model.settings, changes, chosen)
+    print(', '.join(f'{name}={value}' for name, value in asdict(model.settings).items()))
+
+
+# ---- Which of them
 
 
 if web:
-    Page(talk, sock, host, seed, read_prompt(start[0])).run()
+    ChatServer(model, listening_socket, host, seed, read_prompt(start[0])).run()
 elif chat or interactive:
-    converse()
+    chat_loop()
 else:
-    texts = [read_prompt(text) for text in start for _ in range(num_samples)]
-    if style and not all(map(str.strip, texts)):
-        raise UserError(f'{talk.name} replies to what is said: give it something, --start="Hello.", or talk with it: --chat')
-    if out_dir is None and sys.stdout.isatty():
-        print(f'{talk.name} writes:', file=sys.stderr)
-    prompts, last = [talk.prompt(text, (), settings) for text in texts], -1
-    for row, text in talk.write(prompts, settings, seed):
-        if row != last:
-            if len(prompts) > 1:
-                print(('\n' if row else '') + f'--- {row + 1} of {len(prompts)} ' + '-' * 40)
-            if style:
-                show(f'{style["you"]}: {texts[row]}\n{style["me"]}: ')
-                text = text.lstrip()
-            else:
-                show(texts[row])
-        show(text)
-        last = row
-    print()
-    if sys.stdout.isatty():  # in a file or a pipe there is the text alone
-        print('next: --chat goes on from what you type, --web in the browser; --help lists what else there is', file=sys.stderr)
+    print_samples()

@@ -1,190 +1,356 @@
 """
-A trained model as something that writes, text in and text out: what sample.py, its page in the browser and notebooks share.
+A trained model that takes text and returns text: what sample.py, its web page and notebooks share.
 
-    >>> from talk import load
-    >>> bard = load('out/shakespeare_char')      # a run, by its folder; load() takes the newest, load(init_from='gpt2') GPT-2
-    >>> print(bard('ROMEO:', max_new_tokens=100, temperature=0.7))
-    >>> for piece in bard.pieces('JULIET:'):     # the same as it is written
-    ...     print(piece, end='')
-    >>> bard.model, bard.tok                     # a GPT or Seq2Seq, in eval mode, and its tokenizer
+    from pocket.chat import load
+    bard = load('out/shakespeare_char')     # load() takes the newest run
+    gpt2 = load(init_from='gpt2')           # OpenAI's, downloaded once
+    print(bard('ROMEO:', max_new_tokens=100, temperature=0.7))
+    for piece in bard.stream('JULIET:'):    # the same, piece by piece as it is generated
+        print(piece, end='')
+    bard.model, bard.tok                    # a GPT or Seq2Seq in eval mode, and its tokenizer
 """
 import sys
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
+from typing import get_type_hints
 
 from pocket import checkpoint
 from pocket.configurator import convert, describe
 from pocket.device import pick_device, pick_dtype
 from pocket.errors import UserError
 from pocket.files import ROOT, find_path, short_path
-from pocket.generate import check_sampling
+from pocket.generate import (
+    SamplingParams,
+    beam_search,
+    generate_stream,
+    max_source_tokens,
+    prepare_reply_prompts,
+)
 from pocket.quantize import prepare_for_decoding
-from pocket.template import banned_ids, encode_conversation, reply_start_ids
+from pocket.template import ChatTemplate, banned_ids, encode_conversation, reply_start_ids
 from pocket.tokenizer import UnknownCharacters
 
-SETTINGS = {'temperature': (float, 0.8), 'top_k': (int | None, 200), 'top_p': (float | None, None), 'min_p': (float | None, None),
-            'repetition_penalty': (float, 1.0), 'max_new_tokens': (int, 500), 'num_beams': (int, 1),
-            'length_penalty': (float, 0.6)}  # name: (type, default)
-SAMPLING = [*SETTINGS][:5]  # what draws: a beam search knows none of it
-PRESETS = {name: dict(zip([*SAMPLING, 'num_beams'], values)) for name, values in {
-    'focused': (0.5, 20, 0.9, None, 1.1, 1), 'balanced': (0.8, 50, 0.95, None, 1.1, 1),
-    'creative': (1.1, 200, 0.98, None, 1.0, 1), 'greedy': (0.0, None, None, None, 1.0, 1)}.items()}
-COMES_ALONG = ROOT / 'pocket' / 'bundled' / 'shakespeare'  # for those who have trained nothing yet
+RUNS = ROOT / 'out'
+BUNDLED_MODEL = ROOT / 'pocket' / 'bundled' / 'shakespeare'  # until there is a run
 
 
-def change(settings, new, named=None):
-    """settings with those of `new` in their place: values, or text as it is typed. Raises UserError where one makes no sense,
-    or one of `named` (None: all of `new`), which the person asked for, contradicts a beam search."""
-    settings = dict(settings)
-    for key, value in new.items():
-        if key not in SETTINGS:
-            raise UserError(f'unknown setting {key!r}: there are {", ".join(SETTINGS)}, and the presets {", ".join(PRESETS)}')
+# ---- Settings
+
+
+@dataclass
+class Settings(SamplingParams):
+    """All that can be set for a generation: how to sample, how much, how wide to search."""
+
+    temperature: float = 0.8
+    top_k: int | None = 200
+    max_new_tokens: int = 500
+    num_beams: int = 1              # above 1: beam search, which does not sample
+    length_penalty: float = 0.6     # of a beam search
+
+    def check(self):
+        """Raise ValueError if a value is out of range."""
+        super().check()
+        ranges = {
+            'max_new_tokens': (1, 2**20),
+            'num_beams': (1, 2**10),
+            'length_penalty': (-10, 10),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f'{name} must be from {low} to {high:,}, got {value}')
+
+
+SAMPLING_OPTIONS = [field.name for field in fields(SamplingParams)]
+SETTING_TYPES = get_type_hints(Settings)    # {name: type}, in the order of the fields
+
+
+def preset(**options):
+    """A preset sets every sampling option, and turns beam search off."""
+    return {**asdict(SamplingParams(**options)), 'num_beams': 1}
+
+
+PRESETS = {
+    'focused': preset(temperature=0.5, top_k=20, top_p=0.9, repetition_penalty=1.1),
+    'balanced': preset(temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1),
+    'creative': preset(temperature=1.1, top_k=200, top_p=0.98),
+    'greedy': preset(temperature=0.0),
+}
+
+
+def update_settings(settings, changes, chosen=None):
+    """A copy of settings with changes {name: value}; a value may be text as it was typed.
+
+    chosen: the names that the user asked for (None: all in changes). Raises UserError if a value
+    makes no sense, or if one of the chosen names has no effect because num_beams asks for a beam
+    search.
+    """
+    values = {}
+    for name, value in changes.items():
+        if name not in SETTING_TYPES:
+            raise UserError(f'unknown setting {name!r}: there are {", ".join(SETTING_TYPES)}, '
+                            f'and the presets {", ".join(PRESETS)}')
         try:
-            settings[key] = convert(value, SETTINGS[key][0])
-        except (ValueError, OverflowError):
-            raise UserError(f'{key} must be {describe(SETTINGS[key][0])}, got {value!r}; it stays {settings[key]}') from None
+            values[name] = convert(value, SETTING_TYPES[name])
+        except ValueError:
+            raise UserError(f'{name} must be {describe(SETTING_TYPES[name])}, got {value!r}; '
+                            f'it stays {getattr(settings, name)}') from None
+
+    settings = replace(settings, **values)
     try:
-        check_sampling(**{key: settings[key] for key in SAMPLING})
+        settings.check()
     except ValueError as e:
         raise UserError(str(e)) from None
-    for key, least, most in (('max_new_tokens', 1, 2**20), ('num_beams', 1, 2**10), ('length_penalty', -10, 10)):
-        if not least <= settings[key] <= most:
-            raise UserError(f'{key} must be from {least} to {most:,}, got {settings[key]}')
-    if settings['num_beams'] > 1 and (drawing := [key for key in SAMPLING if key in (new if named is None else named)]):
-        raise UserError(f'num_beams={settings["num_beams"]} searches for the likeliest text and draws nothing, so '
-                        f'{", ".join(drawing)} can\'t be honoured: leave that away, or set num_beams to 1')
+
+    if chosen is None:
+        chosen = changes
+    without_effect = [name for name in SAMPLING_OPTIONS if name in chosen]
+    if settings.num_beams > 1 and without_effect:
+        raise UserError(f'num_beams={settings.num_beams} searches for the most probable text and '
+                        f'samples nothing, so {", ".join(without_effect)} would have no effect: '
+                        f'omit it, or set num_beams to 1')
     return settings
 
 
-def check_seed(seed):
-    """seed, a number or text as it is typed, as a number, or None. Raises UserError where PyTorch knows no such seed."""
+def parse_seed(seed):
+    """A seed, which may be text as it was typed, as an int or None. Raises UserError."""
     try:
         return convert(seed, int | None)
-    except (ValueError, OverflowError):
-        raise UserError(f'seed must be a whole number below 2**63, or None, got {seed!r}') from None
+    except ValueError:
+        raise UserError(f'seed must be a whole number below 2**63, or None, '
+                        f'got {seed!r}') from None
 
 
-def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None, quantize='', **more):
-    """A Talk. out_dir: a run's folder, or a checkpoint; None for the newest in out/ or, before there is one, the model that comes
-    along. init_from: a public GPT-2 instead, or a folder with one. The rest are sample.py's knobs. Raises UserError."""
+# ---- Loading
+
+
+def saved_checkpoints():
+    """Paths of the checkpoints of all runs, the newest last."""
+    paths = [*RUNS.glob('*/best.pt'), *RUNS.glob('*/last.pt')]
+    return sorted(paths, key=lambda path: path.stat().st_mtime)
+
+
+def find_checkpoint(out_dir=None, weights='best'):
+    """Path of a checkpoint. out_dir: the folder of a run, or a checkpoint; None: the newest run.
+
+    As long as there is no run, None gives the bundled model and says so on stderr. A run stopped
+    before its first evaluation has only last.pt, whatever weights asks for. Raises UserError.
+    """
+    bundled = False
+    if out_dir is None:
+        saved = saved_checkpoints()
+        bundled = not saved
+        out_dir = BUNDLED_MODEL if bundled else saved[-1].parent
+    folder = short_path(find_path(out_dir))
+    if folder.is_file():
+        return folder   # a checkpoint by its own name
+
+    candidates = [folder / f'{weights}.pt', folder / 'last.pt']
+    existing = [path for path in candidates if path.is_file()]
+    if not existing:
+        runs = sorted({str(short_path(path.parent)) for path in saved_checkpoints()})
+        raise UserError(f'there is no checkpoint in {folder}: name a run with --out_dir=…; '
+                        f'there are {", ".join(runs) or "none yet"}')
+    if bundled:
+        print(f'no run in {short_path(RUNS)} yet, so this is the bundled model, {folder}; '
+              f'python train.py trains one of your own', file=sys.stderr)
+    return existing[0]
+
+
+def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None, quantize='',
+         **more):
+    """A ChatModel from a run, or from a public GPT-2. Raises UserError.
+
+    out_dir, weights: see find_checkpoint(). init_from: the name of a public GPT-2, or a folder with
+    one, instead of a run. device, dtype, quantize: the options of sample.py. more: see ChatModel.
+    """
     device = pick_device(device)
+    template = None     # a model of plain text
     if init_from:
         from pocket import pretrained
-        model, tok, style, name = pretrained.load(init_from)[0], pretrained.load_tokenizer(init_from), None, init_from
+        name = init_from
+        model, _ = pretrained.load(init_from)
+        tok = pretrained.load_tokenizer(init_from)
     else:
-        if out_dir is None:
-            runs = sorted((ROOT / 'out').glob('*/[bl]*st.pt'), key=lambda p: p.stat().st_mtime)
-            out_dir = runs[-1].parent if runs else COMES_ALONG  # (best.pt and last.pt)
-        name = short_path(find_path(out_dir))
-        if not name.is_file():  # a run's folder, not a checkpoint by its own name; last.pt: stopped before its first evaluation
-            there = [name / f'{w}.pt' for w in (weights, 'last') if (name / f'{w}.pt').is_file()]
-            if not there:
-                runs = ', '.join(sorted({str(short_path(p.parent)) for p in (ROOT / 'out').glob('*/[bl]*st.pt')})) or 'none yet'
-                raise UserError(f'there is no checkpoint in {name}: name a run with --out_dir=…; there are {runs}')
-            name = there[0]
+        name = find_checkpoint(out_dir, weights)
         state = checkpoint.load(name)
         model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
-        if out_dir is COMES_ALONG:
-            print(f'no run in {short_path(ROOT / "out")} yet, so this is {short_path(COMES_ALONG)}, which comes along; '
-                  f'python train.py trains one of your own', file=sys.stderr)
-        style = state.get('chat')  # how conversations are written, for a model that was trained on pairs
-    # what int8 leaves as it is, is small: float32 saves a CPU the conversions around each product
-    model = model.to(device, pick_dtype(device, dtype or ('auto' if quantize and device.type != 'cpu' else 'float32'))[0])
-    return Talk(prepare_for_decoding(model, 8 if quantize else None), tok, style, name, **more)
+        if state.get('chat') is not None:   # a model that was trained on pairs
+            template = ChatTemplate.from_dict(state['chat'])
+
+    # With int8 this is the dtype of the little that is not quantized: float32 on a CPU, which saves
+    # conversions around each product
+    if dtype is None:
+        dtype = 'auto' if quantize and device.type != 'cpu' else 'float32'
+    model = model.to(device, pick_dtype(device, dtype)[0])
+    model = prepare_for_decoding(model, bits=8 if quantize else None)
+    return ChatModel(model, tok, template, name, **more)
 
 
-class Talk:
-    """A model that writes text. See load().
+# ---- The model
 
-    style: the format of conversations (chat.py), None for a model of plain text. stop: texts that end what is written, before
-    them. settings: those of SETTINGS that are to hold where a call says nothing else.
+
+class ChatModel:
+    """A model that continues a text or, if it was trained on pairs, replies in a conversation.
+
+    template: its ChatTemplate, None for a model of plain text. stop: strings that end a generation
+    and are not part of it. ignore_eot: generate past the end-of-text token. drop_unknown: leave out
+    characters that the tokenizer does not know. settings: what differs from the default Settings.
     """
 
-    def __init__(self, model, tok, style=None, name='', stop=(), ignore_eot=False, drop_unknown=False, **settings):
-        self.model, self.tok, self.style, self.name = model, tok, style, name
-        self.stop, self.drop_unknown = [s for s in stop if s], drop_unknown
-        self.eot = None if ignore_eot else tok.eos_id
-        self.start = reply_start_ids(tok, style) if style else None
-        self.banned = banned_ids(tok, model.config.vocab_size, but=self.eot)
-        self.settings = change({key: default for key, (_, default) in SETTINGS.items()}, settings, named=())
+    def __init__(self, model, tok, template=None, name='', stop=(), ignore_eot=False,
+                 drop_unknown=False, **settings):
+        self.model = model
+        self.tok = tok
+        self.template = template
+        self.name = name
+        self.stop = [text for text in stop if text]
+        self.drop_unknown = drop_unknown
+        self.settings = update_settings(Settings(), settings, chosen=())
+
+        self.eos_id = None if ignore_eot else tok.eos_id
+        self.banned = banned_ids(tok, model.config.vocab_size, keep=self.eos_id)
+        self.reply_start = None
+        if template:
+            self.reply_start = reply_start_ids(tok, template)
 
     def __call__(self, text='', turns=(), seed=None, **settings):
-        """What the model writes behind text or, after the turns [(speaker, text), …] of a conversation, replies to it."""
-        return ''.join(self.pieces(text, turns, seed, **settings))
+        """The continuation of text or, after the turns [(speaker, text), …], the reply to it."""
+        return ''.join(self.stream(text, turns, seed, **settings))
 
-    def pieces(self, text='', turns=(), seed=None, you=None, **settings):
-        """The same as it is written: yields pieces of text; you: who says it, where that is not style['you'].
-        Raises UserError where text or a setting makes no sense."""
-        settings = change(self.settings, settings)
-        prompt, begun = self.prompt(text, turns, settings, you), not self.style
-        for _, piece in self.write([prompt], settings, seed):
-            piece = piece if begun else piece.lstrip()
-            begun = begun or bool(piece)
+    def stream(self, text='', turns=(), seed=None, user=None, **settings):
+        """The same, piece by piece as it is generated. user: who says text, if not template.user.
+
+        Raises UserError if the text or a setting makes no sense.
+        """
+        settings = update_settings(self.settings, settings)
+        prompt = self.encode_prompt(text, turns, settings, user)
+        at_start = self.template is not None    # a reply does not start with spaces
+        for _, piece in self.generate([prompt], settings, seed):
+            if at_start:
+                piece = piece.lstrip()
+                at_start = piece == ''
             yield piece
 
     def encodable(self, text):
-        """text, once every character of it is known. Raises UserError where it has others, or leaves them out."""
+        """The text, if the tokenizer knows all of its characters.
+
+        Otherwise those that it does not know are left out (drop_unknown), or UserError is raised.
+        """
         try:
             self.tok.encode(text)
         except UnknownCharacters as e:
             if not self.drop_unknown:
-                raise UserError(f'{e}: leave that out, or start with --drop_unknown') from None
+                raise UserError(f'{e}: leave it out, or start with --drop_unknown') from None
             return ''.join(c for c in text if c not in e.characters)
         return text
 
-    def prompt(self, text, turns, settings, you=None):
-        """What the model is given for a text: its ids or, in a conversation, a source with the turns before it."""
-        length, text = settings['max_new_tokens'], self.encodable(text)
-        if not self.style:
-            ids, T = self.tok.encode_prompt(text), self.model.config.block_size
-            return ids if settings['num_beams'] == 1 else ids[-max(1, T - min(length, T // 2)):]  # a beam's context stays
-        turns = [*turns, (you or self.style['you'], text)][-self.style['turns']:]  # of a long conversation it reads the end
-        turns = [tuple(map(self.encodable, turn)) for turn in turns]
-        source = encode_conversation(self.tok, self.style, turns, self.model.reply_room(self.start, length))
-        return self.model.reply_prompts([source], self.start, length)[0]
+    def encode_prompt(self, text, turns, settings, user=None):
+        """Ids of what the model reads: the text or, in a conversation, the turns and the text."""
+        max_new_tokens = settings.max_new_tokens
+        if self.template is None:
+            ids = self.tok.encode_prompt(self.encodable(text))
+            if settings.num_beams > 1:  # its context does not slide: leave room in it
+                block_size = self.model.config.block_size
+                room = block_size - min(max_new_tokens, block_size // 2)
+                ids = ids[-max(1, room):]
+            return ids
 
-    def write(self, prompts, settings, seed):
-        """Generate behind each prompt (ids). Yields (row, text): the first row as it comes, the others whole, in order."""
-        writers, rest = [Writer(self.tok, self.stop) for _ in prompts], [''] * len(prompts)
-        length, beams = settings['max_new_tokens'], settings['num_beams']
-        seed = check_seed(seed)
-        if beams > 1:
-            best = self.model.beam_search(prompts, length, beams, self.eot, self.start, settings['length_penalty'],
-                                          banned=self.banned)
-            columns = zip_longest(*[ids for (ids, _), *_ in best], fillvalue=-1)
-        else:
-            how = {key: settings[key] for key in SAMPLING}
-            columns = (c.tolist() for c in self.model.stream(prompts, length, self.eot, self.start, seed, self.banned, **how))
-        for column in columns:
-            for row, i in enumerate(column):
-                text = writers[row].add(i) if i >= 0 else ''
-                if row == 0 and text:
-                    yield 0, text
-                rest[row] += text
-            if all(w.done for w in writers):
+        turns = [*turns, (user or self.template.user, text)]
+        turns = turns[-self.template.max_turns:]
+        turns = [(self.encodable(speaker), self.encodable(said)) for speaker, said in turns]
+        max_tokens = max_source_tokens(self.model, self.reply_start, max_new_tokens)
+        source = encode_conversation(self.tok, self.template, turns, max_tokens)
+        return prepare_reply_prompts(self.model, [source], self.reply_start, max_new_tokens)[0]
+
+    def generate(self, prompts, settings, seed=None):
+        """Generate after each of the prompts, lists of ids, in one batch.
+
+        Yields (row, text): row 0 piece by piece as it is generated, then the others, each whole.
+        """
+        detokenizers = [Detokenizer(self.tok, self.stop) for _ in prompts]
+        texts = [''] * len(prompts)
+        for column in self.next_tokens(prompts, settings, parse_seed(seed)):
+            for row, token_id in enumerate(column):
+                if token_id < 0:    # this row has ended
+                    continue
+                piece = detokenizers[row].add(token_id)
+                texts[row] += piece
+                if row == 0 and piece:
+                    yield 0, piece
+            if all(detokenizer.stopped for detokenizer in detokenizers):
                 break
-        for row, w in enumerate(writers):
-            tail = w.add(None)
-            yield row, tail if row == 0 else rest[row] + tail
+
+        yield 0, detokenizers[0].finish()
+        for row in range(1, len(prompts)):
+            yield row, texts[row] + detokenizers[row].finish()
+
+    def next_tokens(self, prompts, settings, seed):
+        """Yields the next id of every row, -1 for a row that has ended."""
+        special = {'eos_id': self.eos_id, 'decoder_start': self.reply_start, 'banned': self.banned}
+        if settings.num_beams > 1:
+            found = beam_search(self.model, prompts, settings.max_new_tokens, settings.num_beams,
+                                length_penalty=settings.length_penalty, **special)
+            best = []
+            for beams in found:     # of each prompt, the most probable first
+                ids, _ = beams[0]
+                best.append(ids)
+            yield from zip_longest(*best, fillvalue=-1)
+        else:
+            for column in generate_stream(self.model, prompts, settings.max_new_tokens, settings,
+                                          seed=seed, **special):
+                yield column.tolist()
 
 
-class Writer:
-    """Turns the ids of one row into text as they come, and ends it before the first stop string."""
+class Detokenizer:
+    """Turns the ids of one generation into text, one id at a time, up to the first stop string.
 
-    def __init__(self, tok, stop):
-        self.decode, self.stop, self.held, self.done = tok.stream_decoder(), stop, '', False
+    Text is held back while it might be the beginning of a stop string, or of a character.
+    """
 
-    def add(self, i):
-        """The next id, None at the end. Returns the text that can be shown now: nothing that may begin a stop string."""
-        if self.done:
+    def __init__(self, tok, stop=()):
+        self.decode = tok.stream_decoder()
+        self.stop = stop
+        self.held = ''          # decoded, but not returned yet
+        self.stopped = False    # a stop string came: whatever follows is ignored
+
+    def add(self, token_id):
+        """Take the next id; returns the text that can be shown now."""
+        if self.stopped:
             return ''
-        self.held += self.decode(i)
-        ends = [at for at in map(self.held.find, self.stop) if at >= 0]
-        keep = 0
-        if ends:
-            self.held, self.done = self.held[:min(ends)], True
-        elif i is None:
-            self.done = True
-        else:  # the longest end of the text that begins a stop string
-            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        text, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
+        self.held += self.decode(token_id)
+        if self.cut_at_stop_string():
+            return self.release(len(self.held))
+        return self.release(len(self.held) - self.length_of_partial_stop())
+
+    def finish(self):
+        """No id follows; returns the rest of the text."""
+        if self.stopped:
+            return ''
+        self.held += self.decode(None)
+        self.cut_at_stop_string()
+        return self.release(len(self.held))
+
+    def release(self, length):
+        """Returns that many characters of the text held back."""
+        text = self.held[:length]
+        self.held = self.held[length:]
         return text
+
+    def cut_at_stop_string(self):
+        """End the text before the first stop string in it; returns whether there is one."""
+        positions = [self.held.find(stop) for stop in self.stop]
+        found = [position for position in positions if position >= 0]
+        if found:
+            self.held = self.held[:min(found)]
+            self.stopped = True
+        return self.stopped
+
+    def length_of_partial_stop(self):
+        """How many characters at the end of the text may be the beginning of a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for length in range(1, len(stop)):
+                if self.held.endswith(stop[:length]):
+                    longest = max(longest, length)
+        return longest

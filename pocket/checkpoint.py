@@ -1,144 +1,509 @@
 """
-Checkpoints: one file that is enough by itself (weights, optimizer, step, scores, configuration, tokenizer).
-Tensors and plain types only, so loading never executes anything: torch.load(weights_only=True).
+Checkpoints: one file that is enough by itself, with weights, optimizer, configuration and
+tokenizer.
+
+    state = load('out/shakespeare_char/best.pt')      a dict of tensors and plain types
+    model, tokenizer = build(state, path)             ready to generate
+
+Loading never executes anything: torch.load(weights_only=True). All checks of files that may come
+from somebody else are here, too, so that model.py can be about models.
 """
 import math
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
-from pocket import template, tokenizer
+from pocket.configurator import convert, describe
 from pocket.errors import UserError
 from pocket.files import FORMAT, atomic_write
+from pocket.template import ChatTemplate, check_template
+from pocket.tokenizer import tokenizer_from_dict
 
-KINDS = {'gpt': (GPT, GPTConfig), 'seq2seq': (Seq2Seq, Seq2SeqConfig)}
-NUMBERS = {'step': int, 'tokens': int, 'evaluated': int, 'bad_evals': int, 'loss_tokens': int, 'loss_sum': float,
-           'grad_norm': float, 'seconds': float, 'best': float}  # how far a run is: what was only exported may lack them
+MODELS = {'gpt': (GPT, GPTConfig), 'seq2seq': (Seq2Seq, Seq2SeqConfig)}
+
+
+@dataclass
+class TrainState:
+    """How far a run is. Every checkpoint holds these numbers under these names."""
+    step: int = 0  # optimizer steps so far
+    tokens: int = 0  # targets trained on
+    seconds: float = 0.0  # of training, those before a resume included
+    best: float = math.inf  # the lowest validation loss
+    val_loss: float = math.inf  # the latest validation loss
+    evaluated: int = 0  # the step of the latest evaluation
+    bad_evals: int = 0  # evaluations since the best one
+    loss_sum: float = 0.0  # training loss since the latest evaluation, summed over targets,
+    loss_tokens: int = 0  # … and their number
+    grad_norm: float = 0.0  # of the latest step
+
+    def record_evaluation(self, val_loss):
+        """Note the validation loss at this step. Returns whether it is the best so far."""
+        is_best = val_loss < self.best
+        if is_best:
+            self.best = val_loss
+            self.bad_evals = 0
+        else:
+            self.bad_evals += 1
+        self.val_loss = val_loss
+        self.evaluated = self.step
+        self.loss_sum = 0.0
+        self.loss_tokens = 0
+        return is_best
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving
+
+
+def model_state(model, tok, config, template=None):
+    """The part of a checkpoint that sample.py needs.
+
+    config: the options of the run. template: its ChatTemplate, None for a model of plain text.
+    """
+    kind = 'seq2seq' if model.is_encoder_decoder else 'gpt'
+    return {
+        'kind': kind,  # a key of MODELS
+        'model_args': asdict(model.config),  # enough to build the model again
+        'model': model.state_dict(),
+        'tokenizer': tok.to_dict(),  # all of it, not just its name
+        'chat': None if template is None else template.to_dict(),
+        'config': config,
+    }
 
 
 def save(path, state):
-    """Write a checkpoint; a format version is added. Raises UserError where it can't be written, the old file intact."""
+    """Write a checkpoint, and the format's version with it.
+
+    Raises UserError if it can't be written; the file that was there before is then untouched.
+    """
     atomic_write(path, lambda f: torch.save({'format': FORMAT, **state}, f))
 
 
-class Blank(TorchFunctionMode):
-    """Modules built in its scope have weights that are shapes only, without memory or random numbers; small tables are as ever.
-
-    Not `with torch.device('meta')`: there the first arithmetic and the first random number cost seconds, for imports.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__.endswith(('normal_', 'uniform_')):
-            return None
-        large = func is torch.empty or func is torch.arange and args[0] > 2**20  # the latter: of a vocabulary
-        return func(*args, **(kwargs or {}) | ({'device': 'meta'} if large else {}))
-
-
-def blank(Model, config):
-    """A model whose weights are shapes only. Raises RuntimeError or TypeError where they are too large even for that."""
-    with Blank():
-        return Model(config)
-
-
-def finite(t):
-    """Whether all of a tensor's numbers are numbers."""
-    return all(map(math.isfinite, t.float().aminmax()))
-
-
-def check_weights(state, size):
-    """Raise ValueError where a checkpoint's weights are not those of the model that it speaks of, before any is made.
-
-    size: of the file; what is tied counts once. Few bytes can claim to be a large tensor, of numbers that are repeated.
-    """
-    Model, Config = KINDS[state['kind']]
-    want, held = blank(Model, Config(**state['model_args'])).state_dict(keep_vars=True), {}
-    if differ := [str(key)[:100] for key in want.keys() ^ state['model'].keys()]:
-        raise ValueError(f'weights are missing or surplus: {", ".join(sorted(differ)[:3])}')
-    for key, w in want.items():
-        t, floats = state['model'][key], w.is_floating_point()
-        if type(t) is not torch.Tensor or t.layout is not torch.strided or t.device.type != 'cpu' or t.shape != w.shape \
-                or t.is_floating_point() != floats or not floats and t.dtype != w.dtype:
-            raise ValueError(f'{key} must be {tuple(w.shape)} of {w.dtype}')
-        held[id(w)] = t.nbytes
-        if sum(held.values()) > size:
-            raise ValueError('the file is smaller than its weights say they are')
-        if floats and not finite(t):
-            raise ValueError(f'{key} has values that are infinite or no numbers (NaN): take an earlier checkpoint')
-        if not floats and not torch.equal(t.sort().values, torch.arange(len(t))):  # AdaptiveHead's
-            raise ValueError(f'{key} must have each place once')
-
-
-def check_optimizer(saved, optimizer):
-    """Raise ValueError where saved, an optimizer's state from a file, has not what this optimizer keeps of its parameters."""
-    adam, shapes = isinstance(optimizer, torch.optim.AdamW), [p.shape for g in optimizer.param_groups for p in g['params']]
-    for i, kept in saved['state'].items():  # Muon keeps matrices of a shape together
-        shape = shapes[i]
-        want = {'step': (), 'exp_avg': shape, 'exp_avg_sq': shape} if adam else {'momentum': (shapes.count(shape), *shape)}
-        if {key: t.shape for key, t in kept.items()} != want:
-            raise ValueError('what the optimizer has kept of the steps before is damaged')
+# --------------------------------------------------------------------------------------------------
+# Loading
 
 
 def load(path):
-    """The checkpoint as a dict, its tensors on the CPU, those of a model that can be built. Raises UserError where it is none."""
+    """The checkpoint as a dict, its tensors on the CPU, its weights those of a model we can build.
+
+    Raises UserError if the file is not a checkpoint, or damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}')
-    size = path.stat().st_size
+    state = read_file(path)
+    check_parts(state, path)
+    if state['kind'] == 'seq2seq' and state.get('chat') is None:  # checkpoints before templates
+        state['chat'] = ChatTemplate().to_dict()
     try:
-        with zipfile.ZipFile(path) as z:  # as torch.save writes it: nothing in it is larger than it is in the file
-            if any(f.compress_type for f in z.infolist()) or sum(f.file_size for f in z.infolist()) > size:
-                raise ValueError
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # a file from a stranger: it can be anything
-        why = 'it holds code, which is never loaded' if 'weights_only' in str(e) else 'it is cut short or something else'
-        raise UserError(f'{path} is not a checkpoint of pocketGPT: {why}') from None
-    if not isinstance(state, dict) or type(state.get('format')) is not int or not 1 <= state['format'] < 2**31:
-        raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing')
-    if state['format'] > FORMAT:  # before all else: what follows may have changed
-        raise UserError(f'{path} has format {state["format"]}, this version reads up to {FORMAT}: use a newer pocketGPT')
-    parts = {'kind': str, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
-    wrong = [part for part, kind in parts.items() if not isinstance(state.get(part), kind)]
-    wrong += [name for name, kind in NUMBERS.items() if type(value := state.get(name, kind())) is not kind
-              or name != 'grad_norm' and not 0 <= value <= (math.inf if name == 'best' else 2**46)]
-    if not wrong and state.get('step') != state.get('evaluated') and state.get('loss_tokens') == 0:
-        wrong = ['loss_tokens']
-    if wrong:
-        raise UserError(f'{path} is not a checkpoint of pocketGPT: parts are missing or no such thing ({", ".join(wrong)})')
-    if state['kind'] not in KINDS:
-        raise UserError(f'{path} holds a {state["kind"]!r}, this version knows {", ".join(KINDS)}')
-    if state['kind'] == 'seq2seq' and state.get('chat') is None:  # as older ones were
-        state['chat'] = template.PLAIN_TEMPLATE
-    try:
-        check_weights(state, size)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f'{path} does not fit together: {str(e).splitlines()[0]}') from None
+        check_weights(state, path.stat().st_size)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+        raise UserError(f'{path} does not fit together: {first_line(e)}') from None
     return state
 
 
-def build(state, path, **overrides):
-    """(model in eval mode, tokenizer) from a loaded checkpoint; overrides: fields of its config that do not change its shape."""
-    Model, Config = KINDS[state['kind']]
+def read_file(path):
+    """What torch.save() wrote to a file: tensors and plain types. Raises UserError."""
     try:
-        model = Model(Config(**{**state['model_args'], **overrides}))
+        with zipfile.ZipFile(path) as archive:  # nothing may be larger in memory than in the file
+            members = archive.infolist()
+            compressed = any(member.compress_type for member in members)
+            size = sum(member.file_size for member in members)
+            if compressed or size > path.stat().st_size:
+                raise ValueError('not as torch.save() writes it')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # from an untrusted file anything can come
+        why = 'it is truncated or something else'
+        if 'weights_only' in str(e):
+            why = 'it contains code, which is never loaded'
+        raise UserError(f'{path} is not a checkpoint of pocketGPT: {why}') from None
+
+
+REQUIRED_PARTS = {'kind': str, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
+NUMBERS = {field.name: field.type for field in fields(TrainState) if field.name != 'val_loss'}
+
+
+def check_parts(state, path):
+    """Raise UserError unless a loaded file has the parts of a checkpoint, each of its type."""
+    problem = f'{path} is not a checkpoint of pocketGPT'
+    version = state.get('format') if isinstance(state, dict) else None
+    if type(version) is not int or not 1 <= version < 2**31:
+        raise UserError(f'{problem}: parts are missing')
+    if version > FORMAT:  # first of all: what follows may have changed
+        raise UserError(f'{path} has format {version}, this version reads up to {FORMAT}: '
+                        f'use a newer pocketGPT')
+
+    wrong = []
+    for name, kind in REQUIRED_PARTS.items():
+        if not isinstance(state.get(name), kind):
+            wrong.append(name)
+    for name, kind in NUMBERS.items():  # an exported checkpoint may lack them
+        if name in state and not is_valid_number(name, state[name], kind):
+            wrong.append(name)
+    stopped_between_evaluations = state.get('step') != state.get('evaluated')
+    if not wrong and stopped_between_evaluations and state.get('loss_tokens') == 0:
+        wrong.append('loss_tokens')
+    if wrong:
+        raise UserError(f'{problem}: parts are missing or invalid ({", ".join(wrong)})')
+    if state['kind'] not in MODELS:
+        raise UserError(f'{path} holds a {state["kind"]!r}, this version knows {", ".join(MODELS)}')
+
+
+def is_valid_number(name, value, kind):
+    """Whether a number of TrainState, from a file, has its type and a sensible size."""
+    if type(value) is not kind:
+        return False
+    if name == 'grad_norm':  # may be anything, as float16 skips steps
+        return True
+    largest = math.inf if name == 'best' else 2**46
+    return 0 <= value <= largest
+
+
+def build(state, path, **overrides):
+    """(model in eval mode, tokenizer) of a loaded checkpoint.
+
+    overrides: fields of its config that do not change a shape. Raises UserError.
+    """
+    Model, Config = MODELS[state['kind']]
+    try:
+        config = Config(**{**state['model_args'], **overrides})
+        check_config(config)
+        model = Model(config)
         model.load_state_dict(state['model'])
-        tok = tokenizer.tokenizer_from_dict(state['tokenizer'])
-        if tok.vocab_size > model.config.vocab_size:
-            raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model {model.config.vocab_size}')
+        tok = tokenizer_from_dict(state['tokenizer'])
+        if tok.vocab_size > config.vocab_size:
+            raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only '
+                             f'{config.vocab_size}')
         if state.get('chat') is not None:
-            template.check(state['chat'], tok)
+            check_template(ChatTemplate.from_dict(state['chat']), tok)
         return model.eval(), tok
     except UserError:  # an encoding that has to be downloaded, say
         raise
     except (TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f'{path} does not fit together: {str(e).splitlines()[-1].strip()}') from None
+        raise UserError(f'{path} does not fit together: {last_line(e)}') from None
 
 
-def model_state(model, tok, config, chat=None):
-    """The part of a checkpoint that sample.py needs. chat: the format of conversations (chat.py), None: it has none."""
-    kind = next(kind for kind, (Model, _) in KINDS.items() if isinstance(model, Model))
-    return {'kind': kind, 'model_args': asdict(model.config), 'model': model.state_dict(), 'tokenizer': tok.to_dict(),
-            'config': config, 'chat': chat}
+def first_line(error):
+    """The first line of an error's text."""
+    return str(error).splitlines()[0]
+
+
+def last_line(error):
+    """The last line of an error's text: PyTorch explains itself at the end."""
+    return str(error).splitlines()[-1].strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# Resuming a run
+
+# Options that say what to do now, not how the run is to be trained
+OPTIONS_OF_THIS_COMMAND = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split',
+                           'eval_replies', 'num_beams', 'eval_protocol'}
+
+# With any other value for these it would be another run; all other options may change on the way
+FIXED_AFTER_START = {'arch', 'dataset', 'optimizer'}
+CHANGEABLE_IN_MODEL = {'dropout', 'attn_dropout', 'gradient_checkpointing'}
+
+
+def resume_config(state, path, config, explicit, options, resuming=True):
+    """The options of a run that goes on: as it was started, unless the command line says otherwise.
+
+    config, explicit: what configure() returned now. options: read_options() of train.py.
+    resuming: False if the run is only evaluated. Prints what is kept although a config file says
+    otherwise, and what changes. Raises UserError if something changes that can't.
+    """
+    saved = saved_options(state, path, config, options)
+    merged = dict(config)
+    changed = []
+    refused = []
+    for key in sorted(saved.keys() - OPTIONS_OF_THIS_COMMAND):
+        now = config[key]
+        differs = now != saved[key]
+        if explicit.get(key) != 'command line':
+            merged[key] = saved[key]
+            if resuming and differs and key in explicit:
+                print(f'{explicit[key]} says {key}={now}, but the run was started with '
+                      f'{saved[key]}, which is kept; --{key}={now} changes it')
+        elif differs and key != 'data_dir':
+            change = f'{key} {saved[key]} -> {now}'
+            in_model = key in state['model_args'] and key not in CHANGEABLE_IN_MODEL
+            if in_model or key in FIXED_AFTER_START:
+                refused.append(change)
+            else:
+                changed.append(change)
+    if refused:
+        raise UserError(f'a run can\'t continue with another {", ".join(refused)}: omit that, or '
+                        f'start a new run with another --out_dir')
+    if changed:
+        print(f'changed since {path} was written: {", ".join(changed)}; from here on the run '
+              f'differs from what it would have been')
+    return merged
+
+
+def saved_options(state, path, config, options):
+    """{option: value} that a run was started with, each of its option's type. Raises UserError."""
+    saved = {}
+    for field in fields(Seq2SeqConfig):  # switches that are younger than the run were off in it
+        saved[field.name] = field.default
+    saved.update(state['config'])
+    saved.update(state['model_args'])
+
+    types = {option.name: option.type for option in options if option.name}
+    converted = {}
+    for key in config.keys() & saved.keys():
+        try:
+            converted[key] = convert(saved[key], types[key])
+        except (ValueError, OverflowError):
+            expected = describe(types[key])
+            raise UserError(f'{path} is damaged: its {key} should be {expected}') from None
+    return converted
+
+
+def restore(state, path, model, optimizers, scaler):
+    """Load a checkpoint into a model and, if there are any, optimizers. Returns the TrainState.
+
+    Raises UserError if the checkpoint does not fit them.
+    """
+    try:
+        model.load_state_dict(state['model'])
+        train_state = train_state_of(state)
+        if optimizers:
+            load_optimizers(optimizers, state['optimizers'])
+            scaler.load_state_dict(state['scaler'])
+        return train_state
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} does not fit this model and optimizer: {last_line(e)}') from None
+
+
+def train_state_of(state):
+    """The TrainState in a checkpoint. Raises LookupError if numbers are missing."""
+    numbers = {'tokens': 0}  # checkpoints of the first days had no such number
+    for field in fields(TrainState):
+        if field.name in state or field.name != 'tokens':
+            numbers[field.name] = state[field.name]
+    return TrainState(**numbers)
+
+
+def load_optimizers(optimizers, saved_states):
+    """Give optimizers their states of a checkpoint, and keep the settings that they have now.
+
+    So betas, weight decay and the like are those of today's options. Raises ValueError.
+    """
+    if len(saved_states) != len(optimizers):
+        raise ValueError(f'{len(saved_states)} optimizers instead of {len(optimizers)}')
+    for optimizer, saved in zip(optimizers, saved_states):
+        check_optimizer(saved, optimizer)
+        settings_now = []
+        for group in optimizer.param_groups:
+            settings = {key: group[key] for key in group if key not in ('params', 'lr')}
+            settings_now.append(settings)
+        optimizer.load_state_dict(saved)
+        for group, settings in zip(optimizer.param_groups, settings_now):
+            group.update(settings)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks of untrusted files: nothing is allocated on a file's word alone
+
+CHOICES = {
+    'pos': ('learned', 'sinusoidal', 'rotary'),
+    'norm': ('layernorm', 'rmsnorm'),
+    'norm_position': ('pre', 'post'),
+    'act': ('gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'),
+    'init': ('gpt2', 'xavier'),
+}
+LARGEST = {
+    'block_size': 2**20,
+    'src_block_size': 2**20,
+    'vocab_size': 2**62,
+    'n_layer': 2**10,
+    'n_encoder_layer': 2**10,
+    'n_head': 2**24,
+    'n_embd': 2**24,
+    'n_inner': 2**24,
+}
+LARGEST_TABLE = 2**26  # numbers in a table of positions
+
+
+def check_config(config):
+    """Raise ValueError, with all that is wrong, unless a model can be built of a config."""
+    for field in fields(config):
+        check_type(field.name, getattr(config, field.name), field.type)
+
+    problems = []
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices:
+            problems.append(f'{name} must be one of {", ".join(choices)}, got {value!r}')
+    for name, largest in LARGEST.items():
+        value = getattr(config, name, None)
+        if value is not None and not 1 <= value <= largest:
+            problems.append(f'{name} must be from 1 to {largest:,}, got {value}')
+    for name in ('dropout', 'attn_dropout'):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            problems.append(f'{name} must be at least 0 and below 1, got {value}')
+    if not 0 <= config.softcap < math.inf:
+        problems.append(f'softcap must be at least 0, got {config.softcap}')
+
+    problems += check_widths(config)
+    if config.cutoffs:
+        problems += check_adaptive_softmax(config)
+    if problems:
+        raise ValueError('; '.join(problems))
+
+
+def check_type(name, value, kind):
+    """Raise ValueError unless value has the type of a config's field; True is not a number."""
+    allowed = (int, float) if kind is float else kind
+    is_bool_by_mistake = isinstance(value, bool) and 'bool' not in str(kind)
+    if not isinstance(value, allowed) or is_bool_by_mistake:
+        expected = getattr(kind, '__name__', kind)
+        raise ValueError(f'{name} must be of type {expected}, got {type(value).__name__}')
+
+
+def check_widths(config):
+    """What is wrong with a config's widths, and how large its tables of positions are:
+    sentences."""
+    problems = []
+    n_embd = config.n_embd
+    n_head = max(1, config.n_head)
+    if n_embd % n_head:
+        problems.append(f'n_embd must be divisible by n_head, got {n_embd} and {n_head}')
+    elif config.pos == 'rotary' and n_embd // n_head % 2:
+        problems.append(f'rotary positions need an even n_embd / n_head, got {n_embd // n_head}')
+    if config.token_shift and n_embd % 2:
+        problems.append(f'token_shift needs an even n_embd, got {n_embd}')
+
+    table_width = {'sinusoidal': n_embd, 'rotary': n_embd // n_head}.get(config.pos, 0)
+    src_block_size = getattr(config, 'src_block_size', None) or 0
+    table_length = max(config.block_size, src_block_size)
+    if table_length * table_width > LARGEST_TABLE:
+        problems.append(f'{config.pos} positions are a table of block_size x {table_width}, too '
+                        f'large with {table_length}: lower block_size')
+    return problems
+
+
+def check_adaptive_softmax(config):
+    """What is wrong with a config's clusters of the vocabulary: sentences."""
+    problems = []
+    cutoffs = config.cutoffs
+    if not clusters_are_possible(config):
+        problems.append(
+            f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s '
+            f'{config.vocab_size}, 16 at most, div_value at least 1, the last cluster 1 wide, '
+            f'got {cutoffs} and {config.div_value}')
+    conflicts = [name for name in ('tie_weights', 'softcap', 'head_bias') if getattr(config, name)]
+    if conflicts:
+        problems.append(f'cutoffs (adaptive softmax) do not work with {", ".join(conflicts)}: '
+                        f'switch one of them off')
+    return problems
+
+
+def clusters_are_possible(config):
+    """Whether cutoffs rise within the vocabulary and every cluster is at least one channel wide."""
+    cutoffs = config.cutoffs
+    if not all(isinstance(cutoff, int) for cutoff in cutoffs):
+        return False
+    if list(cutoffs) != sorted(set(cutoffs)) or len(cutoffs) > 16:
+        return False
+    if cutoffs[0] <= 0 or cutoffs[-1] >= config.vocab_size:
+        return False
+    if not 1 <= config.div_value <= config.n_embd:
+        return False
+    return config.div_value ** len(cutoffs) <= config.n_embd
+
+
+class MetaInit(TorchFunctionMode):
+    """Modules built in its scope have weights that are shapes only, without memory or random
+    numbers.
+
+    Small tables are as ever. `with torch.device('meta')` would do the same, but its first
+    arithmetic and its first random number cost seconds of imports.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func.__name__.endswith(('normal_', 'uniform_')):
+            return None
+        is_long_range = func is torch.arange and args[0] > 2**20  # of a large vocabulary
+        if func is torch.empty or is_long_range:
+            kwargs['device'] = 'meta'
+        return func(*args, **kwargs)
+
+
+def build_on_meta(Model, config):
+    """A model whose weights are shapes only.
+
+    Raises RuntimeError or TypeError if they are too large even for that.
+    """
+    with MetaInit():
+        return Model(config)
+
+
+def all_finite(tensor):
+    """Whether a tensor has neither infinite numbers nor NaN."""
+    smallest, largest = tensor.float().aminmax()
+    return math.isfinite(smallest) and math.isfinite(largest)
+
+
+def check_weights(state, file_size):
+    """Raise ValueError unless a checkpoint's weights are those of the model that it describes.
+
+    No model is allocated for that. file_size: bytes; the weights can't be more than that, tied ones
+    counted once: a few bytes can claim to be a large tensor, of numbers that are repeated.
+    """
+    Model, Config = MODELS[state['kind']]
+    config = Config(**state['model_args'])
+    check_config(config)
+    expected = build_on_meta(Model, config).state_dict(keep_vars=True)
+    different = expected.keys() ^ state['model'].keys()
+    if different:
+        names = sorted(str(name)[:100] for name in different)
+        raise ValueError(f'weights are missing or surplus: {", ".join(names[:3])}')
+
+    bytes_held = {}  # tied weights are one parameter under two names
+    for name, parameter in expected.items():
+        tensor = state['model'][name]
+        if not is_plain_tensor(tensor, parameter):
+            raise ValueError(f'{name} must be {tuple(parameter.shape)} of {parameter.dtype}')
+        bytes_held[id(parameter)] = tensor.nbytes
+        if sum(bytes_held.values()) > file_size:
+            raise ValueError('the file is smaller than its weights claim to be')
+        if parameter.is_floating_point():
+            if not all_finite(tensor):
+                raise ValueError(f'{name} has infinite or NaN values: take an earlier checkpoint')
+        elif not torch.equal(tensor.sort().values, torch.arange(len(tensor))):  # AdaptiveHead.rank
+            raise ValueError(f'{name} must hold each rank exactly once')
+
+
+def is_plain_tensor(tensor, expected):
+    """Whether an object from a file is a dense CPU tensor of the expected shape and kind of
+    dtype."""
+    if type(tensor) is not torch.Tensor:
+        return False
+    if tensor.layout is not torch.strided or tensor.device.type != 'cpu':
+        return False
+    if tensor.shape != expected.shape:
+        return False
+    if expected.is_floating_point():  # float32 and bfloat16 are as good as each other
+        return tensor.is_floating_point()
+    return tensor.dtype == expected.dtype
+
+
+def check_optimizer(saved, optimizer):
+    """Raise ValueError unless an optimizer's saved state has what this optimizer keeps."""
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+    for index, kept in saved['state'].items():
+        shape = shapes[index]
+        if is_adamw:
+            expected = {'step': (), 'exp_avg': shape, 'exp_avg_sq': shape}
+        else:  # Muon keeps all matrices of a shape in one tensor
+            expected = {'momentum': (shapes.count(shape), *shape)}
+        if {key: tensor.shape for key, tensor in kept.items()} != expected:
+            raise ValueError('the optimizer\'s state is damaged')

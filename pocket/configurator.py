@@ -1,199 +1,534 @@
 """
-Configuration: a script's knobs are the assignments at its top; config files and --key=value override them.
+A script's options: assignments at its top, which config files and --key=value override.
 
-    # train.py                                            $ python train.py config/mine.py --batch_size=32 --compile
-    batch_size = 12   # sequences a step
+    # train.py
+    batch_size = 16        # [1, inf) windows per micro-batch
+    dropout = 0.0          # [0, 1) on what each block adds to the residual stream
     ...
     config, explicit = configure(__file__, globals())
 
-Config files are plain Python and are executed, in the order given; then --key=value in order. The type of a knob is that
-of its default, or its annotation where it has one (int | None, Literal['a', 'b']). Every problem with
-them is reported, not only the first. --help lists the knobs, --help=all prints each with its comment.
+    $ python train.py config/mine.py --batch_size=32 --compile
+
+Config files are plain Python and are executed, in the order given; then come the --key=value, in
+order. An option has the type of its default value, or its annotation if it has one (int | None,
+Literal['a', 'b']). Its comment may begin with the interval that its values must lie in: a square
+bracket includes the bound, a round one excludes it. All problems are reported, not only the first.
+--help lists the options, --help=all explains each.
 """
 import ast
 import difflib
 import io
+import re
 import sys
 import textwrap
 import tokenize
+import traceback
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
 from pocket.errors import UserError, show_user_errors
 from pocket.files import ROOT, find_path
 
+# --------------------------------------------------------------------------------------------------
+# Reading the options of a script
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Which numbers an option may have.
+
+    >>> interval = Interval(0, 1, includes_low=True, includes_high=False, text='[0, 1)')
+    >>> 0 in interval, 0.5 in interval, 1 in interval, float('nan') in interval
+    (True, True, False, False)
+    """
+    low: float
+    high: float
+    includes_low: bool
+    includes_high: bool
+    text: str  # as it was written
+
+    def __contains__(self, number):
+        if number == self.low:
+            return self.includes_low
+        if number == self.high:
+            return self.includes_high
+        return self.low < number < self.high  # nan is never between
+
+    def __str__(self):
+        return self.text
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a script or, if name is None, a heading between options (the comment)."""
+    name: str | None
+    type: object = None              # int, float | None, Literal['a', 'b'], tuple[str, ...], …
+    comment: str = ''                # without the interval
+    interval: Interval | None = None
+
+    def explanation(self):
+        """The whole comment, as --help shows it."""
+        if self.interval is None:
+            return self.comment
+        return f'{self.interval} {self.comment}'.rstrip()
+
 
 def read_options(source):
-    """[(name, type, comment)] for the assignments above the call of configure() in a script's source; None: a heading."""
-    comments, alone = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            own_line = not token.line[:token.start[1]].strip()
-            (alone if own_line else comments)[token.start[0]] = token.string.lstrip('# ').strip()
-    knobs, last = [], 0
+    """The options in a script's source, and the headings above them: a list of Option.
+
+    They are the assignments above the call of configure(). A comment on a line of its own is a
+    heading.
+
+    >>> options = read_options('''
+    ... "A script."
+    ... # Sizes
+    ... batch_size = 16              # [1, inf) rows
+    ... max_epochs: float | None = None  # so many
+    ... configure(__file__, globals())
+    ... ''')
+    >>> for option in options:
+    ...     print([option.name, option.type, str(option.interval), option.comment])
+    [None, None, 'None', 'Sizes']
+    ['batch_size', <class 'int'>, '[1, inf)', 'rows']
+    ['max_epochs', float | None, 'None', 'so many']
+    """
+    behind_code, on_own_line = read_comments(source)
+    options = []
+    previous_end = 0  # the line that the previous statement ends on
     for node in ast.parse(source).body:
-        if any(isinstance(part, ast.Call) and getattr(part.func, 'id', '') == 'configure' for part in ast.walk(node)):
+        if calls_configure(node):
             break
         if isinstance(node, ast.Assign):
-            target, kind = node.targets[0], None
+            name = node.targets[0].id
+            kind = type(ast.literal_eval(node.value))
         elif isinstance(node, ast.AnnAssign):
-            target, kind = node.target, eval(ast.unparse(node.annotation), {'Literal': Literal})
+            name = node.target.id
+            kind = eval(ast.unparse(node.annotation), {'Literal': Literal})
         else:
-            last = node.end_lineno
+            previous_end = node.end_lineno
             continue
-        kind = kind if kind is not None else type(ast.literal_eval(node.value))
-        headings = [alone[n] for n in range(last + 1, node.lineno) if n in alone]
-        knobs += [(None, None, heading) for heading in headings[-1:] if knobs or last]
-        knobs.append((target.id, kind, comments.get(node.end_lineno, '')))
-        last = node.end_lineno
-    return knobs
+
+        above = range(previous_end + 1, node.lineno)
+        headings = [on_own_line[line] for line in above if line in on_own_line]
+        if headings and previous_end > 0:  # a comment at the top of the file is no heading
+            options.append(Option(None, comment=headings[-1]))
+
+        interval, comment = parse_interval(behind_code.get(node.end_lineno, ''))
+        options.append(Option(name, kind, comment, interval))
+        previous_end = node.end_lineno
+    return options
+
+
+def read_comments(source):
+    """Two dicts {line number: comment}: those behind code, and those on a line of their own."""
+    behind_code = {}
+    on_own_line = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line, column = token.start
+        text = token.string.lstrip('# ').strip()
+        if token.line[:column].strip():
+            behind_code[line] = text
+        else:
+            on_own_line[line] = text
+    return behind_code, on_own_line
+
+
+def calls_configure(node):
+    """Whether a statement calls configure()."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Call) and getattr(part.func, 'id', '') == 'configure':
+            return True
+    return False
+
+
+def parse_interval(comment):
+    """(Interval, the rest of the comment); (None, comment) if it does not begin with an interval.
+
+    >>> interval, rest = parse_interval('(0, inf) minutes')
+    >>> print(interval.low, interval.high, rest)
+    0.0 inf minutes
+    >>> parse_interval('(so far) a comment')
+    (None, '(so far) a comment')
+    """
+    match = re.match(r'[\[(]([^,()\[\]]+),([^,()\[\]]+)[\])]', comment)
+    if match is None:
+        return None, comment
+    try:
+        low = float(match[1])
+        high = float(match[2])
+    except ValueError:  # words in brackets
+        return None, comment
+    text = match[0]
+    interval = Interval(low, high, text.startswith('['), text.endswith(']'), text)
+    return interval, comment[len(text):].lstrip()
+
+
+# --------------------------------------------------------------------------------------------------
+# Types and ranges
 
 
 def describe(kind):
-    """A knob's type in words: 'a whole number', 'one of adamw, muon', …"""
+    """An option's type in words.
+
+    >>> describe(int | None)
+    'a whole number or None'
+    >>> describe(Literal['adamw', 'muon'])
+    'one of adamw, muon'
+    """
     if get_origin(kind) is Literal:
-        return 'one of ' + ', '.join(map(str, get_args(kind)))
+        return 'one of ' + ', '.join(str(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
-        return ' or '.join(describe(k) for k in get_args(kind))
+        return ' or '.join(describe(member) for member in get_args(kind))
     if get_origin(kind) is tuple:
-        return 'text (may be given several times)' if get_args(kind)[0] is str else 'whole numbers with commas between'
-    return {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}[kind]
+        item = get_args(kind)[0]
+        if item is int:
+            return 'whole numbers separated by commas'
+        return f'{describe(item)} (may be given several times)'
+    words = {
+        int: 'a whole number',
+        float: 'a number',
+        bool: 'True or False',
+        str: 'text',
+        type(None): 'None',
+    }
+    return words[kind]
 
 
 def convert(value, kind):
-    """value as the knob's type, or ValueError. A str is what was typed after --key=; anything else comes from a file."""
-    if get_origin(kind) in (Union, types.UnionType):
-        for k in sorted(get_args(kind), key=lambda k: k is str):  # None before text: --top_k=None
-            try:
-                return convert(value, k)
-            except ValueError:
-                pass
-        raise ValueError
-    if get_origin(kind) is Literal:
-        for choice in get_args(kind):
-            if value == choice and type(value) is type(choice) or value == str(choice):
-                return choice
-        raise ValueError
-    if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        if isinstance(value, str) and item is int:  # 2000,10000
-            value = value.strip('()[] ').split(',') if value.strip('()[] ') else ()
-        value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else (None,)
-        return tuple(convert(v, item) for v in value)
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError
-        return value
-    if isinstance(value, str):
-        if kind is bool:
-            value = value.capitalize()  # true and false are as clear
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            if kind is not float:
-                raise ValueError from None
-            value = float(value)  # inf
+    """value as the type of an option. Raises ValueError if it can't be.
+
+    A str is what the user typed after --key=, or text from a config file; anything else comes from
+    a config file or a checkpoint.
+
+    >>> convert('1e3', int), convert(1, float), convert('none', str), convert('None', int | None)
+    (1000, 1.0, 'none', None)
+    >>> convert('2000,10000', tuple[int, ...])
+    (2000, 10000)
+    """
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return convert_to_any(value, get_args(kind))
+    if origin is Literal:
+        return convert_to_choice(value, get_args(kind))
+    if origin is tuple:
+        return convert_to_tuple(value, get_args(kind)[0])
+    if isinstance(value, str) and kind is not str:
+        value = parse(value, kind)
+
+    # Numbers may change their type if that loses nothing: 1 is a float, and 1e4 an int
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError('too large for a float') from None
     if kind is int and type(value) is float and value.is_integer():
-        return int(value)  # 1e4
-    if type(value) is not kind or kind is int and abs(value) >= 2**63:
-        raise ValueError
+        value = int(value)
+
+    if type(value) is not kind:
+        raise ValueError(f'not {describe(kind)}')
+    if kind is int and abs(value) >= 2**63:
+        raise ValueError('too large for 64 bits')
     return value
 
 
-def print_help(script, doc, knobs, namespace, asked):
-    """The script's docstring, then its knobs. asked: 'all' for a line each, with the default and the comment; '' for that where
-    it fits a screen, else for their names; or a word, for those that have it in their line. Raises UserError where none has."""
-    lines = [(name, comment if name is None else f'  --{f"{name}={namespace[name]}":38} {comment}') for name, _, comment in knobs]
-    if not asked:
-        print(f'{(doc or "").strip()}\n\nusage: python {script} [config/FILE.py ...] [--key=value ...]\n')
-    if not asked and len(lines) > 16:
-        groups = [[]]
-        for name, _, comment in knobs:
-            groups += [[f'{comment.partition(":")[0]}:']] if name is None else []
-            groups[-1] += [name] if name else []
-        print(*(textwrap.fill(' '.join(group), 110, subsequent_indent='    ') for group in groups if group), sep='\n')
-        print(f'\npython {script} --help=all explains each, --help=WORD those about it')
-        return
-    found = [line for name, line in lines if asked in ('', 'all') or name and asked.lower() in line.lower()]
-    if not found:
-        raise UserError(f'--help={asked}: no knob of {script} is about that; --help=all explains all of them')
-    print(*found, sep='\n')
+def convert_to_any(value, kinds):
+    """value as the first of the kinds that it can be. Text comes last: --top_k=None means None."""
+    for kind in sorted(kinds, key=lambda kind: kind is str):
+        try:
+            return convert(value, kind)
+        except ValueError:
+            continue
+    raise ValueError('none of the types fits')
+
+
+def convert_to_choice(value, choices):
+    """The one of the choices that is equal to value, or written so."""
+    for choice in choices:
+        if value == str(choice):
+            return choice
+        if value == choice and type(value) is type(choice):  # 1 == True, but they are not the same
+            return choice
+    raise ValueError('none of the choices')
+
+
+def convert_to_tuple(value, kind):
+    """A tuple of values of one kind, from a tuple or list, from one text, or from '2000,10000'."""
+    if isinstance(value, str):
+        if kind is int:
+            numbers = value.strip('()[] ')
+            value = numbers.split(',') if numbers else ()
+        else:
+            value = (value,)
+    if not isinstance(value, (tuple, list)):
+        raise ValueError('not a list')
+    return tuple(convert(item, kind) for item in value)
+
+
+def parse(text, kind):
+    """The Python value that a text stands for, such as 3, 0.5, True or None."""
+    text = text.strip()
+    if kind is bool:
+        text = text.capitalize()  # true and false are just as clear
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        if kind is float:
+            return float(text)  # inf and nan are no literals
+        raise ValueError(f'not {describe(kind)}') from None
+
+
+def check_value(value, option, source=None):
+    """A sentence if a value is out of the option's range, else None.
+
+    value: already of the option's type; numbers are checked, None and text are in any range.
+    source: where the value comes from, for the sentence.
+
+    >>> rate = Option('rate', float | None, interval=parse_interval('(0, 1]')[0])
+    >>> check_value(1.5, rate, 'command line')
+    'rate must be in (0, 1] or None, got 1.5 (command line)'
+    """
+    if option.interval is None:
+        return None
+    items = value if isinstance(value, tuple) else (value,)
+    numbers = [item for item in items if type(item) in (int, float)]
+    if all(number in option.interval for number in numbers):
+        return None
+
+    problem = f'{option.name} must be in {option.interval}'
+    if type(None) in get_args(option.type):
+        problem += ' or None'
+    problem += f', got {value!r}'
+    if source is not None:
+        problem += f' ({source})'
+    return problem
+
+
+def check_ranges(options, values, source=None):
+    """check_value() for a dict {name: value}: a list of problems, empty if there are none.
+
+    Names that are no options, and options without a value, are skipped.
+    """
+    problems = []
+    for option in options:
+        if option.name in values:
+            problem = check_value(values[option.name], option, source)
+            if problem is not None:
+                problems.append(problem)
+    return problems
+
+
+# --------------------------------------------------------------------------------------------------
+# --help
+
+
+def command_for(script_file):
+    """How to run a script: 'python prepare/text.py', or 'python -m pocket.plot' for a module."""
+    path = Path(script_file).resolve()
+    if not path.is_relative_to(ROOT):
+        return f'python {path.name}'
+    path = path.relative_to(ROOT)
+    if path.parts[0] == 'pocket':
+        return 'python -m ' + '.'.join(path.with_suffix('').parts)
+    return f'python {path.as_posix()}'
+
+
+def print_help(command, doc, options, namespace, word):
+    """Print what --help, --help=all or --help=WORD asks for (word: '', 'all' or WORD).
+
+    Raises UserError if no option mentions the word.
+    """
+    lines = []
+    for option in options:
+        if option.name is None:
+            lines.append(option.comment)
+        else:
+            assignment = f'{option.name}={namespace[option.name]}'
+            lines.append(f'  --{assignment:38} {option.explanation()}'.rstrip())
+
+    if word == 'all':
+        print('\n'.join(lines))
+    elif word:
+        found = [line for option, line in zip(options, lines)
+                 if option.name is not None and word.lower() in line.lower()]
+        if not found:
+            raise UserError(f'--help={word}: no option mentions that; '
+                            f'{command} --help=all explains all of them')
+        print('\n'.join(found))
+    else:
+        print((doc or '').strip())
+        print(f'\nusage: {command} [config/FILE.py ...] [--key=value ...]\n')
+        if len(lines) <= 16:
+            print('\n'.join(lines))
+        else:  # more than a screen: names only
+            print_names(options)
+            print(f'\n{command} --help=all explains each, --help=WORD those that mention a word')
+
+
+def print_names(options):
+    """Print the names of all options, a paragraph for each heading."""
+    paragraphs = [[]]
+    for option in options:
+        if option.name is None:
+            title = option.comment.partition(':')[0]
+            paragraphs.append([f'{title}:'])
+        else:
+            paragraphs[-1].append(option.name)
+    for words in paragraphs:
+        if words:
+            print(textwrap.fill(' '.join(words), 100, subsequent_indent='    '))
+
+
+# --------------------------------------------------------------------------------------------------
+# Overriding
 
 
 def configure(script_file, namespace, argv=None):
-    """Override the knobs in `namespace` (a script's globals()) from argv. Returns {knob: value} and {knob: where it was set},
-    the latter for the knobs that a config file or the command line named.
+    """Override the options in namespace, a script's globals(), as argv says (None: sys.argv[1:]).
 
-    After --help the script ends; bad input raises UserError with every problem found. Installs show_user_errors().
+    Returns two dicts: {option: value}, and {option: source} for those that a config file or the
+    command line sets. Ends the script after --help. Raises UserError with every problem found, and
+    installs show_user_errors(), which shows it.
     """
-    script = Path(script_file).name
-    show_user_errors(script)
-    argv = sys.argv[1:] if argv is None else argv
-    knobs = read_options(Path(script_file).read_text(encoding='utf-8'))
-    kinds = {name: kind for name, kind, _ in knobs if name}
-    for arg in argv:
-        if arg.partition('=')[0] in ('-h', '--help'):
-            path = Path(script_file).resolve()
-            name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else script
-            print_help(name, namespace.get('__doc__'), knobs, namespace, arg.partition('=')[2])
+    show_user_errors(Path(script_file).name)
+    if argv is None:
+        argv = sys.argv[1:]
+    command = command_for(script_file)
+    options = read_options(Path(script_file).read_text(encoding='utf-8'))
+
+    for argument in argv:
+        name, _, word = argument.partition('=')
+        if name in ('-h', '--help'):
+            print_help(command, namespace.get('__doc__'), options, namespace, word)
             raise SystemExit(0)
-    problems, explicit = [], {}
 
-    def put(name, value, where, append=False):
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, 1)
-            advice = f': did you mean {close[0]}?' if close else f'; python {script} --help lists them'
-            problems.append(f'unknown knob {name!r} ({where}){advice}')
-            return
-        try:
-            value = convert(value, kinds[name])
-        except (ValueError, OverflowError):
-            problems.append(f'{name} must be {describe(kinds[name])}, got {value!r} ({where})')
-            return
-        namespace[name] = namespace[name] + value if append else value
-        explicit[name] = where
+    overrides = Overrides(command, options, namespace)
+    for argument in argv:
+        if not argument.startswith('--'):
+            overrides.read_config_file(argument)
+    for argument in argv:
+        if argument.startswith('--'):
+            overrides.read_argument(argument)
+    if overrides.problems:
+        raise UserError('; '.join(overrides.problems))
 
-    for arg in (a for a in argv if not a.startswith('--')):
-        path = find_path(arg)
-        if arg.startswith('-') or not arg.endswith('.py'):
-            problems.append(f'cannot read {arg!r}: write --key=value, or the path of a config file that ends in .py')
-            continue
-        if not path.is_file():
-            there = sorted(p.stem for p in (ROOT / 'config').glob('*.py'))
-            close = difflib.get_close_matches(Path(arg).stem, there, 1)
-            advice = f'did you mean config/{close[0]}.py?' if close else f'in config/ there are {", ".join(there)}'
-            problems.append(f'config file {arg} does not exist: {advice}')
-            continue
-        values = {name: namespace[name] for name in kinds}
-        before = dict(values)
+    config = {name: namespace[name] for name in overrides.options}
+    return config, overrides.explicit
+
+
+class Overrides:
+    """Sets options in a script's namespace, and collects the problems with what it is given."""
+
+    def __init__(self, command, options, namespace):
+        self.command = command
+        self.options = {option.name: option for option in options if option.name is not None}
+        self.namespace = namespace
+        self.explicit = {}     # {option: the config file, or 'command line'}
+        self.problems = []     # sentences
+        self.typed = set()     # options that the command line has named so far
+
+    def set(self, name, value, source, append=False):
+        """Give an option a value, or add to the tuple that it has."""
+        if name not in self.options:
+            advice = f'{self.command} --help lists them'
+            similar = difflib.get_close_matches(name, self.options, 1)
+            if similar:
+                advice = f'did you mean {similar[0]}?'
+            self.problems.append(f'unknown option {name!r} ({source}): {advice}')
+            return
+        option = self.options[name]
         try:
-            exec(compile(path.read_bytes(), str(path), 'exec'), values)
-        except (Exception, SystemExit) as e:  # it is somebody's program: anything can go wrong in it
-            line = getattr(e, 'lineno', None)
-            tb = e.__traceback__
-            while line is None and tb is not None:
-                line, tb = (tb.tb_lineno if tb.tb_frame.f_code.co_filename == str(path) else None), tb.tb_next
-            problems.append(f'config file {arg}, line {line}: {type(e).__name__}: {e}')
-            continue
-        for name, value in values.items():
-            private = not isinstance(name, str) or name.startswith('_') \
-                or isinstance(value, (types.ModuleType, types.FunctionType, type))
-            if not private and (name not in before or value is not before[name]):
-                put(name, value, arg)
-    seen = set()
-    for arg in (a for a in argv if a.startswith('--')):
-        name, equals, value = arg[2:].partition('=')
+            value = convert(value, option.type)
+        except ValueError:
+            expected = describe(option.type)
+            self.problems.append(f'{name} must be {expected}, got {value!r} ({source})')
+            return
+        problem = check_value(value, option, source)
+        if problem is not None:
+            self.problems.append(problem)
+            return
+
+        if append:
+            value = self.namespace[name] + value
+        self.namespace[name] = value
+        self.explicit[name] = source
+
+    def read_argument(self, argument):
+        """--key=value, or --key alone for what can be True."""
+        name, equals, value = argument[2:].partition('=')
         name = name.replace('-', '_')
+        kind = self.options[name].type if name in self.options else bool
         if not equals:
-            if name in kinds and bool not in (kinds[name], *get_args(kinds[name])):
-                problems.append(f'{arg} needs a value: write {arg}=… ({describe(kinds[name])})')
-                continue
+            if kind is not bool and bool not in get_args(kind):
+                expected = describe(kind)
+                self.problems.append(f'{argument} needs a value: write {argument}=… ({expected})')
+                return
             value = 'True'
-        put(name, value, 'command line', append=name in seen and get_origin(kinds.get(name)) is tuple)
-        seen.add(name)
-    if problems:
-        raise UserError('; '.join(problems))
-    return {name: namespace[name] for name in kinds}, explicit
+
+        # A repeated option with several values collects them: --start=one --start=two
+        repeated = name in self.typed and get_origin(kind) is tuple
+        self.set(name, value, 'command line', append=repeated)
+        self.typed.add(name)
+
+    def read_config_file(self, argument):
+        """Execute a config file and set the options that it assigns to."""
+        if argument.startswith('-') or not argument.endswith('.py'):
+            self.problems.append(f'cannot read {argument!r}: write --key=value, '
+                                 'or the path of a config file that ends in .py')
+            return
+        try:
+            path = find_path(argument)
+        except UserError as e:
+            self.problems.append(str(e))
+            return
+        if not path.is_file():
+            self.problems.append(f'config file {argument} does not exist: {advise_config(path)}')
+            return
+
+        # It sees the options as they are, and can compute with them
+        before = {name: self.namespace[name] for name in self.options}
+        after = dict(before)
+        try:
+            exec(compile(path.read_bytes(), str(path), 'exec'), after)
+        except (Exception, SystemExit) as e:  # it is a program: anything can go wrong in it
+            place = f'config file {argument}'
+            line = line_of(e, path)
+            if line is not None:
+                place += f', line {line}'
+            self.problems.append(f'{place}: {type(e).__name__}: {e}')
+            return
+
+        for name, value in after.items():
+            if name in before and value is before[name]:
+                continue  # unchanged
+            if not is_private(name, value):
+                self.set(name, value, argument)
+
+
+def is_private(name, value):
+    """Whether a name in a config file is its own affair: _name, an import, a function, a class."""
+    if not isinstance(name, str) or name.startswith('_'):
+        return True
+    return isinstance(value, (types.ModuleType, types.FunctionType, type))
+
+
+def line_of(error, path):
+    """The line of a config file that an exception comes from; None if that is unknown."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == str(path):
+            return line
+    return None
+
+
+def advise_config(path):
+    """What to say about a config file that does not exist."""
+    existing = sorted(config.stem for config in (ROOT / 'config').glob('*.py'))
+    similar = difflib.get_close_matches(path.stem, existing, 1)
+    if similar:
+        return f'did you mean config/{similar[0]}.py?'
+    return f'in config/ there are {", ".join(existing)}'

@@ -1,9 +1,15 @@
 """
-Reading data/NAME: token files, their meta.json, and batches that are a pure function of (seed, step).
+From token files to batches.
 
-    data/NAME/meta.json             what is there: kind, dtype, vocab_size, the tokenizer, counts, where it came from
-    data/NAME/{train,val}.bin       raw little-endian ids: uint16 where vocab_size <= 65,536, else uint32 (nanoGPT's format)
-    data/NAME/{train,val}.idx       kind pairs: int64 offsets into the .bin, where each source and each target begins, and the end
+    data/NAME/meta.json         what is there: kind, dtype, vocab_size, tokenizer, counts, source
+    data/NAME/{train,val}.bin   token ids, raw and little-endian as in nanoGPT: uint16 if vocab_size
+                                is at most 65,536, else uint32
+    data/NAME/{train,val}.idx   kind pairs only: int64 offsets into the .bin, where each source and
+                                each target begins, and where the last one ends
+
+A batch is a pure function of (seed, step, rank). No random generator advances from batch to batch,
+so there is no state to save: a run that resumes at step 5,000 computes the batch of step 5,000 and
+gets the one it would have had, bit for bit.
 """
 import json
 import math
@@ -14,300 +20,580 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pocket import template
 from pocket.errors import UserError
 from pocket.files import FORMAT, ROOT, check_path
+from pocket.template import ChatTemplate
 
-SHARED = {'text'}  # what makes no dataset of its own name in prepare/
-IN_MEMORY = 2**28     # bytes: smaller files are loaded whole, larger ones memory-mapped
+NO_TARGET = -1        # in targets: nothing to predict here, the loss leaves it out
+IN_MEMORY = 2**28     # bytes: smaller files are read whole, larger ones are memory-mapped
+CHUNK = 2**24         # ids to read at a time when a whole file is counted
+NOT_A_DATASET = {'text'}  # scripts in prepare/ that can't make a dataset from its name alone
 
+
+# ---------------------------------------------------------------------------------------------
+# Finding a dataset
 
 def ensure_prepared(dataset, data_dir, make=True):
-    """Folder of a dataset; where it is missing and prepare/DATASET.py exists, that is run first if make. Raises UserError."""
+    """Return the folder of a dataset; if it is missing, prepare/DATASET.py is run to make it.
+
+    make: False never runs a script. Raises UserError if the dataset is not there and can't be made,
+    and SystemExit with the script's status if the script fails.
+    """
     folder = check_path(Path(data_dir) / dataset)
     if (folder / 'meta.json').is_file():
         return folder
+
+    # The name may come from an untrusted checkpoint: run only files of prepare/, follow no path.
     script = ROOT / 'prepare' / f'{dataset}.py'
-    if not make or not script.is_file() or dataset in SHARED or Path(dataset).name != dataset:  # a checkpoint can name any
-        ready = sorted(p.parent.name for p in Path(data_dir).glob('*/meta.json'))
-        known = sorted(p.stem for p in (ROOT / 'prepare').glob('*.py') if p.stem not in SHARED)
-        raise UserError(f'there is no dataset {dataset!r} in {data_dir} and no prepare/{dataset}.py to make it; '
-                        f'ready: {", ".join(ready) or "none yet"}; can be made: {", ".join(known)}; '
-                        f'or your own text: python prepare/text.py --input=FILE --name={dataset}')
-    print(f'{folder} is not there yet: running prepare/{dataset}.py', flush=True)
-    if status := subprocess.call([sys.executable, str(script), f'--data_dir={data_dir}']):
-        raise SystemExit(status)  # it has said why
+    is_plain_name = Path(dataset).name == dataset
+    can_be_made = is_plain_name and dataset not in NOT_A_DATASET and script.is_file()
+    if not make or not can_be_made:
+        raise no_such_dataset(dataset, data_dir)
+
+    print(f'{folder} does not exist yet: running prepare/{dataset}.py', flush=True)
+    status = subprocess.call([sys.executable, str(script), f'--data_dir={data_dir}'])
+    if status:
+        raise SystemExit(status)  # the script has said why
     return folder
 
 
+def no_such_dataset(dataset, data_dir):
+    """A UserError that lists the datasets there are, and those that prepare/ can make."""
+    ready = sorted(path.parent.name for path in Path(data_dir).glob('*/meta.json'))
+    scripts = sorted(path.stem for path in (ROOT / 'prepare').glob('*.py'))
+    can_be_made = [name for name in scripts if name not in NOT_A_DATASET]
+    return UserError(
+        f'there is no dataset {dataset!r} in {data_dir} and no prepare/{dataset}.py to make it; '
+        f'ready: {", ".join(ready) or "none yet"}; can be made: {", ".join(can_be_made)}; '
+        f'or your own text: python prepare/text.py --input=FILE --name={dataset}')
+
+
 def load_meta(folder):
-    """meta.json of a dataset as a dict. Raises UserError where it is not one of ours."""
+    """Return meta.json of a dataset as a dict. Raises UserError if it is not one of ours."""
     path = Path(folder) / 'meta.json'
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        if type(meta['format']) is int and meta['format'] > FORMAT:  # before all else: what follows may have changed
-            raise UserError(f'{path} has format {meta["format"]}, this version reads up to {FORMAT}: '
-                            f'use a newer pocketGPT, or prepare the dataset again')
-        fields = {'format': int, 'kind': str, 'dtype': str, 'vocab_size': int, 'tokenizer': dict, 'counts': dict}
-        bad = [f for f, kind in fields.items() if not isinstance(meta[f], kind)]
-        bad += ['kind'] if meta['kind'] not in ('stream', 'pairs') else []
-        pairs = meta['kind'] == 'pairs'
-        for part in ('counts', 'pairs') if pairs else ('counts',):
-            bad += [f'{part}.{s}' for s in {'train', 'val', *meta[part]} if type(meta[part][s]) is not int or meta[part][s] < 0]
-        if pairs and 'chat' in meta:
-            template.check(meta['chat'])
-    except UserError:
+        # The format comes first: in a newer one, every other field may have changed.
+        if type(meta['format']) is int and meta['format'] > FORMAT:
+            raise UserError(
+                f'{path} has format {meta["format"]}, this version reads up to {FORMAT}: '
+                f'use a newer pocketGPT, or prepare the dataset again')
+        wrong = wrong_fields(meta)
+        if meta['kind'] == 'pairs':
+            ChatTemplate.from_dict(meta.get('chat'))  # raises ValueError if it is not a template
+    except UserError:  # which is a ValueError, too
         raise
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
     except (ValueError, LookupError, TypeError, RecursionError) as e:
-        raise UserError(f'{path} is not a dataset\'s meta.json ({type(e).__name__}: {e}); prepare the dataset again') from None
-    if bad or meta['dtype'] not in ('uint16', 'uint32'):
-        raise UserError(f'{path} is wrong at {", ".join(bad) or "dtype"}; prepare the dataset again')
+        raise UserError(f'{path} is not a dataset\'s meta.json ({type(e).__name__}: {e}); '
+                        f'prepare the dataset again') from None
+    if wrong:
+        raise UserError(f'{path} is wrong at {", ".join(wrong)}; prepare the dataset again')
     return meta
 
 
-def permute(i, n, key):
-    """Where a fixed pseudo-random permutation of range(n) sends i (uint64 array): shuffling that needs no memory for n.
+def wrong_fields(meta):
+    """Names of the fields of a meta.json with a wrong type or value. Raises KeyError if missing."""
+    wrong = []
+    if meta['kind'] not in ('stream', 'pairs'):
+        wrong.append('kind')
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        wrong.append('dtype')
+    for name, kind in (('format', int), ('vocab_size', int), ('tokenizer', dict), ('counts', dict)):
+        if not isinstance(meta[name], kind):
+            wrong.append(name)
 
-    A Feistel network permutes the next power of four; numbers that land outside range(n) walk on until they are inside.
+    # How many ids each split has and, of pairs, how many pairs
+    tables = ['counts']
+    if meta['kind'] == 'pairs':
+        tables.append('pairs')
+    for table in tables:
+        for split in {'train', 'val', *meta[table]}:
+            count = meta[table][split]
+            if type(count) is not int or count < 0:
+                wrong.append(f'{table}.{split}')
+    return wrong
+
+
+# ---------------------------------------------------------------------------------------------
+# Shuffling without memory
+
+def permute(i, n, key):
+    """Return where a pseudo-random permutation of range(n) sends each number in i.
+
+    i: (N,) integers in range(n); key: an int that selects the permutation. Returns (N,) uint64.
+
+    The usual way to shuffle is to write down all n numbers in a random order. That takes memory and
+    time for all of them, and a resumed run has to make the same list again. A Feistel network, the
+    core of many ciphers, computes where one number goes without looking at the others. It writes
+    the number as two halves of its bits and repeats
+
+        left, right = right, left ^ f(right)
+
+    Why no two numbers end at the same place: a round can be undone, whatever f is. The old right
+    half is there as the new left half; f of it, XORed once more, gives back the old left half. What
+    can be undone is one-to-one. f need only be erratic for the order to look random, and
+    four rounds are enough for that (Luby, Rackoff 1988, https://doi.org/10.1137/0217022).
+
+    This permutes range(4**k) for k bits per half, with k as small as n permits. A number that lands
+    at n or beyond is sent on until it lands below n ("cycle walking"). It always does in the end:
+    following a permutation leads around a cycle, and this one began below n.
+
+    >>> permute(np.arange(10), 10, key=1).tolist()
+    [6, 2, 0, 5, 4, 1, 9, 7, 8, 3]
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    i, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
+    bits_per_half = max(1, ((n - 1).bit_length() + 1) // 2)
+    half = np.uint64(bits_per_half)
+    low_bits = np.uint64(2**bits_per_half - 1)
+
+    result = i.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)  # at first all have to move
     while outside.any():
-        left, right = i[outside] >> half, i[outside] & low
+        left = result[outside] >> half
+        right = result[outside] & low_bits
         for turn in range(4):
-            left, right = right, left ^ (mix(right, key * 4 + turn) & low)
-        i[outside] = left << half | right
-        outside = i >= n
-    return i
+            scrambled = mix(right, key * 4 + turn) & low_bits
+            left, right = right, left ^ scrambled
+        result[outside] = left << half | right
+        outside = result >= n
+    return result
 
 
 def mix(x, key):
-    """splitmix64's finalizer: uint64 numbers and an int to an array of well-mixed uint64."""
-    x = np.atleast_1d(np.asarray(x, dtype=np.uint64)) + np.uint64((key * 0x9E3779B97F4A7C15) % 2**64)
+    """Hash x (an int or a uint64 array) with an int key: a uint64 array, every bit well mixed.
+
+    The finalizer of splitmix64: Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195
+    """
+    x = np.atleast_1d(np.asarray(x, dtype=np.uint64))  # an array wraps around without a warning
+    x = x + np.uint64((key * 0x9E3779B97F4A7C15) % 2**64)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
 
-class Tokens:
-    """One split of a dataset: a file of ids. Raises UserError where it does not match meta.json."""
+# ---------------------------------------------------------------------------------------------
+# Token files
+
+class Split:
+    """One split of a dataset: a file of token ids. Stream and Pairs cut it into batches.
+
+    path, vocab_size   the file, and what its ids stay below
+    num_tokens         ids in the file
+    num_targets        ids that one pass over the split predicts
+    epoch_size         windows (Stream) or batches (Pairs) in one pass
+    batch_size         how many of these a micro-batch takes
+
+    Raises UserError if the file does not match meta.json.
+    """
 
     def __init__(self, folder, meta, split):
-        self.path, self.vocab_size = Path(folder) / f'{split}.bin', meta['vocab_size']
+        self.path = Path(folder) / f'{split}.bin'
+        self.vocab_size = meta['vocab_size']
+        self.num_tokens = meta['counts'][split]
         self.dtype = np.dtype(meta['dtype']).newbyteorder('<')
+
         try:
             size = self.path.stat().st_size
         except OSError as e:
-            raise UserError(f'cannot read {self.path}: {e.strerror}; prepare the dataset again') from None
-        self.num_tokens = meta['counts'][split]
-        if not size or size != self.num_tokens * self.dtype.itemsize:
-            raise UserError(f'{self.path} has {size:,} bytes, but meta.json speaks of {self.num_tokens:,} ids of {self.dtype.itemsize} '
-                            f'bytes: the file is cut short or not from this dataset; prepare it again')
-        self.loaded = self.check(np.fromfile(self.path, dtype=self.dtype)) if size <= IN_MEMORY else None
+            raise UserError(f'cannot read {self.path}: {e.strerror}; '
+                            f'prepare the dataset again') from None
+        if size == 0 or size != self.num_tokens * self.dtype.itemsize:
+            raise UserError(
+                f'{self.path} has {size:,} bytes, but meta.json speaks of {self.num_tokens:,} ids '
+                f'of {self.dtype.itemsize} bytes: the file is cut short or not from this dataset; '
+                f'prepare it again')
+
+        self.loaded = None
+        if size <= IN_MEMORY:
+            self.loaded = self.check(np.fromfile(self.path, dtype=self.dtype))
 
     def tokens(self):
-        """All ids. Large files are mapped anew each time, so that the pages read don't pile up in this process's memory."""
-        return self.loaded if self.loaded is not None else np.memmap(self.path, dtype=self.dtype, mode='r')
+        """All ids: (num_tokens,) of the file's dtype.
+
+        A large file is mapped anew in each call. Otherwise every page that was ever read would
+        count as memory of this process.
+        """
+        if self.loaded is not None:
+            return self.loaded
+        return np.memmap(self.path, dtype=self.dtype, mode='r')
 
     def check(self, ids):
-        """ids, once none of them is outside the vocabulary."""
+        """Return ids unchanged. Raises UserError if one of them is outside the vocabulary."""
         if ids.size and ids.max() >= self.vocab_size:
-            raise UserError(f'{self.path} has id {ids.max()}, but the vocabulary of meta.json ends at {self.vocab_size - 1}; '
-                            f'prepare the dataset again')
+            raise UserError(
+                f'{self.path} has id {ids.max()}, but the vocabulary of meta.json ends at '
+                f'{self.vocab_size - 1}; prepare the dataset again')
         return ids
 
-    def steps_for(self, epochs, micro_batches):
-        """How many steps so many epochs are."""
-        return math.ceil(epochs * self.epoch / (self.batch_size * micro_batches))
+    def chunks(self, first=0):
+        """Yield all ids from position first on, checked, at most CHUNK at a time."""
+        tokens = self.tokens()
+        for i in range(first, self.num_tokens, CHUNK):
+            yield self.check(tokens[i:i + CHUNK])
 
     def token_counts(self):
-        """(vocab_size,) int64: how often each id occurs."""
-        tokens, counts = self.tokens(), np.zeros(self.vocab_size, dtype=np.int64)
-        for i in range(0, self.num_tokens, 2**24):
-            counts += np.bincount(self.check(tokens[i:i + 2**24]), minlength=self.vocab_size)
+        """How often each id occurs: (vocab_size,) int64."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for ids in self.chunks():
+            counts += np.bincount(ids, minlength=self.vocab_size)
         return counts
 
+    def steps_for(self, epochs, micro_batches):
+        """The number of steps in so many epochs, with so many micro-batches per step."""
+        return math.ceil(epochs * self.epoch_size / (self.batch_size * micro_batches))
 
-class Stream(Tokens):
-    """One split of a token stream, in windows of block_size. Raises UserError where the file is shorter than that."""
+
+# ---------------------------------------------------------------------------------------------
+# Streams: one long text, in windows
+
+class Stream(Split):
+    """One split of a token stream, in windows of block_size ids and their successors.
+
+    Raises UserError if the file does not match meta.json or is shorter than one window.
+    """
 
     def __init__(self, folder, meta, split, block_size, batch_size=1):
         super().__init__(folder, meta, split)
-        self.T, self.batch_size = block_size, batch_size
-        self.num_targets = self.num_tokens - 1  # in a whole pass: nobody predicts the first id
-        self.epoch = max(1, self.num_tokens // self.T - 1)  # windows of one
-        least = block_size + 1 if split == 'train' else 2
-        if self.num_tokens < least:
-            raise UserError(f'{self.path} has only {self.num_tokens:,} ids, but --block_size={block_size} needs {least:,}: '
-                            f'use more text or a smaller --block_size')
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.num_targets = self.num_tokens - 1  # nothing predicts the first id
+        # One window fewer than fit, which leaves room to shift them; see window_starts()
+        self.epoch_size = max(1, self.num_tokens // block_size - 1)
 
-    def windows(self, tokens, starts):
-        """(B, T + 1) int64: the ids from each start on."""
-        rows = tokens[np.asarray(starts, dtype=np.int64)[:, None] + np.arange(self.T + 1)]
-        return torch.from_numpy(self.check(rows).astype(np.int64))
+        needed = block_size + 1 if split == 'train' else 2  # val may be one short window
+        if self.num_tokens < needed:
+            raise UserError(
+                f'{self.path} has only {self.num_tokens:,} ids, but --block_size={block_size} '
+                f'needs {needed:,}: use more text or a smaller --block_size')
 
-    def starts(self, seed, first, count):
-        """Where the samples first … first + count - 1 of the run begin. An epoch visits every window once, in an order of
-        its own; where the windows are cut moves from epoch to epoch."""
-        n = self.epoch  # windows, whatever the offset
-        sample = np.arange(first, first + count, dtype=np.uint64)
+    def window_starts(self, seed, first, count):
+        """Where the windows number first … first + count - 1 of the run begin: (count,) uint64.
+
+        An epoch visits every window once, in an order of its own. It also has an offset of its own
+        that shifts where the text is cut into windows. With the same cuts in every epoch, the first
+        ids of each window would always be predicted from almost no context, and nothing would ever
+        be learned across a cut.
+        """
+        windows_per_epoch = self.epoch_size
+        # The last window and its successor still have to end inside the file
+        room = self.num_tokens - 1 - windows_per_epoch * self.block_size
+        max_offset = min(self.block_size - 1, room)
+
+        numbers = np.arange(first, first + count, dtype=np.uint64)
+        epochs = numbers // np.uint64(windows_per_epoch)
+        places = numbers % np.uint64(windows_per_epoch)
         starts = np.empty(count, dtype=np.uint64)
-        for epoch in range(first // n, (first + count - 1) // n + 1):
+        last_epoch = (first + count - 1) // windows_per_epoch
+        for epoch in range(first // windows_per_epoch, last_epoch + 1):
             key = int(mix(epoch, seed)[0])
-            here = sample // np.uint64(n) == epoch
-            offset = key % (min(self.T - 1, self.num_tokens - 1 - n * self.T) + 1)
-            starts[here] = permute(sample[here] % np.uint64(n), n, key % 2**32) * np.uint64(self.T) + np.uint64(offset)
+            offset = key % (max_offset + 1)
+            here = epochs == epoch
+            windows = permute(places[here], windows_per_epoch, key % 2**32)
+            starts[here] = windows * np.uint64(self.block_size) + np.uint64(offset)
         return starts
 
-    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
-        """The part of a step that falls to this rank: dicts of int64 tensors idx and targets, of at most batch_size rows.
+    def windows(self, tokens, starts):
+        """The windows that begin at starts, each with its successor: (B, block_size + 1) int64."""
+        starts = np.asarray(starts, dtype=np.int64)
+        positions = starts[:, None] + np.arange(self.block_size + 1)
+        return torch.from_numpy(self.check(tokens[positions]).astype(np.int64))
 
-        A pure function of its arguments. Together the ranks see samples step * G to (step + 1) * G - 1 of the run, with
-        G = batch_size * micro_batches: each an even share, one behind the other. Where there are more ranks than samples, some
-        get a row without targets, because all have to take part in the step.
+    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
+        """Yield this rank's part of a step: dicts of idx and targets, (B, block_size) int64 each.
+
+        A pure function of its arguments. A step takes batch_size * micro_batches windows in a row
+        from the run's sequence. Each rank gets an equal share of them, cut into micro-batches of
+        at most batch_size rows.
         """
-        tokens, G = self.tokens(), self.batch_size * micro_batches
-        first, last = (step * G + r * G // world_size for r in (rank, rank + 1))
-        for i in range(first, max(last, first + 1), self.batch_size):
-            rows = self.windows(tokens, self.starts(seed, i, max(1, min(self.batch_size, last - i))))
-            yield {'idx': rows[:, :-1], 'targets': rows[:, 1:] if i < last else torch.full_like(rows[:, 1:], -1)}
+        tokens = self.tokens()
+        windows_per_step = self.batch_size * micro_batches
+        start = step * windows_per_step
+        first = start + rank * windows_per_step // world_size
+        end = start + (rank + 1) * windows_per_step // world_size
+
+        # More ranks than windows: some have none. They compute a row without targets, which adds
+        # nothing to the loss, because every rank has to take part in the all-reduce.
+        if first == end:
+            batch = next_token_batch(self.windows(tokens, self.window_starts(seed, first, 1)))
+            batch['targets'] = torch.full_like(batch['targets'], NO_TARGET)
+            yield batch
+            return
+
+        for i in range(first, end, self.batch_size):
+            count = min(self.batch_size, end - i)
+            starts = self.window_starts(seed, i, count)
+            yield next_token_batch(self.windows(tokens, starts))
 
     def eval_batches(self):
-        """The whole split once, in order, without overlap: dicts as from batches(); the last window is shorter."""
-        tokens, whole, B = self.tokens(), (self.num_tokens - 1) // self.T, self.batch_size
-        for first in range(0, whole, B):
-            rows = self.windows(tokens, np.arange(first, min(first + B, whole)) * self.T)
-            yield {'idx': rows[:, :-1], 'targets': rows[:, 1:]}
-        rest = torch.from_numpy(self.check(tokens[whole * self.T:]).astype(np.int64))[None]
-        if rest.size(1) > 1:
-            yield {'idx': rest[:, :-1], 'targets': rest[:, 1:]}
+        """Yield the whole split once, in order and without overlap; the last window is shorter."""
+        tokens = self.tokens()
+        full_windows = (self.num_tokens - 1) // self.block_size
+        for first in range(0, full_windows, self.batch_size):
+            end = min(first + self.batch_size, full_windows)
+            starts = np.arange(first, end) * self.block_size
+            yield next_token_batch(self.windows(tokens, starts))
+
+        rest = self.check(tokens[full_windows * self.block_size:]).astype(np.int64)
+        if len(rest) > 1:
+            yield next_token_batch(torch.from_numpy(rest)[None])
 
     def count_bytes(self, byte_lengths):
-        """Bytes of UTF-8 text behind all targets. byte_lengths: see Tokenizer."""
-        tokens, total = self.tokens(), 0
-        for i in range(1, self.num_tokens, 2**24):
-            total += int(byte_lengths[self.check(tokens[i:i + 2**24])].sum())
-        return total
+        """Bytes of UTF-8 behind all targets. byte_lengths: (vocab_size,), see Tokenizer."""
+        return sum(int(byte_lengths[ids].sum()) for ids in self.chunks(first=1))
 
+
+def next_token_batch(windows):
+    """Split (B, T + 1) ids into what the model reads and, one place on, what it predicts."""
+    return {'idx': windows[:, :-1], 'targets': windows[:, 1:]}
+
+
+# ---------------------------------------------------------------------------------------------
+# Pairs: a source and a target, in buckets of similar length
 
 def bucket_by_length(lengths, budget):
-    """Batches of pairs of like lengths: a list of index arrays. lengths: (N, d) int, the columns that a pair takes in d tensors.
+    """Group pairs of similar length into batches that compute at most budget columns each.
 
-    No batch computes more than budget columns, padding included, but for a pair that is longer alone. What is too much is cut
-    where it is widest, the dimension that wastes most, so padding stays rare in all of them: a k-d tree's way.
+    lengths: (N, d) ints, the columns that each pair takes in each of d tensors. Returns a list of
+    index arrays. Only a pair that is longer than the budget by itself exceeds it.
+
+    A batch is as wide as its longest row, and the rest is padding, which costs as much to compute
+    as text. Chat lines differ so much in length that random batches would be mostly padding; in
+    buckets of similar length little is left. So we start from all pairs and, like a k-d tree, split
+    what is too large along the dimension that wastes most, until each part fits the budget.
+
+    >>> buckets = bucket_by_length(np.array([[9], [2], [8], [3]]), budget=18)
+    >>> [bucket.tolist() for bucket in buckets]
+    [[1, 3], [2, 0]]
     """
-    done, todo = [], [np.arange(len(lengths))]
-    while todo:
-        members = todo.pop()
-        here = lengths[members]
-        if len(members) == 1 or len(members) * here.max(axis=0).sum() <= budget:
-            done.append(members)
+    buckets = []
+    unfinished = [np.arange(len(lengths))]
+    while unfinished:
+        members = unfinished.pop()
+        columns = lengths[members]
+        widest = columns.max(axis=0)
+        if len(members) == 1 or len(members) * widest.sum() <= budget:
+            buckets.append(members)
             continue
-        order = np.argsort(here[:, (here.max(axis=0) - here).sum(axis=0).argmax()], kind='stable')
-        cost = here.sum(axis=1)[order].cumsum()
-        parts = max(2, math.ceil(cost[-1] / (0.94 * budget)))  # so many batches, nearly full ones, will come out of it
-        half = int(np.searchsorted(cost, cost[-1] * (parts // 2) / parts).clip(1, len(members) - 1))
-        todo += [members[order[half:]], members[order[:half]]]
-    return done
+
+        # Sort along the dimension with the most padding
+        padding = (widest - columns).sum(axis=0)
+        order = np.argsort(columns[:, padding.argmax()], kind='stable')
+
+        # Split near the middle, but in the ratio of two whole numbers of batches, so that no
+        # half-empty batch remains. 0.94: how full they turn out to be.
+        text_so_far = columns.sum(axis=1)[order].cumsum()
+        expected_batches = max(2, math.ceil(text_so_far[-1] / (0.94 * budget)))
+        first_part = text_so_far[-1] * (expected_batches // 2) / expected_batches
+        cut = int(np.searchsorted(text_so_far, first_part).clip(1, len(members) - 1))
+        unfinished.append(members[order[cut:]])
+        unfinished.append(members[order[:cut]])
+    return buckets
 
 
-class Pairs(Tokens):
-    """One split of sources and targets, in batches of like lengths that compute at most batch_tokens columns.
+class Pairs(Split):
+    """One split of sources and targets, in buckets of similar length.
 
-    For a Seq2Seq (src_block_size given) a batch is src, src_pad, idx and targets, with `start` in front of each target; for a
-    GPT it is idx and targets: source, start, target in one row, the loss on the target alone. Too long a source loses its oldest
-    ids, too long a target its end. Raises UserError where the files do not match.
+    For a Seq2Seq (src_block_size given) a batch is src, src_pad, idx and targets, with the start id
+    before each target. For a GPT it is idx and targets: source, start id and target concatenated in
+    one row, with the loss on the target alone. A source that is too long loses its oldest ids, a
+    target its end.
 
-    start: the ids between source and target. What follows its first, if anything, each target begins with ('Bot: '): it is
-    given, not learnt, and counts in no figure.
+    reply_start: the ids between source and target. The first is the start id. The rest, if any, is
+    a prefix that every target begins with ('Bot: '): it is given to the model at generation time,
+    so it is not learned and no loss or count includes it.
+
+    Raises UserError if the files do not match meta.json or each other.
     """
 
-    def __init__(self, folder, meta, split, start, block_size, src_block_size=None, batch_tokens=4096):
+    def __init__(self, folder, meta, split, reply_start, block_size, src_block_size=None,
+                 batch_tokens=4096):
         super().__init__(folder, meta, split)
-        path, N = self.path.with_suffix('.idx'), meta['pairs'].get(split, 0)
-        try:
-            self.offsets = np.fromfile(path, dtype='<i8') if path.stat().st_size == 8 * (2 * N + 1) else np.zeros(1)
-        except OSError as e:
-            raise UserError(f'cannot read {path}: {e.strerror}; prepare the dataset again') from None
-        if N < 1 or len(self.offsets) != 2 * N + 1 or self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens \
-                or self.offsets.min() < 0 or self.offsets.max() > self.num_tokens or (np.diff(self.offsets) < 1).any():
-            raise UserError(f'{path} does not fit {self.path} and meta.json: prepare the dataset again')
-        self.decoder_start_id, *self.reply_prefix = start
+        self.offsets = self.read_offsets(meta['pairs'].get(split, 0))
+        self.decoder_start_id = reply_start[0]
+        self.reply_prefix = list(reply_start[1:])
+        self.check_reply_prefix()
+
+        # Cut what is too long for the model
         self.concatenated = src_block_size is None
-        if self.tokens()[self.offsets[1]:self.offsets[2]].tolist()[:len(self.reply_prefix)] != self.reply_prefix:
-            raise UserError(f'targets in {self.path} do not begin as meta.json says; prepare the dataset again')
-        S, T = np.diff(self.offsets).reshape(-1, 2).T  # (N,) each
-        if self.concatenated:  # one row holds both, of the source at least what half of it holds
-            self.target_lengths = np.minimum(T, block_size - np.minimum(S, block_size // 2))
-            self.source_lengths = np.minimum(S, block_size - self.target_lengths)
-            lengths = (self.source_lengths + self.target_lengths)[:, None]
+        full_sources, full_targets = np.diff(self.offsets).reshape(-1, 2).T  # (N,) each
+        if self.concatenated:
+            self.share_row(full_sources, full_targets, block_size)
         else:
-            self.source_lengths, self.target_lengths = np.minimum(S, src_block_size), np.minimum(T, block_size)
-            lengths = np.stack((self.source_lengths, self.target_lengths), axis=1)
-        self.truncated = int((S > self.source_lengths).sum()), int((T > self.target_lengths).sum())  # how many sources and targets were shortened
-        self.num_targets, self.groups = int((self.target_lengths - len(self.reply_prefix)).sum()), bucket_by_length(lengths, batch_tokens)
-        self.epoch, self.batch_size = len(self.groups), 1  # in groups
-        computed = sum(len(g) * int(lengths[g].max(axis=0).sum()) for g in self.groups)
-        self.padding = 1 - int(lengths.sum()) / computed  # the share of computed columns that is not text
+            self.source_lengths = np.minimum(full_sources, src_block_size)
+            self.target_lengths = np.minimum(full_targets, block_size)
+        truncated_sources = int((full_sources > self.source_lengths).sum())
+        truncated_targets = int((full_targets > self.target_lengths).sum())
+        self.truncated = (truncated_sources, truncated_targets)
+        self.num_targets = int((self.target_lengths - len(self.reply_prefix)).sum())
+
+        # Group the rest into batches
+        columns = self.columns()
+        self.buckets = bucket_by_length(columns, batch_tokens)
+        self.epoch_size = len(self.buckets)
+        self.batch_size = 1  # a micro-batch is one bucket
+        self.padding = padding_fraction(columns, self.buckets)
+
+    def read_offsets(self, num_pairs):
+        """The .idx file: (2 * num_pairs + 1,) int64. Raises UserError if it does not fit."""
+        path = self.path.with_suffix('.idx')
+        count = 2 * num_pairs + 1
+        offsets = np.zeros(0, dtype=np.int64)
+        try:
+            if path.stat().st_size == 8 * count:
+                offsets = np.fromfile(path, dtype='<i8')
+        except OSError as e:
+            raise UserError(f'cannot read {path}: {e.strerror}; '
+                            f'prepare the dataset again') from None
+        if num_pairs < 1 or len(offsets) != count or not self.offsets_are_valid(offsets):
+            raise UserError(f'{path} does not fit {self.path} and meta.json: '
+                            f'prepare the dataset again')
+        return offsets
+
+    def offsets_are_valid(self, offsets):
+        """Whether offsets rise from 0 to the end of the file, with no source or target empty."""
+        spans_the_file = offsets[0] == 0 and offsets[-1] == self.num_tokens
+        inside = offsets.min() >= 0 and offsets.max() <= self.num_tokens  # so diff can't overflow
+        return spans_the_file and inside and (np.diff(offsets) >= 1).all()
+
+    def check_reply_prefix(self):
+        """Raise UserError if the first target does not begin with reply_prefix."""
+        first_target = self.tokens()[self.offsets[1]:self.offsets[2]].tolist()
+        if first_target[:len(self.reply_prefix)] != self.reply_prefix:
+            raise UserError(f'targets in {self.path} do not begin as meta.json says; '
+                            f'prepare the dataset again')
+
+    def share_row(self, full_sources, full_targets, block_size):
+        """Set source_lengths and target_lengths so that both fit one row of block_size.
+
+        The target comes first, but the source is sure of half the row, if it is that long.
+        """
+        sure_for_source = np.minimum(full_sources, block_size // 2)
+        self.target_lengths = np.minimum(full_targets, block_size - sure_for_source)
+        self.source_lengths = np.minimum(full_sources, block_size - self.target_lengths)
+
+    def columns(self):
+        """Columns that each pair takes in a batch: (N, 1) if concatenated, else (N, 2)."""
+        if self.concatenated:
+            return (self.source_lengths + self.target_lengths)[:, None]
+        return np.stack((self.source_lengths, self.target_lengths), axis=1)
 
     def pair(self, tokens, i):
-        """(source, target) of pair i as int64 arrays, cut to what the model takes."""
-        a, b = self.offsets[2 * i + 1] - self.source_lengths[i], self.offsets[2 * i + 1] + self.target_lengths[i]
-        ids = self.check(tokens[a:b]).astype(np.int64)
+        """(source, target) of pair i as int64 arrays, truncated to what the model takes."""
+        boundary = self.offsets[2 * i + 1]  # the source ends here, the target begins
+        start = boundary - self.source_lengths[i]
+        end = boundary + self.target_lengths[i]
+        ids = self.check(tokens[start:end]).astype(np.int64)
         return ids[:self.source_lengths[i]], ids[self.source_lengths[i]:]
 
     def batch(self, tokens, members):
-        """The batch of these pairs, padded with id 0 and target -1: sources at the left, the rest at the right."""
-        S, T = int(self.source_lengths[members].max()), int(self.target_lengths[members].max())
+        """The batch of the pairs with these indices, padded with id 0 and target NO_TARGET."""
         if self.concatenated:
-            S, T = 0, int((self.source_lengths + self.target_lengths)[members].max())
-        src = torch.zeros(len(members), S, dtype=torch.int64)
-        idx = torch.zeros(len(members), T, dtype=torch.int64)
-        targets = torch.full((len(members), T), -1)
+            return self.gpt_batch(tokens, members)
+        return self.seq2seq_batch(tokens, members)
+
+    def gpt_batch(self, tokens, members):
+        """{idx, targets}, (B, T) each: source and target in one row, padding on the right."""
+        width = int((self.source_lengths[members] + self.target_lengths[members]).max())
+        idx = torch.zeros(len(members), width, dtype=torch.int64)
+        targets = torch.full((len(members), width), NO_TARGET)
         for row, i in enumerate(members):
-            source, target = map(torch.from_numpy, self.pair(tokens, i))
-            s = len(source) if self.concatenated else 0  # where the target begins in its row
-            if self.concatenated:
-                idx[row, :s] = source
-            else:
-                src[row, S - len(source):] = source
-            idx[row, s], idx[row, s + 1:s + len(target)] = self.decoder_start_id, target[:-1]
-            g = len(self.reply_prefix)
-            targets[row, s + g:s + len(target)] = target[g:]
-        batch = {'idx': idx, 'targets': targets}
-        if not self.concatenated:
-            batch['src'], pad = src, torch.from_numpy(S - self.source_lengths[members])
-            if pad.any():
-                batch['src_pad'] = pad
+            source, target = self.pair(tokens, i)
+            idx[row, :len(source)] = torch.from_numpy(source)
+            self.fill_target(idx[row, len(source):], targets[row, len(source):], target)
+        return {'idx': idx, 'targets': targets}
+
+    def seq2seq_batch(self, tokens, members):
+        """{idx, targets, src} and, if anything is padded, src_pad (B,): ids to skip in each row.
+
+        Sources are padded on the left, so that they end together; targets on the right.
+        """
+        src_width = int(self.source_lengths[members].max())
+        width = int(self.target_lengths[members].max())
+        src = torch.zeros(len(members), src_width, dtype=torch.int64)
+        idx = torch.zeros(len(members), width, dtype=torch.int64)
+        targets = torch.full((len(members), width), NO_TARGET)
+        for row, i in enumerate(members):
+            source, target = self.pair(tokens, i)
+            src[row, src_width - len(source):] = torch.from_numpy(source)
+            self.fill_target(idx[row], targets[row], target)
+
+        batch = {'idx': idx, 'targets': targets, 'src': src}
+        src_pad = torch.from_numpy(src_width - self.source_lengths[members])
+        if src_pad.any():
+            batch['src_pad'] = src_pad
         return batch
 
-    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
-        """The part of a step that falls to this rank; see the class. A pure function of its arguments.
+    def fill_target(self, idx, targets, target):
+        """Write one target into a row: the model reads start, t0, t1, … and predicts t0, t1, t2, …
 
-        The groups of like lengths are the same in every epoch, their order is not. Ranks take whole groups where these come
-        out even, otherwise rows of each: a rank that gets none takes one without targets, as in Stream.batches.
+        idx, targets: the row's tensors from where the target begins, changed in place.
+        """
+        length = len(target)
+        target = torch.from_numpy(target)
+        idx[0] = self.decoder_start_id
+        idx[1:length] = target[:-1]
+        given = len(self.reply_prefix)
+        targets[given:length] = target[given:]
+
+    def shuffled_bucket(self, seed, number):
+        """The bucket that is the run's micro-batch of this number: an array of pair indices.
+
+        The buckets are the same in every epoch, their order is not.
+        """
+        epoch = number // self.epoch_size
+        place = number % self.epoch_size
+        key = int(mix(epoch, seed)[0]) % 2**32
+        bucket = permute(np.array([place]), self.epoch_size, key)[0]
+        return self.buckets[int(bucket)]
+
+    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
+        """Yield this rank's part of a step, as dicts from batch().
+
+        A pure function of its arguments, like Stream.batches().
         """
         tokens = self.tokens()
-        whole = micro_batches % world_size == 0
-        first, stride, row, rows = (rank, world_size, 0, 1) if whole else (0, 1, rank, world_size)
-        for m in range(step * micro_batches + first, (step + 1) * micro_batches, stride):
-            key = int(mix(m // self.epoch, seed)[0]) % 2**32
-            members = self.groups[int(permute(np.array([m % self.epoch]), self.epoch, key)[0])]
-            batch = self.batch(tokens, members[row::rows] if row < len(members) else members[:1])
-            if row >= len(members):
-                batch['targets'].fill_(-1)
-            yield batch
+        first = step * micro_batches
+        end = first + micro_batches
+
+        # The micro-batches come out even: deal them out whole, as this wastes no padding.
+        if micro_batches % world_size == 0:
+            for number in range(first + rank, end, world_size):
+                yield self.batch(tokens, self.shuffled_bucket(seed, number))
+            return
+
+        # Otherwise every rank takes every world_size-th pair of every micro-batch. A rank left with
+        # none takes a pair without targets, because every rank has to take part in the all-reduce.
+        for number in range(first, end):
+            bucket = self.shuffled_bucket(seed, number)
+            members = bucket[rank::world_size]
+            if len(members) > 0:
+                yield self.batch(tokens, members)
+            else:
+                batch = self.batch(tokens, bucket[:1])
+                batch['targets'].fill_(NO_TARGET)
+                yield batch
 
     def eval_batches(self):
-        """The whole split once, in groups of like lengths."""
+        """Yield the whole split once, bucket by bucket."""
         tokens = self.tokens()
-        for members in self.groups:
+        for members in self.buckets:
             yield self.batch(tokens, members)
 
     def count_bytes(self, byte_lengths):
-        """Bytes of UTF-8 text behind all targets. byte_lengths: see Tokenizer."""
+        """Bytes of UTF-8 behind all targets. byte_lengths: (vocab_size,), see Tokenizer."""
         tokens = self.tokens()
-        return sum(int(byte_lengths[self.pair(tokens, i)[1][len(self.reply_prefix):]].sum()) for i in range(len(self.source_lengths)))
+        given = len(self.reply_prefix)
+        total = 0
+        for i in range(len(self.target_lengths)):
+            _, target = self.pair(tokens, i)
+            total += int(byte_lengths[target[given:]].sum())
+        return total
+
+
+def padding_fraction(columns, buckets):
+    """The fraction of all computed columns that is padding. columns: lengths, (N, d)."""
+    computed = 0
+    for members in buckets:
+        computed += len(members) * int(columns[members].max(axis=0).sum())
+    return 1 - int(columns.sum()) / computed

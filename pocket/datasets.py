@@ -1,8 +1,15 @@
 """
-What the scripts in prepare/ share: reading text, downloading it, and writing datasets.
+What the scripts in prepare/ share: reading text, choosing what is validation, writing a dataset.
 
-A piece is (text, ends): a document is one piece or, where it is long, several; `ends` marks the last of them.
+Text comes in pieces. A piece is a tuple (split, text, ends): the split that it goes to, 'train' or
+'val', the text itself, and whether its document ends there. A short document is one piece, a long
+one is several, so no text is too large for memory.
+
+write_stream(), write_pairs() and write_corpus() say what their data looks like as pieces, and
+write_dataset() does the rest for all three: it encodes the pieces and writes the .bin files, the
+.idx files of pairs, and meta.json. docs/data.md describes the files.
 """
+import array
 import codecs
 import collections
 import hashlib
@@ -14,141 +21,121 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import numpy as np
+from tqdm import tqdm
 
 from pocket.errors import UserError
-from pocket.files import FORMAT, ROOT, atomic_write, download, lock, make_folder, sha256_of, short_path
+from pocket.files import (
+    FORMAT,
+    ROOT,
+    atomic_write,
+    download,
+    lock,
+    make_folder,
+    replace_patiently,
+    sha256_of,
+    short_path,
+)
 from pocket.tokenizer import UnknownCharacters
 
-PIECE = 2**20        # characters: longer documents are cut, and so many are tokenized at a time
-SAMPLE = 50_000_000  # characters, at most, that a tokenizer is trained on
-SAVE_EVERY = 5       # seconds of work that a stop can cost
+PIECE_SIZE = 2**20             # characters: longer documents are cut into pieces of about this size
+TOKENIZER_SAMPLE = 50_000_000  # characters: a tokenizer is trained on at most this much text
+SAVE_EVERY = 5                 # seconds of work that can be lost when a long tokenization is killed
 
+# Tiny Shakespeare, for the scripts that use it
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-SHAKESPEARE_URLS = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-                    'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt',
-                    'https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt')
+SHAKESPEARE_URLS = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+    'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt',
+    'https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt',
+)
 
+
+# --- Where datasets live, and what to do with them ------------------------------------------------
+
+def dataset_folder(data_dir, name):
+    """The folder of a dataset: data_dir/NAME. data_dir None: the folder data/ beside train.py."""
+    return short_path(Path(data_dir or ROOT / 'data') / name)
+
+
+def print_next_step(arguments, data_dir):
+    """Print the command that trains on the dataset just made: train.py with these arguments."""
+    command = f'python train.py {arguments}'
+    if data_dir:
+        command += f' --data_dir={data_dir}'
+    print(f'next: {command}')
+
+
+# --- Reading --------------------------------------------------------------------------------------
 
 def read_text(path):
-    """A UTF-8 text file as str, line ends as they are. Raises UserError with the file's name, and the place of a bad byte."""
+    """A UTF-8 text file as one str, with its line ends as they are.
+
+    Raises UserError with the name of the file and, if it is not UTF-8, the place of the bad byte.
+    """
     try:
         return Path(path).read_bytes().decode('utf-8')
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
     except UnicodeDecodeError as e:
-        where = f'byte {e.object[e.start]:#04x} at position {e.start:,}'
-        raise UserError(f'{path} is not UTF-8 text: {where}; save it as UTF-8') from None
+        place = f'byte {e.object[e.start]:#04x} at position {e.start:,}'
+        raise UserError(f'{path} is not UTF-8 text: {place}; save it as UTF-8') from None
 
 
-def input_text(path, urls, sha256, folder):
-    """(text, what meta.json should say about its source): of a local file or, where path is None, downloaded into folder."""
-    path = path or download(urls, folder / 'input.txt', sha256, 'Without a network, give a copy that you have: '
-                            f'python prepare/{Path(sys.argv[0]).name} --input=FILE, or train on the default: python train.py')
+def read_or_download(path, urls, sha256, folder):
+    """The text of a local file or, if path is None, of a file that is downloaded into folder.
+
+    Returns (text, what meta.json should say about its source). Raises UserError.
+    """
+    if path is None:
+        script = f'prepare/{Path(sys.argv[0]).name}'
+        advice = (f'Without a network, give a copy that you have: python {script} --input=FILE, '
+                  'or train on the default dataset: python train.py')
+        path = download(urls, folder / 'input.txt', sha256, advice)
+
     text = read_text(path)
     if len(text) < 20:
-        raise UserError(f'{path} has only {len(text)} characters: that is too little to train on')
+        raise UserError(f'{path} has only {len(text)} characters, too few to train on')
     return text, {'source': str(path), 'sha256': sha256_of(path)}
 
 
-def dataset_folder(data_dir, name):
-    """data_dir/NAME; data_dir None: beside the scripts."""
-    return short_path(Path(data_dir or ROOT / 'data') / name)
-
-
-def id_type(tokenizer):
-    """How the tokenizer's ids are written: nanoGPT's format."""
-    return np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
-
-
-def clear(folder):
-    """Make a dataset's folder and claim it (see lock), without meta.json: it is no dataset until the new one is whole."""
-    make_folder(folder)
-    claim = lock(folder, 'another process is preparing', '--data_dir=…')
-    (folder / 'meta.json').unlink(missing_ok=True)
-    return claim
-
-
-def write_meta(folder, tokenizer, kind, counts, source, split, what='ids', **more):
-    """Write meta.json, the last file of a dataset, and say what was made: its `counts` of ids, or its `what` in meta.json."""
-    dtype = id_type(tokenizer).name
-    meta = {'format': FORMAT, 'kind': kind, 'dtype': dtype, 'vocab_size': tokenizer.vocab_size,
-            'tokenizer': tokenizer.to_dict(), 'counts': counts, **more, 'split': split, **source}
-    text = json.dumps(meta, ensure_ascii=False, indent=1).encode('utf-8', 'surrogateescape')  # paths under LC_ALL=C
-    atomic_write(folder / 'meta.json', lambda f: f.write(text))
-    made = ' and '.join(f'{n:,} {name}' for name, n in meta.get(what, counts).items())
-    print(f'{folder}: {made} {what}, {tokenizer.vocab_size:,} in the vocabulary ({meta["tokenizer"]["kind"]}, {dtype}'
-          + (': more than 65,536 take 4 bytes an id)' if dtype == 'uint32' else ')'))
-
-
-def write_stream(folder, tokenizer, train, val, source, split):
-    """Write train.bin, val.bin and, when both are whole, meta.json; says what was made.
-
-    train, val: arrays of ids. source: dict of what meta.json should say about where the text is from. split: how it was divided.
-    """
-    with clear(folder):
-        for name, ids in (('train', train), ('val', val)):
-            content = np.asarray(ids).astype(id_type(tokenizer)).tobytes()
-            atomic_write(folder / f'{name}.bin', lambda f, content=content: f.write(content))
-        write_meta(folder, tokenizer, 'stream', {'train': len(train), 'val': len(val)}, source, split)
-
-
-def write_pairs(folder, tokenizer, splits, source, split, chat=None):
-    """Write {split}.bin, {split}.idx and, when all are whole, meta.json; says what was made.
-
-    splits: {name: [(source, target)]}, each side a text or a list of ids. A target that is text gets the tokenizer's end id,
-    ids are taken as they are. source, split: as in write_stream. chat: how conversations are written (chat.py), if they are.
-    """
-    with clear(folder):
-        counts = {name: write_pair_files(folder, tokenizer, name, pairs) for name, pairs in splits.items()}
-        more = {'pairs': {name: len(pairs) for name, pairs in splits.items()}} | ({'chat': chat} if chat else {})
-        write_meta(folder, tokenizer, 'pairs', counts, source, split, 'pairs', **more)
-
-
-def write_pair_files(folder, tokenizer, name, pairs):
-    """NAME.bin, the ids of all sources and targets, and NAME.idx, where each begins and the last ends. Returns how many ids."""
-    from tqdm import tqdm
-    dtype, starts = id_type(tokenizer), np.zeros(2 * len(pairs) + 1, dtype='<i8')
-
-    def write(f):
-        for first in tqdm(range(0, len(pairs), 1000), desc=f'{name}: thousand pairs', disable=None):
-            sides = [side for pair in pairs[first:first + 1000] for side in pair]
-            encoded = iter(tokenizer.encode_batch([side for side in sides if isinstance(side, str)]))
-            for i, side in enumerate(sides, 2 * first):
-                ids = np.asarray(next(encoded) if isinstance(side, str) else side).astype(dtype)
-                ids = np.append(ids, dtype.type(tokenizer.eos_id)) if i % 2 and isinstance(side, str) else ids
-                starts[i + 1] = starts[i] + len(ids)
-                f.write(ids.tobytes())
-    atomic_write(folder / f'{name}.bin', write)
-    atomic_write(folder / f'{name}.idx', lambda f: f.write(starts.tobytes()))
-    return int(starts[-1])
-
-
 def read_blocks(path):
-    """The text of a UTF-8 file in blocks of PIECE bytes; line ends become \\n, a byte order mark goes.
+    r"""Yield the text of a UTF-8 file in blocks of at most PIECE_SIZE bytes.
 
-    Raises UserError with the file's name, and the place of a byte that is not text.
+    Every line end becomes \n, and a byte order mark is dropped. Raises UserError with the name of
+    the file and the place of a byte that is not text.
     """
-    decoder, done, block = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8-sig')(), translate=True), 0, b'-'
+    utf8 = codecs.getincrementaldecoder('utf-8-sig')()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    block = b''
+    bytes_before = 0   # in the blocks before this one
     try:
         with open(path, 'rb') as f:
-            while block:
-                block = f.read(PIECE)
+            while True:
+                block = f.read(PIECE_SIZE)
                 text = decoder.decode(block, final=not block)
                 if '\0' in text:
-                    raise UserError(f'{path} looks binary: byte 0x00 at position {done + block.find(0):,}; leave it out')
-                done += len(block)
+                    position = bytes_before + block.find(0)
+                    raise UserError(f'{path} looks binary: byte 0x00 at position {position:,}; '
+                                    'leave it out')
                 yield text
+                if not block:
+                    break
+                bytes_before += len(block)
     except UnicodeDecodeError as e:
-        where = f'byte {e.object[e.start]:#04x} at position {done + len(block) - len(e.object) + e.start:,}'
-        raise UserError(f'{path} is not UTF-8 text: {where}; save it as UTF-8, or leave it out') from None
+        # e.object is this block, preceded by what the decoder had kept of a character cut in two
+        position = bytes_before + len(block) - len(e.object) + e.start
+        place = f'byte {e.object[e.start]:#04x} at position {position:,}'
+        raise UserError(f'{path} is not UTF-8 text: {place}; '
+                        'save it as UTF-8, or leave it out') from None
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
 
 
 def read_lines(path):
-    """The lines of a UTF-8 file, without their ends. Raises UserError as read_blocks() does."""
+    """Yield the lines of a UTF-8 file without line ends. Raises UserError as read_blocks() does."""
     rest = ''
     for block in read_blocks(path):
         *lines, rest = (rest + block).split('\n')
@@ -158,56 +145,343 @@ def read_lines(path):
 
 
 def read_documents(path, separator=None):
-    """Pieces of a text file: one document or, with a separator, as many as it separates; blank ones are left out.
+    """Yield the documents of a text file in pieces (text, ends); blank documents are left out.
 
-    Where a space stands between two letters every tokenizer may be stopped and started again, and gives the same ids: long
-    documents are cut there.
+    Without a separator the file is one document. Raises UserError as read_blocks() does.
     """
-    rest, inside = '', False  # what is read but not given yet, and whether a part of its document is
+    rest = ''             # text that is read but not yielded yet
+    in_document = False   # whether the beginning of the current document is yielded already
     for block in read_blocks(path):
-        *whole, rest = (rest + block).split(separator) if separator else [rest + block]
-        for text in whole:
-            if inside or text.strip():
-                yield text.strip('\n'), True
-            inside = False
-        rest = rest.lstrip('\n') if separator and not inside else rest
-        while len(rest) > 2 * PIECE:
-            cut = rest.rfind(' ', 0, PIECE)
-            while cut > 0 and not (rest[cut - 1].isalpha() and rest[cut + 1].isalpha()):
-                cut = rest.rfind(' ', 0, cut)
-            cut = cut if cut > 0 else PIECE
+        rest += block
+
+        # Documents that end in this block
+        if separator:
+            *documents, rest = rest.split(separator)
+            for text in documents:
+                if in_document or text.strip():
+                    yield text.strip('\n'), True
+                in_document = False
+            if not in_document:
+                rest = rest.lstrip('\n')
+
+        # The beginning of a long one that does not
+        while len(rest) > 2 * PIECE_SIZE:
+            cut = find_cut(rest)
             yield rest[:cut], False
-            rest, inside = rest[cut:], True
-    if inside or rest.strip():
-        yield rest.strip('\n') if separator else rest, True
+            rest = rest[cut:]
+            in_document = True
+
+    if in_document or rest.strip():
+        if separator:
+            rest = rest.strip('\n')
+        yield rest, True
 
 
-def hugging_face(endpoint, dataset):
-    """The address of a dataset's files: endpoint is that of a mirror, or None."""
-    return f'{endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"}/datasets/{dataset}/resolve/main/'
+def find_cut(text):
+    """Where to cut off the first piece of a long text: before the last space of it that stands
+    between two letters.
+
+    At such a space every tokenizer here can stop and start again, and the ids are the same as if
+    the text had never been cut. Text without one is cut at PIECE_SIZE.
+    """
+    cut = text.rfind(' ', 0, PIECE_SIZE)
+    while cut > 0:
+        if text[cut - 1].isalpha() and text[cut + 1].isalpha():
+            return cut
+        cut = text.rfind(' ', 0, cut)
+    return PIECE_SIZE
 
 
-def size_of(path):
-    """Bytes of a file. Raises UserError where it is not there."""
+def training_sample(shards):
+    """Yield the train text of shards (see write_corpus), at most TOKENIZER_SAMPLE characters of it:
+    what a tokenizer is trained on."""
+    size = 0
+    for shard in shards:
+        for split, text, _ in shard():
+            if split == 'train':
+                yield text[:TOKENIZER_SAMPLE - size]
+                size += len(text)
+            if size >= TOKENIZER_SAMPLE:
+                return
+
+
+def hugging_face_url(dataset, endpoint=None):
+    """The address of a dataset's files on Hugging Face. endpoint: that of a mirror, or None."""
+    endpoint = endpoint or os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
+    return f'{endpoint}/datasets/{dataset}/resolve/main/'
+
+
+def file_size(path):
+    """Size of a file in bytes. Raises UserError if there is none."""
     try:
         return os.stat(path).st_size
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
 
 
-def train_texts(shards):
-    """The first train texts of shards (see write_corpus), SAMPLE characters of them: what a tokenizer is trained on."""
+# --- Choosing what is validation ------------------------------------------------------------------
+# A model predicts a text well that it was trained on, which says nothing about other texts. So no
+# validation text may occur in train: documents that are equal, or begin alike, share a side.
+
+def hash_documents(pieces):
+    """(N,) uint64 hash of the text and (N,) int64 number of characters of each document.
+
+    pieces: iterable of (text, ends), as from read_documents().
+    """
+    hashes = array.array('Q')
+    sizes = array.array('Q')
+    digest = hashlib.blake2b(digest_size=8)
     size = 0
-    for split, text, _ in itertools.chain.from_iterable(shard() for shard in shards):
-        if split == 'train':
-            yield text[:SAMPLE - size]
-            size += len(text)
-        if size >= SAMPLE:
-            return
+    for text, ends in tqdm(pieces, desc='reading', unit=' pieces', disable=None):
+        digest.update(text.encode('utf-8', 'surrogatepass'))
+        size += len(text)
+        if ends:
+            hashes.append(int.from_bytes(digest.digest(), 'little'))
+            sizes.append(size)
+            digest = hashlib.blake2b(digest_size=8)
+            size = 0
+    return np.array(hashes, dtype=np.uint64), np.array(sizes, dtype=np.int64)
 
 
-def in_order(pool, function, items, ahead):
-    """map() on a pool's threads that takes items only as they are needed: `ahead` of them are under way."""
+def first_of_each(hashes):
+    """(N,) bool: whether a document is the first with its text. The others are duplicates."""
+    _, first = np.unique(hashes, return_index=True)
+    keep = np.zeros(len(hashes), dtype=bool)
+    keep[first] = True
+    return keep
+
+
+def choose_val_by_hash(hashes, sizes, fraction):
+    """(N,) bool: which documents are validation, about `fraction` of the characters.
+
+    These are the documents with the lowest hashes, so the choice depends on no name and no order,
+    and documents with the same text share a side. All False if there are too few to choose from.
+    """
+    _, text_number = np.unique(hashes, return_inverse=True)   # equal texts have the same number
+    text_sizes = np.bincount(text_number, sizes)              # characters, all copies together
+    wanted = fraction * text_sizes.sum()
+
+    is_val = np.zeros(len(text_sizes), dtype=bool)
+    used = 0
+    for i, size in enumerate(text_sizes):
+        if used + size <= wanted:   # a text that is too long is passed over for the ones after it
+            is_val[i] = True
+            used += size
+        if used > 0.9 * wanted:
+            break
+    if used <= wanted / 2:
+        is_val[:] = False
+    return is_val[text_number]
+
+
+def choose_val_by_blocks(sources, units, seed):
+    """Choose a tenth of the units of some pairs, in blocks from all over, as validation.
+
+    sources: text of each pair. units: number of what each pair belongs to, such as a scene: a unit
+    is never divided. A unit moves back to train if one of its sources begins, continues or equals
+    one there, word for word. Returns (set of val units, number of pairs that moved to train).
+    """
+    chosen = random_blocks(sorted(set(units)), Random(seed))
+    families = source_families(sources)
+
+    # A unit that moves to train takes all its sources there, which can draw in other units
+    val = chosen
+    while True:
+        train_families = {families[s] for s, unit in zip(sources, units) if unit not in val}
+        leaks = {unit for s, unit in zip(sources, units)
+                 if unit in val and families[s] in train_families}
+        if not leaks:
+            break
+        val = val - leaks
+    moved = sum(unit in chosen and unit not in val for unit in units)
+    return val, moved
+
+
+def random_blocks(units, rng):
+    """A tenth of a list of units, at least one, as a set: a block at random from each of up to ten
+    equal stretches of the list."""
+    stretches = min(10, len(units) // 20 + 1)
+    chosen = set()
+    for i in range(stretches):
+        stretch = units[len(units) * i // stretches:len(units) * (i + 1) // stretches]
+        size = max(1, round(len(stretch) / 10))
+        start = rng.randrange(len(stretch) - size + 1)
+        chosen.update(stretch[start:start + size])
+    return chosen
+
+
+def source_families(sources):
+    """{source: the shortest of the sources that it begins with, word for word}.
+
+    Two sources begin alike if one of them begins the other: then they are of one family.
+    """
+    families = {}
+    root = None
+    for source in sorted({f'{s} ' for s in sources}):   # the space: 'a' does not begin 'ab'
+        # In this order, all sources that begin with a root come right after it
+        if root is None or not source.startswith(root):
+            root = source
+        families[source[:-1]] = root
+    return families
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+def write_stream(folder, tokenizer, train, val, source, how_split):
+    """Write a token stream that fits into memory. Raises UserError.
+
+    train, val: each a text or an array of ids.
+    source: dict of what meta.json should say about where the text comes from.
+    how_split: a sentence for meta.json that says how train and val were divided.
+    """
+    pieces = [('train', train, False), ('val', val, False)]
+    size = len(train) + len(val)
+    write_dataset(folder, tokenizer, [lambda: pieces], source, how_split, size=size)
+
+
+def write_pairs(folder, tokenizer, splits, source, how_split, template=None):
+    """Write pairs of a source and its target. Raises UserError.
+
+    splits: {split: list of (source, target)}, each side a text or a list of ids. A target that is
+    text gets the tokenizer's end id; ids are taken as they are.
+    source, how_split: as in write_stream(). template: the ChatTemplate of conversations, or None.
+    """
+    pieces = []
+    for split, pairs in splits.items():
+        for source_side, target_side in pairs:
+            pieces.append((split, source_side, False))
+            pieces.append((split, target_side, True))
+    size = sum(len(side) for _, side, _ in pieces)
+    write_dataset(folder, tokenizer, [lambda: pieces], source, how_split, kind='pairs',
+                  splits=list(splits), template=template, size=size)
+
+
+def write_corpus(folder, tokenizer, shards, source, how_split, characters=None):
+    """Write a token stream of any size: memory does not grow with the text. Raises UserError.
+
+    shards: list of functions. Each returns an iterator of pieces, the same ones at every call.
+    source, how_split: as in write_stream(). characters: of all pieces together, if known.
+
+    A call that was stopped is resumed by the same call, if tokenizer, source and how_split are the
+    same: so source must tell one text from another.
+    """
+    write_dataset(folder, tokenizer, shards, source, how_split, size=characters, resumable=True)
+
+
+def write_dataset(folder, tokenizer, shards, source, how_split, kind='stream',
+                  splits=('train', 'val'), template=None, size=None, resumable=False):
+    """Encode pieces and write all files of a dataset; prints what was made. Raises UserError.
+
+    kind: 'stream' or 'pairs'. The pieces of pairs are a source, its target, a source, its target …
+    size: characters in all pieces, for the progress bar. For the other arguments see
+    write_stream(), write_pairs() and write_corpus().
+    """
+    key = json.dumps([tokenizer.to_dict(), source, how_split])
+    key = hashlib.sha256(key.encode()).hexdigest()
+    try:
+        with lock_dataset(folder):
+            # A folder without meta.json is no dataset: so it goes first and comes back last
+            (folder / 'meta.json').unlink(missing_ok=True)
+            with TokenFiles(folder, splits, kind, id_type(tokenizer), key, resumable) as files:
+                encode_pieces(files, tokenizer, shards, size)
+                files.finish()
+            write_meta(files, tokenizer, source, how_split, template)
+            files.progress_path.unlink(missing_ok=True)
+    except UnknownCharacters as e:
+        raise UserError(f'{e}; --tokenizer=byte knows every character') from None
+    except OSError as e:
+        raise UserError(f'cannot write in {folder}: {e.strerror}; free some space, then run the '
+                        'same command again') from None
+
+
+def lock_dataset(folder):
+    """Make a dataset's folder, and lock it against other processes that would prepare it too."""
+    make_folder(folder)
+    return lock(folder, 'another process is preparing', '--data_dir=…')
+
+
+def id_type(tokenizer):
+    """The dtype of the ids in .bin files: 2 bytes per id, as nanoGPT has it, or 4 if need be."""
+    return np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
+
+
+def encode_pieces(files, tokenizer, shards, size):
+    """Encode the pieces that are not in `files` yet, and append them. See write_dataset()."""
+    resumed_ids = files.total_ids()
+    if resumed_ids:
+        print(f'resuming after {resumed_ids:,} ids that an earlier run has made')
+
+    def encode_chunk(chunk):
+        encoded = []
+        characters = 0
+        for split, text, ends in chunk:
+            encoded.append((split, encode_piece(tokenizer, text, ends, files.dtype)))
+            characters += len(text)
+        return encoded, characters
+
+    begin = time.monotonic()
+    last_save = begin
+    tokens_per_second = 0
+
+    # Threads, not processes: they share one tokenizer, whose library works outside Python's lock
+    threads = min(os.cpu_count() or 1, 16)
+    bar = tqdm(total=size, initial=files.characters, unit='', unit_scale=True,
+               desc=files.folder.name, disable=None)
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for shard in shards[files.shard:]:
+            pieces = itertools.islice(shard(), files.pieces, None)   # those not in the files yet
+            results = map_in_order(pool, encode_chunk, chunks(pieces), ahead=2 * threads)
+            for encoded, characters in results:
+                for split, ids in encoded:
+                    files.append(split, ids)
+                files.pieces += len(encoded)
+                files.characters += characters
+
+                now = time.monotonic()
+                tokens_per_second = (files.total_ids() - resumed_ids) / max(now - begin, 0.001)
+                bar.set_postfix_str(f'{tokens_per_second:,.0f} tok/s', refresh=False)
+                bar.update(characters)
+                if now > last_save + SAVE_EVERY:
+                    files.save_progress()
+                    last_save = time.monotonic()
+
+            files.shard += 1
+            files.pieces = 0
+            files.save_progress()
+
+    if files.resumable:
+        new_ids = files.total_ids() - resumed_ids
+        seconds = time.monotonic() - begin
+        print(f'{new_ids:,} ids in {seconds:.1f} s, {tokens_per_second:,.0f} tok/s')
+
+
+def encode_piece(tokenizer, text, ends, dtype):
+    """Ids of a text, then the end id if its document ends there. Ids are taken as they are."""
+    if not isinstance(text, str):
+        return np.asarray(text).astype(dtype)
+    ids = tokenizer.encode_to_numpy(text).astype(dtype)
+    if ends and tokenizer.eos_id is not None:
+        ids = np.append(ids, dtype.type(tokenizer.eos_id))
+    return ids
+
+
+def chunks(pieces):
+    """Yield lists of pieces, PIECE_SIZE characters or a little more each: work for one thread."""
+    chunk = []
+    size = 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece[1])
+        if size >= PIECE_SIZE:
+            yield chunk
+            chunk = []
+            size = 0
+    if chunk:
+        yield chunk
+
+
+def map_in_order(pool, function, items, ahead):
+    """map() on a pool's threads that takes items as it needs them, at most `ahead` in advance."""
     waiting = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -217,87 +491,140 @@ def in_order(pool, function, items, ahead):
         yield waiting.popleft().result()
 
 
-def chunks(pieces):
-    """Lists of pieces that come to PIECE characters or a little more."""
-    chunk, size = [], 0
-    for piece in pieces:
-        chunk.append(piece)
-        size += len(piece[1])
-        if size >= PIECE:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+class TokenFiles:
+    """The .bin files of a dataset while they are written, and the .idx files of pairs.
 
-
-def write_corpus(folder, tokenizer, shards, source, split, characters=None):
-    """Tokenize into train.bin and val.bin and, when both are whole, write meta.json. Memory does not grow with the text.
-
-    shards: functions that each give an iterator of (split, text, ends): pieces that say where they go, the same at every call.
-    source, split: as in write_stream. characters: how many there are, where that is known. A call that was stopped goes on
-    where it was if tokenizer, source and split are the same: source must tell one text from another.
+    Ids are appended to SPLIT.bin.part; finish() gives the files their names when all are complete.
+    If resumable, .progress.json says which pieces are in the files, and a later process with the
+    same key continues there. If not, files that were not finished are removed.
     """
-    from tqdm import tqdm
-    claim, dtype, progress, start = clear(folder), id_type(tokenizer), folder / '.progress.json', time.monotonic()
-    key = hashlib.sha256(json.dumps([tokenizer.to_dict(), source, split]).encode()).hexdigest()
-    state = {'key': key, 'shard': 0, 'pieces': 0, 'characters': 0, 'counts': {'train': 0, 'val': 0}}
-    parts = {name: folder / f'{name}.bin.part' for name in state['counts']}
-    try:
-        old = json.loads(progress.read_text(encoding='utf-8'))
-        if old['key'] == key and all(parts[name].stat().st_size >= n * dtype.itemsize for name, n in old['counts'].items()):
-            state |= {name: old[name] for name in state}
-            print(f'going on after {sum(state["counts"].values()):,} ids that an earlier run has made')
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass  # there is none, or it is damaged
-    new, seconds, before = 0, 1, sum(state['counts'].values())
 
-    def encode(chunk):
-        """A chunk's bytes for each file, its number of pieces and of characters."""
-        made = {name: [] for name in parts}
-        for name, text, ends in chunk:
-            made[name].append(tokenizer.encode_to_numpy(text).astype(dtype).tobytes())
-            if ends and tokenizer.eos_id is not None:
-                made[name].append(dtype.type(tokenizer.eos_id).tobytes())
-        return {name: b''.join(ids) for name, ids in made.items()}, len(chunk), sum(len(text) for _, text, _ in chunk)
+    def __init__(self, folder, splits, kind, dtype, key, resumable):
+        self.folder = folder
+        self.kind = kind
+        self.dtype = dtype
+        self.key = key
+        self.resumable = resumable
+        self.parts = {split: folder / f'{split}.bin.part' for split in splits}
+        self.progress_path = folder / '.progress.json'
 
-    def save():
-        """What was written up to here is not done again."""
-        for f in files.values():
-            f.flush()
-            os.fsync(f.fileno())
-        atomic_write(progress, lambda f: f.write(json.dumps(state).encode()))
+        # What is in the files
+        self.shard = 0        # shards that are done
+        self.pieces = 0       # pieces of the next shard that are done
+        self.characters = 0   # characters in all of these
+        self.counts = dict.fromkeys(splits, 0)   # ids in each file
+        if resumable:
+            self.load_progress()
 
-    # Threads, not processes: they share one tokenizer, and the libraries work outside of Python's lock
-    threads, due = min(os.cpu_count() or 1, 16), start + SAVE_EVERY
-    bar = tqdm(total=characters, initial=state['characters'], unit='char', unit_scale=True, desc=folder.name, disable=None)
-    try:
-        with open(parts['train'], 'ab') as train, open(parts['val'], 'ab') as val, ThreadPoolExecutor(threads) as pool, bar:
-            files = {'train': train, 'val': val}
-            for name, f in files.items():
-                f.truncate(state['counts'][name] * dtype.itemsize)
-            for shard in shards[state['shard']:]:
-                pieces = itertools.islice(shard(), state['pieces'], None)
-                for made, number, size in in_order(pool, encode, chunks(pieces), 2 * threads):
-                    for name, content in made.items():
-                        files[name].write(content)
-                        state['counts'][name] += len(content) // dtype.itemsize
-                    state['pieces'] += number
-                    state['characters'] += size
-                    new, seconds = sum(state['counts'].values()) - before, time.monotonic() - start
-                    bar.set_postfix_str(f'{new / seconds:,.0f} tok/s', refresh=False)
-                    bar.update(size)
-                    if time.monotonic() > due:
-                        save()
-                        due = time.monotonic() + SAVE_EVERY
-                state['shard'], state['pieces'] = state['shard'] + 1, 0
-                save()
-        for name, part in parts.items():
-            os.replace(part, folder / f'{name}.bin')
-    except UnknownCharacters as e:
-        raise UserError(f'{e}; --tokenizer=byte knows every character') from None
-    except OSError as e:
-        raise UserError(f'cannot write in {folder}: {e.strerror}; free some space, then the same command goes on') from None
-    print(f'{new:,} ids in {seconds:.1f} s, {new / seconds:,.0f} tok/s')
-    write_meta(folder, tokenizer, 'stream', state['counts'], source, split)
-    progress.unlink()
-    claim.close()
+        # Of pairs: where each source and each target begins, and where the last one ends
+        self.offsets = {split: array.array('q', [0]) for split in splits}
+
+    def __enter__(self):
+        self.files = {split: open(path, 'ab') for split, path in self.parts.items()}
+        for split, file in self.files.items():
+            file.truncate(self.counts[split] * self.dtype.itemsize)   # what follows is not counted
+        return self
+
+    def __exit__(self, *exception):
+        for file in self.files.values():
+            file.close()
+        if not self.resumable:
+            for path in self.parts.values():
+                path.unlink(missing_ok=True)
+
+    def total_ids(self):
+        """Ids in all files."""
+        return sum(self.counts.values())
+
+    def append(self, split, ids):
+        """Append the ids of one piece, an array of self.dtype."""
+        self.files[split].write(ids.tobytes())
+        self.counts[split] += len(ids)
+        if self.kind == 'pairs':
+            self.offsets[split].append(self.counts[split])
+
+    def flush(self):
+        """Make sure that what was appended is on the disk."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_progress(self):
+        """What is in the files now need not be done again, if they are resumable."""
+        if not self.resumable:
+            return
+        self.flush()
+        progress = {
+            'key': self.key,
+            'shard': self.shard,
+            'pieces': self.pieces,
+            'characters': self.characters,
+            'counts': self.counts,
+        }
+        write_bytes(self.progress_path, json.dumps(progress).encode())
+
+    def load_progress(self):
+        """Continue where an earlier process with the same key stopped, if its files are there."""
+        try:
+            progress = json.loads(self.progress_path.read_text(encoding='utf-8'))
+            if progress['key'] != self.key:
+                return
+            for split, path in self.parts.items():
+                saved_bytes = progress['counts'][split] * self.dtype.itemsize
+                if path.stat().st_size < saved_bytes:
+                    return
+            shard = progress['shard']
+            pieces = progress['pieces']
+            characters = progress['characters']
+        except (OSError, ValueError, LookupError, TypeError):
+            return   # there is no progress, or it is damaged
+        self.shard = shard
+        self.pieces = pieces
+        self.characters = characters
+        self.counts = progress['counts']
+
+    def finish(self):
+        """Give the files their names, and write the .idx files of pairs."""
+        self.flush()
+        for split, file in self.files.items():
+            file.close()
+            replace_patiently(self.parts[split], self.folder / f'{split}.bin')
+        if self.kind == 'pairs':
+            for split, offsets in self.offsets.items():
+                content = np.array(offsets, dtype='<i8').tobytes()
+                write_bytes(self.folder / f'{split}.idx', content)
+
+
+def write_meta(files, tokenizer, source, how_split, template):
+    """Write meta.json, the last file of a dataset, and print what was made."""
+    dtype = files.dtype.name
+    meta = {
+        'format': FORMAT,
+        'kind': files.kind,
+        'dtype': dtype,
+        'vocab_size': tokenizer.vocab_size,
+        'tokenizer': tokenizer.to_dict(),
+        'counts': files.counts,
+    }
+    if files.kind == 'pairs':
+        meta['pairs'] = {split: len(offsets) // 2 for split, offsets in files.offsets.items()}
+    if template is not None:
+        meta['chat'] = template.to_dict()
+    meta['split'] = how_split
+    meta.update(source)
+    text = json.dumps(meta, ensure_ascii=False, indent=1)
+    # surrogateescape: the path of a source can have bytes that are not UTF-8
+    write_bytes(files.folder / 'meta.json', text.encode('utf-8', 'surrogateescape'))
+
+    unit = 'pairs' if files.kind == 'pairs' else 'ids'
+    amounts = meta['pairs'] if files.kind == 'pairs' else meta['counts']
+    made = ' and '.join(f'{amount:,} {split}' for split, amount in amounts.items())
+    details = f'{meta["tokenizer"]["kind"]}, {dtype}'
+    if dtype == 'uint32':
+        details += ': more than 65,536 take 4 bytes per id'
+    print(f'{files.folder}: {made} {unit}, {tokenizer.vocab_size:,} in the vocabulary ({details})')
+
+
+def write_bytes(path, content):
+    """Write a small file atomically. Raises UserError."""
+    atomic_write(path, lambda file: file.write(content))

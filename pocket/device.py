@@ -1,4 +1,4 @@
-"""Where to compute and in which precision: picked after all overrides, with the reason in words."""
+"""Which device to compute on and in which precision, and how much memory that took."""
 import ctypes
 import os
 import sys
@@ -10,71 +10,103 @@ from pocket.errors import UserError
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
-def keep_freed_memory():
-    """Let the C library keep big freed blocks instead of handing each back to the kernel (Linux with glibc; else nothing).
+def pick_device(device):
+    """A torch.device that exists here, from its name or 'auto': CUDA, else MPS, else the CPU.
 
-    Every training step frees and allocates the same large tensors. By default each of them is mapped anew, and its pages are
-    zeroed by the kernel at first touch: on a CPU that costs more than the arithmetic of an elementwise operation (LOG.md).
-    And let oneDNN remember fewer kernels: with batches of many shapes it would hold a gigabyte of them, to no use.
+    Raises UserError if there is no such device. A CPU is also set up to train fast.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if device == 'auto':
+        if torch.cuda.is_available():
+            device = 'cuda'
+        elif has_mps:
+            device = 'mps'
+        else:
+            device = 'cpu'
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ('cpu', 'cuda', 'mps'):
+        raise UserError(f'device must be auto, cpu, cuda, cuda:N or mps, got {device!r}')
+
+    available = ['cpu']
+    available += [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    if has_mps:
+        available.append('mps')
+    name = found.type
+    if name == 'cuda':
+        name = f'cuda:{found.index or 0}'
+    if name not in available:
+        raise UserError(f'--device={device} is not available here; this machine has: '
+                        f'{", ".join(available)}. Omit --device to use the best one')
+
+    if found.type == 'cpu':
+        keep_freed_memory()
+    return found
+
+
+def keep_freed_memory():
+    """Speed up training on a CPU: keep large freed blocks of memory instead of returning them.
+
+    Every training step frees and allocates the same large tensors. By default the C library (glibc)
+    maps each of them anew, and the kernel zeroes its pages at first touch: that costs more than the
+    arithmetic of an elementwise operation (measured in docs/LOG.md). With another C library nothing
+    happens.
+
+    Also lets oneDNN cache fewer kernels: with batches of many shapes, it would hold a gigabyte of
+    them to no use.
     """
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128')
     if sys.platform == 'linux':
+        m_mmap_max = -4        # names and numbers from glibc's malloc.h
+        m_trim_threshold = -1
         try:
             libc = ctypes.CDLL('libc.so.6')
-            libc.mallopt(-4, 0)   # M_MMAP_MAX: no block is mapped on its own
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the top of the heap is never given back
+            libc.mallopt(m_mmap_max, 0)         # no block gets a mapping of its own
+            libc.mallopt(m_trim_threshold, -1)  # the top of the heap is never given back
         except (OSError, AttributeError):
-            pass  # another C library: slower, but right
-
-
-def pick_device(device):
-    """'auto' or a device's name, to a torch.device that exists here. Raises UserError where it does not."""
-    mps = torch.backends.mps.is_available()
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
-    try:
-        d = torch.device(device)
-    except RuntimeError:
-        d = None
-    if d is None or d.type not in ('cpu', 'cuda', 'mps'):
-        raise UserError(f'device must be auto, cpu, cuda, cuda:N or mps, got {device!r}')
-    here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * mps
-    if d.type == 'cuda' and f'cuda:{d.index or 0}' not in here or d.type == 'mps' and not mps:
-        raise UserError(f'--device={device} is not available here; this machine has: {", ".join(here)}. '
-                        f'Leave --device away to have the best one chosen')
-    if d.type == 'cpu':
-        keep_freed_memory()
-    return d
+            pass  # another C library: slower, but correct
 
 
 def pick_dtype(device, dtype):
-    """'auto' or a name in DTYPES, to (torch.dtype to compute in, why): see rule 6 of the design."""
+    """(torch.dtype for matrix products, the reason in words), from a name in DTYPES or 'auto'.
+
+    'auto' is the fastest that is safe to train in. Raises UserError for float16 on a CPU.
+    """
     if dtype != 'auto':
         if dtype == 'float16' and device.type == 'cpu':
-            raise UserError('--dtype=float16 needs a GPU: on a CPU use --dtype=bfloat16 or float32')
+            raise UserError('--dtype=float16 needs a GPU: '
+                            'on a CPU use --dtype=bfloat16 or --dtype=float32')
         return DTYPES[dtype], 'as asked'
+
     if device.type == 'cuda':
-        ok = torch.cuda.get_device_capability(device) >= (8, 0)  # older cards emulate bfloat16, slowly
-        return (torch.bfloat16, 'the card computes in it') if ok else (torch.float16, 'the card is too old for bfloat16')
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, 'the GPU computes in it'
+        return torch.float16, 'the GPU is too old for bfloat16'  # which it would emulate, slowly
     if device.type == 'mps':
         return torch.float32, 'the safe choice on MPS'
-    if getattr(torch.cpu, '_is_avx512_bf16_supported', bool)():  # those with AMX have it too
+
+    has_avx512_bf16 = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)
+    if has_avx512_bf16():  # processors with AMX have it too
         return torch.bfloat16, 'the processor has AVX512_BF16'
     return torch.float32, 'the processor has no bfloat16 instructions'
 
 
 def autocast(device, dtype):
-    """Context in which matrix products run in dtype; does nothing for float32."""
+    """A context in which matrix products are computed in dtype. Does nothing for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def peak_memory(device):
-    """Bytes: the most that this process ever held, on its device where that counts for itself. None where unknown."""
+    """Bytes that this process held at its peak: on its GPU, or in all. None if unknown."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     if device.type == 'mps':
         return torch.mps.driver_allocated_memory()
     if os.name == 'posix':
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == 'darwin' else peak * 1024  # macOS counts bytes, Linux KB
     return None

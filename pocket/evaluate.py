@@ -1,111 +1,261 @@
-"""What a model is worth: loss and accuracy over a whole split, and how its replies compare with those of people."""
+"""
+What a model is worth: its loss and accuracy over a whole split, and how its replies compare with
+those of people.
+"""
+import math
 from itertools import islice
 
 import torch
 
 from pocket.device import autocast
-from pocket.distributed import all_reduce_sum, master_process, rank, world_size
+from pocket.distributed import all_reduce_sum, master_process, rank, shutdown, world_size
 from pocket.errors import UserError
+from pocket.generate import (
+    SamplingParams,
+    beam_search,
+    generate_stream,
+    prepare_reply_prompts,
+)
 from pocket.template import banned_ids, decode_reply, reply_start_ids
 
 
-def to_device(batch, where):
+def to_device(batch, device):
     """A batch (dict of tensors) on a device."""
-    return {key: t.to(where) for key, t in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss
 
 
 @torch.no_grad()
-def evaluate(model, data, where, precision, stopped=lambda: False):
-    """{loss: mean nats a target token, accuracy: share of targets that were the likeliest} over all of data, in eval mode.
+def evaluate(model, data, device, dtype, stopped=lambda: False):
+    """{'loss': mean nats per target, 'accuracy': share of targets predicted first} over all of
+    data.
 
-    No smoothing, no padding, no dropout enter it. None where stopped() came true in between, in whichever process.
+    In eval mode: no dropout, no label smoothing, and padding does not count. Processes share the
+    batches. Returns None if stopped() came true meanwhile, in any of them.
     """
     from tqdm import tqdm
+    loss = 0.0
+    correct = 0.0
+    count = 0
     model.eval()
-    loss = right = count = stop = 0
-    batches, more = islice(data.eval_batches(), rank, None, world_size), 1
-    quiet = None if master_process else True
-    with tqdm(desc='evaluating', total=data.num_targets, unit='tok', unit_scale=True, leave=False, disable=quiet, delay=2) as bar:
-        while more and not stop:  # a batch for each process, and all go on, or none
-            l = r = n = 0
-            if batch := next(batches, None):
-                with autocast(where, precision):
-                    l, r = model(**to_device(batch, where), reduction='score')[1].tolist()
-                n = (batch['targets'] != -1).sum().item()
-            l, r, n, more, stop = all_reduce_sum(l, r, n, batch is not None, bool(stopped()))
-            loss, right, count = loss + l, right + r, count + int(n)
-            bar.update(count - bar.n)
+    batches = islice(data.eval_batches(), rank, None, world_size)
+    bar = tqdm(desc='evaluating', total=data.num_targets, unit='tok', unit_scale=True, leave=False,
+               disable=None if master_process else True, delay=2)
+    with bar:
+        while True:
+            # All processes take a batch each, and all go on, or none: ranks may have one batch less
+            batch = next(batches, None)
+            batch_loss = batch_correct = batch_count = 0
+            if batch is not None:
+                with autocast(device, dtype):
+                    _, sums = model(**to_device(batch, device), reduction='sum_and_correct')
+                batch_loss, batch_correct = sums.tolist()
+                batch_count = (batch['targets'] != -1).sum().item()
+            batch_loss, batch_correct, batch_count, more, stop = all_reduce_sum(
+                batch_loss, batch_correct, batch_count, batch is not None, bool(stopped()))
+            loss += batch_loss
+            correct += batch_correct
+            count += int(batch_count)
+            bar.update(int(batch_count))
+            if stop or not more:
+                break
     model.train()
-    return None if stop else {'loss': loss / count, 'accuracy': right / count}
+    if stop:
+        return None
+    return {'loss': loss / count, 'accuracy': correct / count}
 
 
 @torch.no_grad()
-def smoothed_batch_mean(model, data, where, precision, label_smoothing, size=32):
-    """The smoothed loss averaged over batches of so many pairs in file order, as some published runs report it.
+def smoothed_batch_mean(model, data, device, dtype, label_smoothing, batch_size=32):
+    """The smoothed loss, averaged over batches of so many pairs in file order.
 
-    Long pairs count less in it than short ones, and smoothing adds to it: compare it with nothing else.
+    Some published runs report it. Long pairs count less in it than short ones, and smoothing adds
+    to it: compare it with nothing else.
     """
     model.eval()
-    tokens, losses = data.tokens(), []
-    for i in range(0, len(data.source_lengths), size):
-        batch = data.batch(tokens, range(i, min(i + size, len(data.source_lengths))))
-        with autocast(where, precision):
-            losses.append(model(**to_device(batch, where), label_smoothing=label_smoothing)[1].item())
+    tokens = data.tokens()
+    num_pairs = len(data.source_lengths)
+    losses = []
+    for first in range(0, num_pairs, batch_size):
+        members = range(first, min(first + batch_size, num_pairs))
+        batch = to_device(data.batch(tokens, members), device)
+        with autocast(device, dtype):
+            _, loss = model(**batch, label_smoothing=label_smoothing)
+        losses.append(loss.item())
     return sum(losses) / len(losses)
 
 
-def readable(tok, ids):
-    """A source as text; where a special token stands there is a bar."""
-    parts = [[]]
-    for i in ids:
-        parts[-1].append(i)
-        if i in tok.special_tokens.values():
-            parts.append([])
-    return ' | '.join(text for text in map(tok.decode, parts) if text)
+def format_loss(loss, num_targets, num_bytes):
+    """A loss in nats per token, and what else it is known as.
+
+    num_bytes: of UTF-8 text behind num_targets targets, for bits per byte.
+
+        >>> format_loss(1.5, 100, 200)
+        '1.5000 (perplexity 4.48, 1.082 bits per byte)'
+    """
+    bits_per_byte = math.nan
+    if num_bytes:
+        bits_per_byte = loss / math.log(2) * num_targets / num_bytes
+    perplexity = math.exp(min(loss, 700))  # exp(710) is more than a float can hold
+    return f'{loss:.4f} (perplexity {perplexity:.2f}, {bits_per_byte:.3f} bits per byte)'
 
 
-def generate_replies(model, tok, style, data, count, max_new_tokens, num_beams=1, batch_size=32, **sampling):
-    """Replies to `count` pairs of data, spread over it: a list of (source, reference, reply), all text, greedy unless told.
+def print_evaluation(model, tok, template, data, num_bytes, device, dtype, config, title):
+    """What train.py --eval_only prints: loss and accuracy on a split and, for pairs, replies.
 
-    style: the format of conversations (chat.py). num_beams above 1: beam search. Pairs of like lengths are answered together.
+    num_bytes: of text in the split. config: train.py's options. title: what is evaluated, on what.
+    """
+    if template is not None and config['eval_protocol'] == 'smoothed_batch_mean':
+        smoothing = config['label_smoothing']
+        loss = smoothed_batch_mean(model, data, device, dtype, smoothing)
+        print(f'{title} loss with smoothing {smoothing}, mean over batches of 32 in file order: '
+              f'{loss:.4f}')
+        return
+
+    scores = evaluate(model, data, device, dtype)
+    shutdown()
+    loss = format_loss(scores['loss'], data.num_targets, num_bytes)
+    print(f'{title} loss {loss}, accuracy {scores["accuracy"]:.2%} of {data.num_targets:,} '
+          f'target tokens')
+    if template is None or config['eval_replies'] == 0 or not master_process:
+        return
+    max_new_tokens = min(config['block_size'] // 2, 128)
+    triples = generate_replies(model, tok, template, data, config['eval_replies'], max_new_tokens,
+                               config['num_beams'])
+    every = math.ceil(len(triples) / 10)
+    for source, reference, reply in triples[::every]:  # ten to read, from all over the split
+        print(f'{source}\n  -> {reply}\n  (reference: {reference})')
+    for line in score_replies(triples):
+        print(line)
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples and replies
+
+
+def sample_text(model, tok, template, data, prompt, max_new_tokens, seed):
+    """A text that the model generates after a prompt (ids) or, for pairs, three replies."""
+    model.eval()
+    sampling = SamplingParams(temperature=0.8, top_k=200)
+    if template is not None:
+        triples = generate_replies(model, tok, template, data, 3, min(max_new_tokens, 60),
+                                   sampling=sampling, seed=seed)
+        text = '\n'.join(f'{source}\n  -> {reply}' for source, _, reply in triples)
+    else:
+        new = rows_of(generate_stream(model, [prompt], max_new_tokens, sampling,
+                                      eos_id=tok.eos_id, seed=seed))
+        text = tok.decode(prompt + new[0])
+    model.train()
+    return text
+
+
+def generate_replies(model, tok, template, data, count, max_new_tokens, num_beams=1, batch_size=32,
+                     sampling=None, seed=None):
+    """Replies to `count` pairs spread over data: a list of (source, reference, reply), all text.
+
+    Greedy unless sampling, a SamplingParams, says otherwise; num_beams above 1: beam search.
     """
     from tqdm import tqdm
     model.eval()
-    tokens, out = data.tokens(), {}
-    start, N = reply_start_ids(tok, style), len(data.source_lengths)
-    told = {'start': start, 'eot': tok.eos_id, 'banned': banned_ids(tok, model.config.vocab_size, but=tok.eos_id)}
-    order = sorted({i * N // min(count, N) for i in range(min(count, N))}, key=lambda i: data.source_lengths[i])
-    with tqdm(desc='writing replies', total=len(order), unit='reply', leave=False, disable=None, delay=2) as bar:
+    tokens = data.tokens()
+    decoder_start = reply_start_ids(tok, template)
+    banned = banned_ids(tok, model.config.vocab_size, keep=tok.eos_id)
+    options = {'eos_id': tok.eos_id, 'decoder_start': decoder_start, 'banned': banned}
+
+    # Pairs of similar length are answered together
+    num_pairs = len(data.source_lengths)
+    count = min(count, num_pairs)
+    chosen = {i * num_pairs // count for i in range(count)}
+    order = sorted(chosen, key=lambda pair: (data.source_lengths[pair], pair))
+
+    triples = {}
+    bar = tqdm(desc='generating replies', total=len(order), unit='reply', leave=False, disable=None,
+               delay=2)
+    with bar:
         for first in range(0, len(order), batch_size):
             members = order[first:first + batch_size]
-            pairs = [[ids.tolist() for ids in data.pair(tokens, i)] for i in members]
-            prompts = model.reply_prompts([source for source, _ in pairs], start, max_new_tokens)
+            pairs = [data.pair(tokens, member) for member in members]
+            sources = [source.tolist() for source, _ in pairs]
+            prompts = prepare_reply_prompts(model, sources, decoder_start, max_new_tokens)
             if num_beams > 1:
-                new = [found[0][0] for found in model.beam_search(prompts, max_new_tokens, num_beams, **told)]
+                found = beam_search(model, prompts, max_new_tokens, num_beams, **options)
+                replies = [candidates[0][0] for candidates in found]
             else:
-                written = list(model.stream(prompts, max_new_tokens, **told, **{'temperature': 0, **sampling}))
-                new = [[i for i in row if i >= 0] for row in torch.stack(written, dim=1).tolist()]
-            for i, (source, target), ids in zip(members, pairs, new):
-                out[i] = readable(tok, source), decode_reply(tok, style, target), decode_reply(tok, style, ids)
+                params = sampling or SamplingParams(temperature=0)
+                columns = generate_stream(model, prompts, max_new_tokens, params, seed=seed,
+                                          **options)
+                replies = rows_of(columns)
+            for member, (source, target), reply in zip(members, pairs, replies):
+                triples[member] = (readable(tok, source.tolist()),
+                                   decode_reply(tok, template, target.tolist()),
+                                   decode_reply(tok, template, reply))
             bar.update(len(members))
-    return [out[i] for i in sorted(out)]
+    return [triples[member] for member in sorted(triples)]
+
+
+def rows_of(columns):
+    """Lists of ids from a stream of (B,) tensors, without the -1 of rows that have ended."""
+    rows = torch.stack(list(columns), dim=1).tolist()
+    return [[token for token in row if token >= 0] for row in rows]
+
+
+def readable(tok, ids):
+    """A source as text, with a bar for each special token.
+
+    ids: list of int, such as those of 'Hi.<sep>Hello.', which reads 'Hi. | Hello.'
+    """
+    special_ids = set(tok.special_tokens.values())
+    parts = [[]]
+    for token in ids:
+        if token in special_ids:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    texts = [tok.decode(part) for part in parts]
+    return ' | '.join(text for text in texts if text)
 
 
 def score_replies(triples):
-    """Lines of text: BLEU and chrF of (source, reference, reply) triples with sacrebleu's signatures, distinct-1 and -2.
+    """Lines of text: BLEU and chrF of (source, reference, reply) triples, with sacrebleu's
+    signatures, and distinct-1 and distinct-2.
 
-    distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams of the replies' words by all of them.
-    Raises UserError where sacrebleu is not installed.
+    Raises UserError if sacrebleu is not installed.
     """
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
         raise UserError('BLEU and chrF need sacrebleu: pip install sacrebleu') from None
-    replies, lines = [reply for _, _, reply in triples], []
+    replies = [reply for _, _, reply in triples]
+    references = [reference for _, reference, _ in triples]
+    lines = []
     for metric in (BLEU(), CHRF()):
-        score = metric.corpus_score(replies, [[reference for _, reference, _ in triples]])
+        score = metric.corpus_score(replies, [references])
         lines.append(f'{score.name} {score.score:.2f} ({metric.get_signature()})')
     for n in (1, 2):
-        grams = [gram for reply in replies for words in [reply.split()] for gram in zip(*(words[k:] for k in range(n)))]
-        lines.append(f'distinct-{n} {len(set(grams)) / max(1, len(grams)):.4f} ({len(grams):,} in {len(replies):,} replies)')
+        ngrams = []
+        for reply in replies:
+            ngrams += ngrams_of(reply.split(), n)
+        share = distinct_share(ngrams)
+        lines.append(f'distinct-{n} {share:.4f} ({len(ngrams):,} in {len(replies):,} replies)')
     return lines
+
+
+def ngrams_of(words, n):
+    """All runs of n words.
+
+        >>> ngrams_of(['to', 'be', 'or'], 2)
+        [('to', 'be'), ('be', 'or')]
+    """
+    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+
+
+def distinct_share(ngrams):
+    """distinct-n: different n-grams divided by all. Li et al. 2016,
+    https://arxiv.org/abs/1510.03055
+
+    Models that always say the same are near 0.
+    """
+    return len(set(ngrams)) / max(1, len(ngrams))

@@ -1,185 +1,289 @@
-"""Files that are whole or not there, downloads, folders that one process writes to, and the version of our formats."""
+"""Paths as the user types them, atomic writes, locks, and downloads that resume."""
 import hashlib
 import os
 import time
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 from pocket.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent  # the folder of the scripts
-FORMAT = 1  # of meta.json and of checkpoints: an older one is read, a newer one refused
+ROOT = Path(__file__).resolve().parent.parent  # the folder of train.py and the other scripts
+FORMAT = 1  # version of meta.json and of checkpoints: older ones are read, newer ones refused
+
+# --------------------------------------------------------------------------------------------------
+# Paths
 
 
 def check_path(path):
-    """A Path, ~ expanded. Raises UserError where nothing can have such a name, whether it is there or not."""
+    """A Path with ~ expanded, existing or not. Raises UserError if no file can have this name."""
     try:
         path = Path(path).expanduser()
         path.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
+        pass  # nothing there, or nothing that we may see: still a path
     except (OSError, RuntimeError, ValueError) as e:
-        if getattr(e, 'winerror', None) == 123:  # Windows, of a * or ?: no file has that name, but it may be a glob
+        if getattr(e, 'winerror', None) == 123:  # Windows, for * and ?: no file, but maybe a glob
             return path
-        raise UserError(f'{str(path)!r} can\'t be a path: {getattr(e, "strerror", None) or e}') from None
+        reason = getattr(e, 'strerror', None) or e
+        raise UserError(f"{str(path)!r} can't be a path: {reason}") from None
     return path
 
 
 def find_path(path):
-    """A path as typed from the working directory or, where that does not exist, from the folder that holds the scripts."""
+    """A path relative to the working directory or, if nothing is there, to ROOT.
+
+    So config/shakespeare_char.py and out/stdlib are found from any working directory.
+    """
     path = check_path(path)
-    return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
+    if path.exists() or path.is_absolute():
+        return path
+    if (ROOT / path).exists():
+        return ROOT / path
+    return path
 
 
 def short_path(path):
-    """The same path, relative to the working directory where it lies inside: shorter to read and to type."""
+    """The same path, relative if it lies inside the working directory: shorter to read and type."""
     path = check_path(path).resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    if path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd())
+    return path
+
+
+def next_free_name(path):
+    """The first of path.1, path.2, … that does not exist, so that nothing is overwritten."""
+    number = 1
+    while path.with_name(f'{path.name}.{number}').exists():
+        number += 1
+    return path.with_name(f'{path.name}.{number}')
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing and locking
 
 
 def atomic_write(path, write):
-    """Call write(file) on a temporary name beside path, flush it to disk, then give it its name: whole or not at all.
+    """Write a file atomically: even after a crash, path is either the old file or all of the new.
 
-    Raises UserError where that fails; a file that was there before is then untouched.
+    Calls write(file) on a temporary file beside path, flushes it to disk, then renames it to path.
+    Raises UserError if any of that fails; a file that existed before is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
-        with open(temporary, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        for _ in range(20):
-            with suppress(PermissionError):  # Windows, while another process reads the old file: that is soon over
-                return os.replace(temporary, path)
-            time.sleep(0.1)
-        os.replace(temporary, path)
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        replace_patiently(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        why = getattr(e, 'strerror', None) or e
-        raise UserError(f'cannot write {path}: {why}; free some space or choose another folder') from None
+        reason = getattr(e, 'strerror', None) or e
+        advice = 'free some space or choose another folder'
+        raise UserError(f'cannot write {path}: {reason}; {advice}') from None
 
 
-def make_folder(folder, knob='--data_dir=…'):
-    """Make a folder where it is missing. Raises UserError where that can't be: knob is how another place is chosen."""
+def replace_patiently(source, target):
+    """os.replace(), tried for two seconds: Windows refuses while another process reads target."""
+    for _ in range(20):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(source, target)
+
+
+def make_folder(folder, option='--data_dir=…'):
+    """Create a folder, and its parents, if missing.
+
+    Raises UserError if that fails. option: how the user chooses another place.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f'cannot make {folder}: {e.strerror}; choose another place with {knob}') from None
+        advice = f'choose another place with {option}'
+        raise UserError(f'cannot make {folder}: {e.strerror}; {advice}') from None
 
 
-def next_free_name(path):
-    """The first of path.1, path.2, … that is not there: nobody's work is overwritten."""
-    return next(p for n in count(1) if not (p := path.with_name(f'{path.name}.{n}')).exists())
+def lock(folder, message='another run is writing to', option='--out_dir=…', name='.lock'):
+    """Lock a folder for this process. Returns an open file: closing it, or our end, unlocks.
 
-
-def back_up(folder):
-    """Give a folder the first free name, which is returned. Raises UserError where another process is writing to it."""
-    claim = lock(folder)
-    if os.name == 'nt':  # there a folder with an open file in it keeps its name
-        claim.close()
-    aside = Path(folder).rename(next_free_name(Path(folder).resolve()))
-    claim.close()
-    return aside
-
-
-def lock(folder, who='another run is writing to', knob='--out_dir=…', name='.lock'):
-    """Claim a folder, or with a name a file in it, for this process: an open file to hold on to.
-
-    Raises UserError where another process has it, or where nothing can be written.
+    name: the file in the folder that carries the lock. Raises UserError if another process holds
+    the lock (the sentence begins with message), or if the folder is not writable.
+    option: how the user chooses another place.
     """
+    advice = f'choose another place with {option}'
     try:
-        f = open(Path(folder) / name, 'a+', encoding='utf-8')
+        file = open(Path(folder) / name, 'a+', encoding='utf-8')
     except OSError as e:
-        raise UserError(f'cannot write to {folder}: {e.strerror}; choose another place with {knob}') from None
-    f.seek(0)
+        raise UserError(f'cannot write to {folder}: {e.strerror}; {advice}') from None
+    file.seek(0)
+
     try:
         if os.name == 'nt':
             import msvcrt
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back whatever happens to us
-            if not os.path.samestat(os.fstat(f.fileno()), os.stat(f.name)):
-                raise OSError('moved aside while we came')
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel unlocks when we end
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                raise OSError('the folder was renamed after we had opened the file')
     except OSError:
-        f.close()
-        raise UserError(f'{who} {folder}: wait for it, or choose another place with {knob}') from None
-    return f
+        file.close()
+        raise UserError(f'{message} {folder}: wait for it, or {advice}') from None
+    return file
 
 
-def sha256_of(path):
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def back_up(folder):
+    """Rename a folder to its next_free_name(), which is returned.
+
+    Raises UserError if another process is writing to it.
+    """
+    lock_file = lock(folder)
+    if os.name == 'nt':  # Windows does not rename a folder that has an open file in it
+        lock_file.close()
+    backup = Path(folder).rename(next_free_name(Path(folder).resolve()))
+    lock_file.close()
+    return backup
+
+
+# --------------------------------------------------------------------------------------------------
+# Downloads. While one is in progress, there are two files beside its path:
+#
+#     NAME.part      what has arrived so far; renamed to NAME once it is complete and verified
+#     NAME.part.tag  locked by the process that downloads. Its content is the server's name for the
+#                    version of the file (the ETag or Last-Modified header), empty if it has none
 
 
 def download(urls, path, sha256, advice):
-    """Fetch the first of urls that gives a file with that sha256, to path; a file that is already there and right is kept.
+    """Download a file from the first of urls that works. Returns path; an intact file is kept.
 
-    sha256 None: none is known, a file is right when it is as long as the server says.
-    A cut download goes on where it stopped (HTTP Range): checked in the end by its sha256 or, where none is known, only while
-    the server says that it still has the same file (If-Range). Raises UserError, ending in `advice`, where no url works.
+    A download that was cut off resumes (HTTP Range), even in a later process. The complete file is
+    verified by its sha256. If that is unknown (None), its length must be what the server says, and
+    it resumes only if the server still has the same version (HTTP If-Range).
+    Raises UserError, ending with advice, if no URL works.
     """
     path = Path(path)
     part = path.with_name(path.name + '.part')
+    tag_path = part.with_name(part.name + '.tag')
     if path.is_file():
-        if sha256 is None or sha256_of(path) == sha256:  # only what was whole has got this name
-            for left in (part, part.with_name(part.name + '.tag')):  # of a download of something else, which was killed
-                left.unlink(missing_ok=True)
+        if sha256 is None or sha256_of(path) == sha256:  # only a complete file gets this name
+            part.unlink(missing_ok=True)  # left by a killed download of another version
+            tag_path.unlink(missing_ok=True)
             return path
         print(f'{path} is not the file it should be (its sha256 differs): downloading it again')
-    import requests
-    from tqdm import tqdm
-    failures = []
+
     make_folder(path.parent)
-    tag = lock(path.parent, f'another process is downloading {path.name} to', '--data_dir=…', part.name + '.tag')
+    message = f'another process is downloading {path.name} to'
+    tag = lock(path.parent, message, '--data_dir=…', tag_path.name)
+    failures = []
     try:
-        for url in [u for u in urls for _ in range(2)]:  # a second try goes on from a cut
-            try:
-                tag.seek(0)
-                same = None if sha256 else tag.read()
-                have = part.stat().st_size if part.is_file() and same != '' else 0
-                headers = {'Accept-Encoding': 'identity',  # bytes as they are on disk
-                           'Range': f'bytes={have}-' if have else None, 'If-Range': same if have else None}
-                with requests.get(url, stream=True, timeout=30, headers=headers) as r:
-                    if r.status_code == 416:  # what we have is longer than the file: start anew
-                        part.unlink()
-                    r.raise_for_status()
-                    have = have if r.status_code == 206 else 0
-                    total = int(r.headers['Content-Length']) + have if 'Content-Length' in r.headers else None
-                    bar = tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=path.name, disable=None)
-                    with open(part, 'ab' if have else 'wb') as f, bar:
-                        if not have:  # first the part is empty, then we note which file on the server it is of
-                            strong = [r.headers[h] for h in ('ETag', 'Last-Modified') if r.headers.get(h, 'W/')[:2] != 'W/']
-                            tag.truncate(0)
-                            tag.write(''.join(strong[:1]))
-                            tag.flush()
-                        for block in r.iter_content(2**16):
-                            f.write(block)
-                            bar.update(len(block))
-                        f.flush()
-                        os.fsync(f.fileno())
-                if sha256 is None:  # a cut shows in the length or, where the server sends chunks, has raised an error
-                    whole = part.stat().st_size == total or total is None and r.headers.get('Transfer-Encoding') == 'chunked'
-                else:
-                    whole = sha256_of(part) == sha256
-                if whole:
+        for url in urls:
+            for _ in range(2):  # the second attempt resumes where the first was cut off
+                failure = try_mirror(url, part, tag, sha256)
+                if failure is None:
                     part.replace(path)
                     return path
-                failures.append(f'{url}: ' + ('wrong sha256' if sha256 else 'the server does not say how long it is'))
-                part.unlink()
-            except requests.RequestException as e:
-                code = getattr(e.response, 'status_code', None)
-                failures.append(f'{url}: ' + (f'status {code}' if code else type(e).__name__))
-            except OSError as e:
-                raise UserError(f'cannot write {part}: {e.strerror}') from None
+                failures.append(f'{url}: {failure}')
+    except OSError as e:
+        raise UserError(f'cannot write {part}: {e.strerror}') from None
     finally:
         tag.close()
         if not part.is_file():
-            Path(tag.name).unlink(missing_ok=True)
-    raise UserError(f'could not download {path.name} ({"; ".join(dict.fromkeys(failures))}). {advice}')
+            tag_path.unlink(missing_ok=True)
+    reasons = '; '.join(dict.fromkeys(failures))  # each once
+    raise UserError(f'could not download {path.name} ({reasons}). {advice}')
+
+
+def try_mirror(url, part, tag, sha256):
+    """Complete part from one URL and verify it. Returns None, or in a few words what went wrong.
+
+    If the connection is cut, part is kept for another attempt; if its content is wrong, deleted.
+    Raises OSError if part can't be written.
+    """
+    import requests
+    try:
+        length_is_right = resume_part(url, part, tag, has_checksum=sha256 is not None)
+    except requests.RequestException as e:
+        if e.response is not None:
+            return f'status {e.response.status_code}'
+        return type(e).__name__
+
+    if sha256 is not None and sha256_of(part) != sha256:
+        part.unlink()
+        return 'wrong sha256'
+    if sha256 is None and not length_is_right:
+        part.unlink()
+        return 'the server does not say how long it is'
+    return None
+
+
+def resume_part(url, part, tag, has_checksum):
+    """Fetch from a URL what part lacks. Returns whether its length is what the server announced.
+
+    has_checksum: a mix of two versions would be noticed, so we resume whatever we have. Otherwise
+    we resume only if tag says which version it is of, and the server still has that one.
+    """
+    import requests
+    from tqdm import tqdm
+
+    # Ask for the whole file, or for what is missing
+    headers = {'Accept-Encoding': 'identity'}  # the bytes of the file itself, not compressed
+    tag.seek(0)
+    version = tag.read()
+    have = 0
+    if part.is_file() and (has_checksum or version):
+        have = part.stat().st_size
+    if have > 0:
+        headers['Range'] = f'bytes={have}-'
+        if not has_checksum:
+            headers['If-Range'] = version
+
+    with requests.get(url, stream=True, timeout=30, headers=headers) as response:
+        if response.status_code == 416:  # we have more than the whole file: start over
+            part.unlink(missing_ok=True)
+        response.raise_for_status()
+        if response.status_code != 206:  # the server does not resume, but sends the whole file
+            have = 0
+        length = None
+        if 'Content-Length' in response.headers:
+            length = have + int(response.headers['Content-Length'])
+
+        # Open the part before the tag is written, so that the tag never describes older bytes
+        bar = tqdm(total=length, initial=have, unit='B', unit_scale=True,
+                   desc=part.stem, disable=None)
+        with open(part, 'ab' if have else 'wb') as file, bar:
+            if have == 0:
+                tag.truncate(0)
+                tag.write(version_of(response.headers))
+                tag.flush()
+            for block in response.iter_content(2**16):
+                file.write(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+
+    if length is None:  # a chunked response has an end mark: a cut would have raised an error
+        return response.headers.get('Transfer-Encoding') == 'chunked'
+    return part.stat().st_size == length
+
+
+def version_of(headers):
+    """What identifies a server's file byte for byte: its ETag or its date, '' if there is neither.
+
+    >>> version_of({'ETag': 'W/"1a"', 'Last-Modified': 'Mon, 01 Jan 2024 00:00:00 GMT'})
+    'Mon, 01 Jan 2024 00:00:00 GMT'
+    """
+    for name in ('ETag', 'Last-Modified'):
+        value = headers.get(name, '')
+        if value and not value.startswith('W/'):  # W/: "weak", the bytes may differ
+            return value
+    return ''
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,113 +1,231 @@
 """
-From the last layer of a model to logits, or to a loss without ever holding all logits.
+Faster versions of what model.py states plainly, for CPUs above all. tests/test_kernels.py holds
+each of them against the plain formula.
 
-References:
-  loss and gradient in one pass over slices  Hsu et al. 2024,   https://arxiv.org/abs/2410.10989 (Liger)
-  adaptive softmax                           Grave et al. 2017, https://arxiv.org/abs/1609.04309
+    Dropout           nn.Dropout, from random bytes instead of one Bernoulli number per element
+    attention         softmax(q kᵀ / √D) v: plain_attention in model.py
+    cross_entropy     loss and gradient in slices, without all logits: plain_cross_entropy in
+    model.py loss_and_correct  the same slices for validation, with the number of correct
+    predictions
+
+What each of them gained is measured in docs/LOG.md.
 """
+import math
+from functools import lru_cache
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+# --------------------------------------------------------------------------------------------------
+# Dropout
+
+
+class Dropout(nn.Module):
+    """nn.Dropout, on a CPU seven times faster.
+
+    PyTorch draws a Bernoulli number per element; we draw random bytes, eight to each 64-bit number.
+    So on a CPU p is rounded to 1/256 (0.2 becomes 51/256). What is kept is scaled by exactly 1 / (1
+    - that), so the expectation is right.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        dropped_values = round(self.p * 256)  # how many of the 256 values of a byte mean "drop"
+        if x.device.type != 'cpu' or not 0 < dropped_values < 256:
+            return F.dropout(x, self.p)
+
+        # One random byte per element, from -128 to 127: exact in any float type
+        random_words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None)
+        random_bytes = random_words.view(torch.int8)[:x.numel()].view(x.shape)
+
+        # Bytes below the threshold become 0, all others 1 / (1 - p); in place, for that is what is
+        # fast
+        keep = random_bytes.to(x.dtype)
+        keep.sub_(dropped_values - 129).clamp_(0, 1).mul_(256 / (256 - dropped_values))
+        return x * keep
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+QUERY_BLOCK = 256  # queries per block of causal attention on a CPU
+MAX_SCORES = 1024 * 1024  # T × S up to which plain products beat PyTorch's fused kernel on a CPU
+
+
+@lru_cache(maxsize=8)
+def causal_bias(length, dtype, device):
+    """(length, length) to add to attention scores: 0 on and below the diagonal, -inf above."""
+    with torch.inference_mode(False):  # it is cached, so training must be able to use it, too
+        bias = torch.full((length, length), -math.inf, dtype=dtype, device=device)
+        return bias.triu(1)
+
+
+def attention(q, k, v, mask=None, is_causal=False, dropout=None):
+    """softmax(q kᵀ / √D) v; arguments and result are those of plain_attention() in model.py.
+
+    On GPUs PyTorch's fused kernel is fastest, and never holds the scores. On CPUs it is for a
+    single query in float32 and for very long texts; elsewhere two products and a softmax take half
+    to a tenth of its time.
+    """
+    T, S = q.size(2), k.size(2)
+    fused = q.device.type != 'cpu' or T * S > MAX_SCORES or (T == 1 and q.dtype == torch.float32)
+    if fused:
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
+    if not is_causal:
+        return attend_block(q, k, v, mask, dropout=dropout)
+
+    # Causal: in blocks of queries, each with the keys up to its end. Nearly half of all scores lie
+    # above the diagonal, and are never computed
+    if T > QUERY_BLOCK:
+        k = k.contiguous()  # once, instead of in each product
+        v = v.contiguous()
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        queries = q[:, :, start:end]
+        blocks.append(attend_block(queries, k[:, :, :end], v[:, :, :end], None, start, dropout))
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat(blocks, dim=2)
+
+
+def attend_block(q, k, v, mask=None, causal_start=None, dropout=None):
+    """plain_attention(), in the order of operations that is fast.
+
+    causal_start: the position of the first query, if no query may see later keys.
+    """
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # scaling q is less work than scores
+    if causal_start is not None:
+        scores += causal_bias(k.size(2), scores.dtype, scores.device)[causal_start:]
+    elif mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1)
+    if dropout is not None:
+        weights = dropout(weights)
+    return weights @ v
+
+
+# --------------------------------------------------------------------------------------------------
+# Cross-entropy of a large vocabulary
+
 MAX_LOGITS = 2**26  # held at a time: 128 MB in bfloat16
-CACHED = 2**20      # … a CPU turns so many of them at a time into a gradient, in float32: what its cache holds
+CACHE_LOGITS = 2**20  # turned into gradients at a time on a CPU: in float32, what its cache holds
+WEIGHT_ROWS = 8192  # of the weights' gradient computed at a time: all of it would be held twice
 
 
-def parts(x, targets, n):
-    """Pairs of parts of x and targets, (N, …) and (N,), of n rows or, at the end, fewer."""
-    return zip(x.split(max(1, n)), targets.split(max(1, n)))
+def cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0.0):
+    """Summed cross-entropy of x (N, C), through a linear layer (V, C), to targets (N,): float32.
+
+    The same as plain_cross_entropy() in model.py, which holds (N, V) logits three times over.
+    """
+    return SlicedCrossEntropy.apply(x, weight, bias, targets, label_smoothing, softcap)
 
 
-class FusedLoss(torch.autograd.Function):
-    """Summed cross-entropy of x (N, C) through a linear layer (V, C), float32.
+class SlicedCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in one pass over slices of rows, so that no (N, V) tensor is ever held.
 
-    The gradient with respect to logits is softmax minus target, known as soon as the logits are: it is computed with them, slice
-    by slice, and what backward() has to do is scale. So logits are computed once, and no (N, V) tensor is ever held.
+    The gradient with respect to the logits is softmax minus target, known as soon as the logits
+    are. So forward() computes it right away, in the place of the logits, and backward() has only to
+    scale. Hsu et al. 2024 (Liger Kernel), https://arxiv.org/abs/2410.10989
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, label_smoothing, softcap):
-        V, dtype = weight.size(0), x.dtype
+        V = weight.size(0)
+        dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        pad = -V % 8  # rows of logits that all begin at a multiple of 16 bytes: a faster product; what is added stays zero
-        w, b = weight.new_zeros(V + pad, weight.size(1), dtype=dtype), None if bias is None else F.pad(bias.to(dtype), (0, pad))
-        w[:V] = weight
-        gx, gw, gb = [], torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+
+        # Pad the vocabulary to a multiple of 8: then all rows of logits begin at a multiple of 16
+        # bytes, which makes the products faster. What is added stays zero
+        extra = -V % 8
+        padded_weight = weight.new_zeros(V + extra, weight.size(1), dtype=dtype)
+        padded_weight[:V] = weight
+        padded_bias = None
+        if bias is not None:
+            padded_bias = F.pad(bias.to(dtype), (0, extra))
+
+        # Products want large slices of rows; the arithmetic in between wants few, which stay in the
+        # processor's cache. (A compiler would write a kernel for each part, so it gets one.)
+        logits_per_part = CACHE_LOGITS if x.device.type == 'cpu' else MAX_LOGITS // 4
+        if torch.compiler.is_compiling():
+            logits_per_part = MAX_LOGITS
+        rows_per_slice = max(1, MAX_LOGITS // V)
+        rows_per_part = max(1, logits_per_part // V)
+
         loss = torch.zeros((), device=x.device)
-        at_once = CACHED if x.device.type == 'cpu' else MAX_LOGITS // 4
-        at_once = MAX_LOGITS if torch.compiler.is_compiling() else at_once  # it would write a kernel for each part
-        for xi, ti in parts(x.to(dtype), targets, MAX_LOGITS // V):
-            logits = F.linear(xi, w, b)                                             # (n, V + pad)
-            for some, t in parts(logits[:, :V], ti, at_once // V):
-                capped = softcap * torch.tanh(some.float() / softcap) if softcap else some
-                g = capped.log_softmax(dim=-1, dtype=torch.float32)
-                loss -= (1 - label_smoothing) * g.gather(1, t[:, None]).sum()
-                if label_smoothing:
-                    loss -= label_smoothing / V * g.sum()
-                g.exp_().sub_(label_smoothing / V)                                  # d loss / d logits
-                g.scatter_add_(1, t[:, None], g.new_full((len(t), 1), label_smoothing - 1))
-                some.copy_(g.mul_(1 - (capped / softcap).square()) if softcap else g)  # in the place of the logits themselves
-                if bias is not None:
-                    gb += g.sum(dim=0)
-            gx.append(logits @ w)
-            for some, g in zip(logits[:, :V].split(8192, dim=1), gw.split(8192)):  # all of it at once would be held twice
-                g += some.t() @ xi
-            del logits, some, capped                                                # before the next slice is made
-        ctx.save_for_backward(torch.cat(gx).to(x.dtype), gw, gb)
+        grad_x = []
+        grad_weight = torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        slices = zip(x.to(dtype).split(rows_per_slice), targets.split(rows_per_slice))
+        for x_slice, target_slice in slices:
+            logits = F.linear(x_slice, padded_weight, padded_bias)  # (n, V + extra)
+            grad_logits = logits[:, :V]  # the gradient takes the logits' place, part by part
+            parts = zip(grad_logits.split(rows_per_part), target_slice.split(rows_per_part))
+            for part, target in parts:
+                part_loss, grad = loss_and_gradient(part, target, label_smoothing, softcap)
+                loss += part_loss
+                part.copy_(grad)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0)
+            grad_x.append(logits @ padded_weight)
+            columns = grad_logits.split(WEIGHT_ROWS, dim=1)
+            for grad_columns, grad_rows in zip(columns, grad_weight.split(WEIGHT_ROWS)):
+                grad_rows += grad_columns.t() @ x_slice
+            # Let go of this slice before the next is made
+            del logits, grad_logits, parts, part, grad, columns, grad_columns
+        ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_weight, grad_bias)
         return loss
 
     @staticmethod
-    def backward(ctx, grad):
-        gx, gw, gb = ctx.saved_tensors
-        return gx * grad, gw.mul_(grad), None if gb is None else gb * grad, None, None, None
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors
+        if grad_bias is not None:
+            grad_bias = grad_bias * grad_loss
+        return grad_x * grad_loss, grad_weight.mul_(grad_loss), grad_bias, None, None, None
 
 
-class Head(nn.Linear):
-    """A linear layer to logits, bounded by softcap where that is not 0."""
+def loss_and_gradient(logits, targets, label_smoothing, softcap):
+    """Summed loss of logits (n, V) before softcap, float32, and its gradient with respect to them.
 
-    def __init__(self, c):
-        super().__init__(c.n_embd, c.vocab_size, bias=c.head_bias)
-        self.softcap = c.softcap
-
-    def forward(self, x):
-        """x: (..., C); returns logits (..., V) in the precision of the product."""
-        logits = super().forward(x)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
-
-    def loss(self, x, targets, label_smoothing=0.0):
-        """Summed cross-entropy of x (N, C) and targets (N,), none negative: float32."""
-        return FusedLoss.apply(x, self.weight, self.bias, targets, label_smoothing, self.softcap)
-
-
-class AdaptiveHead(nn.Module):
-    """Adaptive softmax: frequent ids at full width, rare ones in clusters that are narrower and seldom computed.
-
-    rank: (V,) int64 buffer, the place of each id when ids are ordered by frequency; train.py counts.
+    With smoothing e, the target distribution is 1 - e on the target plus e / V on every id.
     """
+    V = logits.size(1)
+    capped = logits
+    if softcap:
+        capped = softcap * torch.tanh(logits.float() / softcap)
+    logp = capped.log_softmax(dim=-1, dtype=torch.float32)  # (n, V)
 
-    def __init__(self, c):
-        super().__init__()
-        self.softmax = nn.AdaptiveLogSoftmaxWithLoss(c.n_embd, c.vocab_size, list(c.cutoffs), c.div_value)
-        self.register_buffer('rank', torch.arange(c.vocab_size))
+    loss = -(1 - label_smoothing) * logp.gather(1, targets[:, None]).sum()
+    if label_smoothing:
+        loss = loss - label_smoothing / V * logp.sum()
 
-    def forward(self, x):
-        """x: (..., C); returns log-probabilities (..., V): logits as good as any."""
-        with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
-            return self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank].view(*x.shape[:-1], -1)
-
-    def loss(self, x, targets, label_smoothing=0.0):
-        """The same as Head.loss. Raises ValueError for label smoothing, which this head can't do."""
-        if label_smoothing:
-            raise ValueError('adaptive softmax (cutoffs) can\'t do label_smoothing: switch one of the two off')
-        with torch.autocast(x.device.type, enabled=False):
-            return -self.softmax(x.float(), self.rank[targets]).output.sum()
+    # softmax minus target distribution, in the memory of logp
+    grad = logp.exp_().sub_(label_smoothing / V)
+    minus_target = grad.new_full((len(targets), 1), label_smoothing - 1)
+    grad.scatter_add_(1, targets[:, None], minus_target)
+    if softcap:
+        grad.mul_(1 - (capped / softcap).square())  # the slope of tanh
+    return loss, grad
 
 
-def score(head, x, targets):
-    """(2,) float32: the summed cross-entropy of x (N, C) and targets (N,), and how many targets were the likeliest."""
-    V, total = len(head.rank) if isinstance(head, AdaptiveHead) else head.weight.size(0), torch.zeros(2, device=x.device)
-    for xi, ti in parts(x, targets, MAX_LOGITS // 2 // V):
-        logits = head(xi).float()
-        total += torch.stack((F.cross_entropy(logits, ti, reduction='sum'), (logits.argmax(dim=-1) == ti).sum()))
+def loss_and_correct(head, x, targets, vocab_size):
+    """(2,) float32: summed cross-entropy of x (N, C) and targets (N,), and how many are the argmax.
+
+    For validation: no gradient, no smoothing, and any head that gives logits.
+    """
+    rows = max(1, MAX_LOGITS // 2 // vocab_size)
+    total = torch.zeros(2, device=x.device)
+    for x_slice, target_slice in zip(x.split(rows), targets.split(rows)):
+        logits = head(x_slice).float()  # (n, V)
+        loss = F.cross_entropy(logits, target_slice, reduction='sum')
+        correct = (logits.argmax(dim=-1) == target_slice).sum()
+        total += torch.stack((loss, correct))
     return total

@@ -1,20 +1,22 @@
 """
-How much memory training takes, and what for. train.py says it before it starts; this prints a table for GPT-2's shapes.
+How much memory training takes, and what for: a table for the sizes of GPT-2.
 
-    python memory.py                                                              on a GPU, micro-batches of 4 x 1,024 tokens
-    python memory.py --device=cpu --batch_size=1 --block_size=512 --measure=124M  and what real steps take, on this machine
+    python -m pocket.memory                       on a GPU, in micro-batches of 4 x 1,024 tokens
+    python -m pocket.memory --device=cpu --batch_size=1 --block_size=512 --measure=124M
+                                                  also takes real steps on this machine and compares
+
+train.py prints the same estimate for its own model before it starts.
 """
 from typing import Literal
 
 from pocket.configurator import configure
-from pocket.errors import UserError
 
-batch_size = 4                     # rows of a micro-batch; how many of these make a step costs nothing
-block_size = 1024                  # tokens in a row
+batch_size = 4                     # [1, inf) rows per micro-batch; accumulating more is free
+block_size = 1024                  # [1, inf) tokens per row
 dtype: Literal['bfloat16', 'float16', 'float32'] = 'bfloat16'  # of matrix products
-device: Literal['cuda', 'mps', 'cpu'] = 'cuda'  # the table is for such a machine
-measure: tuple[str, ...] = ()      # 124M, 350M, 774M or 1.5B: take real steps here; may be given several times
-worker = ''                        # for this script's own use: what this process measures
+device: Literal['cuda', 'mps', 'cpu'] = 'cuda'  # the kind of machine that the table is for
+measure: tuple[Literal['124M', '350M', '774M', '1.5B'], ...] = ()  # take real steps with these
+worker = ''                        # internal: what this process measures
 if __name__ == '__main__':
     configure(__file__, globals())
 
@@ -27,78 +29,153 @@ from model import GPT, GPTConfig
 from pocket.device import DTYPES, autocast, peak_memory, pick_device
 from pocket.kernels import MAX_LOGITS
 
+GPT2_SIZES = {  # name: (n_layer, n_head, n_embd)
+    '124M': (12, 12, 768),
+    '350M': (24, 16, 1024),
+    '774M': (36, 20, 1280),
+    '1.5B': (48, 25, 1600),
+}
 
-def estimate(c, others, matrices, tokens, precision, device, world=1):
-    """{what for: bytes} of training a model of config c: an estimate, good to about a third.
 
-    others, matrices: how many parameters AdamW has, and Muon. tokens: of a micro-batch. device: cpu, cuda or mps.
+def estimate(config, adamw_params, muon_params, tokens, dtype, device_type, world_size=1):
+    """Bytes that training a model takes: {what for: bytes}, good to about a third.
+
+    config: a GPTConfig or Seq2SeqConfig. adamw_params, muon_params: the number of parameters that
+    each optimizer updates. tokens: per micro-batch. dtype: of matrix products, a torch.dtype.
+    device_type: 'cpu', 'cuda' or 'mps'. world_size: the number of processes.
     """
-    n, e, C = others + matrices, 4 if precision == torch.float32 else 2, c.n_embd
-    # What a layer keeps of a token for the backward pass: norms, q, k, v and result of attention are ten times its width, both
-    # sides of the nonlinearity are twice that of the MLP; and on a CPU attend() holds the scores of each head, of long rows half
-    scores = c.n_head * min(c.block_size, c.block_size // 2 + 128) if device == 'cpu' and c.block_size <= 1024 else 0
-    layer = e * (10 * C + (4 if c.act == 'swiglu' else 2) * (c.n_inner or 4 * C) + scores)
-    logits = min(tokens * c.vocab_size, MAX_LOGITS) * (e if device == 'cpu' else 2 + e)
-    kept = e * C if c.gradient_checkpointing else layer  # checkpointing: only what enters the layer
+    num_params = adamw_params + muon_params
+    C = config.n_embd
+    V = config.vocab_size
+    on_cpu = device_type == 'cpu'
+    itemsize = 4 if dtype == torch.float32 else 2  # bytes per activation
+
+    # Parameters are in float32, and there is a copy for products in 16 bits
+    param_bytes = 4 if itemsize == 4 else 4 + itemsize
+    # Gradients are in float32, and DistributedDataParallel exchanges another copy
+    grad_bytes = 4 if world_size == 1 else 8
+
+    # What a layer keeps of each token for the backward pass, in numbers. Norms, q, k, v and the
+    # result of attention are ten times the width; the MLP keeps both sides of its nonlinearity.
+    mlp_width = config.n_inner or 4 * C
+    layer_numbers = 10 * C + 2 * mlp_width
+    if config.act == 'swiglu':  # it has a gate as wide
+        layer_numbers += 2 * mlp_width
+    # On a CPU, attention holds the scores of short rows; of long ones, half (see kernels.py).
+    if on_cpu and config.block_size <= 1024:
+        scores_per_head = min(config.block_size, config.block_size // 2 + 128)
+        layer_numbers += config.n_head * scores_per_head
+
+    # Checkpointing keeps only what enters a layer. The layer at work is there in full besides.
+    layer_bytes = itemsize * layer_numbers
+    kept_bytes = layer_bytes
+    if config.gradient_checkpointing:
+        kept_bytes = itemsize * C
+
+    # The head holds a slice of the logits (on a GPU also its gradient), its weight in both
+    # precisions, and its input with gradient
+    logit_bytes = itemsize if on_cpu else 2 + itemsize
+    head = min(tokens * V, MAX_LOGITS) * logit_bytes
+    head += V * C * (4 + itemsize)
+    head += tokens * C * 2 * itemsize
+
     return {
-        'parameters': n * (4 if e == 4 else 4 + e),             # in float32, and a copy for products in 16 bits
-        'gradients': n * (4 if world == 1 else 8),              # and what DistributedDataParallel exchanges
-        'optimizer': others * 8 + matrices * 4,                 # two moments of AdamW, one of Muon
-        'activations': tokens * (c.n_layer * kept + layer),     # one layer is at work
-        'head': logits + (c.vocab_size * (4 + e) + tokens * 2 * e) * C,
-        'PyTorch': 5e8 if device == 'cpu' else 0,               # its share of a GPU is in no allocator's figure
+        'parameters': num_params * param_bytes,
+        'gradients': num_params * grad_bytes,
+        'optimizer': adamw_params * 8 + muon_params * 4,  # two moments of AdamW, one of Muon
+        'activations': tokens * (config.n_layer * kept_bytes + layer_bytes),
+        'head': head,
+        'PyTorch': 5e8 if on_cpu else 0,  # on a GPU its share is outside the allocator's figures
     }
 
 
-def in_words(parts):
-    """An estimate in a few words; where it is large, with its parts."""
-    whole, named = sum(parts.values()), ', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items() if size >= 5e7)
-    return f'about {whole / 1e9:.1f} GB of memory' + f' ({named})' * (whole >= 1e9)
+def format_estimate(parts):
+    """An estimate in a few words; if it is large, with its parts.
+
+    >>> format_estimate({'parameters': 3e8, 'gradients': 3e8})
+    'about 0.6 GB of memory'
+    >>> format_estimate({'parameters': 2e9, 'gradients': 1e9, 'head': 1e6})
+    'about 3.0 GB of memory (parameters 2.0, gradients 1.0)'
+    """
+    total = sum(parts.values())
+    text = f'about {total / 1e9:.1f} GB of memory'
+    if total >= 1e9:
+        large = [f'{name} {size / 1e9:.1f}' for name, size in parts.items() if size >= 5e7]
+        text += f' ({", ".join(large)})'
+    return text
 
 
-def shape(name, checkpointed=False):
-    """GPTConfig of one of GPT-2's models."""
-    sizes = {'124M': (12, 12, 768), '350M': (24, 16, 1024), '774M': (36, 20, 1280), '1.5B': (48, 25, 1600)}
-    return GPTConfig(block_size, 50257, *sizes[name], gradient_checkpointing=bool(checkpointed))
+def gpt2_config(name, gradient_checkpointing):
+    """The GPTConfig of one of GPT2_SIZES, for rows of block_size tokens."""
+    n_layer, n_head, n_embd = GPT2_SIZES[name]
+    return GPTConfig(
+        block_size=block_size,
+        vocab_size=50257,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
-def take_steps(c):
-    """Bytes that training such a GPT takes at the most: two steps of two micro-batches, with AdamW."""
-    where, model = pick_device(device), GPT(c)
-    optimizer = torch.optim.AdamW(model.to(where).parameters(), fused=True)
-    idx, targets = torch.randint(c.vocab_size, (2, batch_size, block_size), device=where)
-    for micro in range(4):
-        with autocast(where, DTYPES[dtype]):
-            loss = model(idx, targets)[1]
-        loss.backward()
-        if micro % 2:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+def print_table():
+    """Print the table, in Markdown."""
+    columns = ['parameters', 'gradients', 'optimizer', 'head', 'activations']
+    header = ['millions', *columns, '**total**', 'checkpointed', '**total**']
+    if measure:
+        header += ['measured', '… checkpointed']
+    print(f'GB, micro-batches of {batch_size} x {block_size:,} tokens, products in {dtype}, AdamW, '
+          f'{device}\n')
+    print(f'| {" | ".join(header)} |')
+    print('|---' * len(header) + '|')
+
+    tokens = batch_size * block_size
+    for name in GPT2_SIZES:
+        config = gpt2_config(name, gradient_checkpointing=False)
+        checkpointed_config = gpt2_config(name, gradient_checkpointing=True)
+        with torch.device('meta'):
+            num_params = GPT(config).num_params()
+        parts = estimate(config, num_params, 0, tokens, DTYPES[dtype], device)
+        checkpointed = estimate(checkpointed_config, num_params, 0, tokens, DTYPES[dtype], device)
+
+        sizes = [parts[column] for column in columns]
+        sizes.append(sum(parts.values()))
+        sizes.append(checkpointed['activations'])
+        sizes.append(sum(checkpointed.values()))
+        if name in measure:
+            sizes.append(measure_in_a_process(name))
+            sizes.append(measure_in_a_process(f'{name} checkpointed'))
+        row = [f'{num_params / 1e6:,.1f}']
+        row += [f'{size / 1e9:.1f}' for size in sizes]
+        print(f'| {" | ".join(row)} |', flush=True)
+
+
+def measure_in_a_process(what):
+    """Peak memory in bytes of real steps, in a process of their own, so that its peak is theirs."""
+    command = [sys.executable, '-m', 'pocket.memory', *sys.argv[1:], f'--worker={what}']
+    return int(subprocess.check_output(command))
+
+
+def take_steps(config):
+    """Train a GPT for two steps of two micro-batches, with AdamW. Returns peak memory in bytes."""
+    where = pick_device(device)
+    model = GPT(config).to(where)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(config.vocab_size, (2, batch_size, block_size), device=where)
+    idx, targets = tokens
+    for _ in range(2):
+        for _ in range(2):
+            with autocast(where, DTYPES[dtype]):
+                _, loss = model(idx, targets)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return peak_memory(where)
 
 
-def table():
-    """Print the table, in Markdown."""
-    names = ('124M', '350M', '774M', '1.5B')
-    if not set(measure) <= set(names) or min(batch_size, block_size) < 1:
-        raise UserError(f'measure must be of {", ".join(names)}, batch_size and block_size at least 1, '
-                        f'got {", ".join(measure) or None}, {batch_size} and {block_size}')
-    parts = ('parameters', 'gradients', 'optimizer', 'head', 'activations')
-    head = ['millions', *parts, '**in all**', 'checkpointed', '**in all**'] + ['measured', '… checkpointed'] * bool(measure)
-    print(f'GB, micro-batches of {batch_size} x {block_size:,} tokens, products in {dtype}, AdamW, {device}\n\n'
-          f'| {" | ".join(head)} |\n{"|---" * len(head)}|')
-    for name in names:
-        with torch.device('meta'):
-            n = GPT(shape(name)).num_params()
-        plain, less = (estimate(shape(name, c), n, 0, batch_size * block_size, DTYPES[dtype], device) for c in (0, 1))
-        sizes = [*(plain[part] for part in parts), sum(plain.values()), less['activations'], sum(less.values())]
-        for c in ('', ' checkpointed') if name in measure else ():
-            argv = [sys.executable, __file__, *sys.argv[1:], f'--worker={name}{c}']  # a process of its own: its peak is its own
-            sizes.append(int(subprocess.check_output(argv)))
-        print(f'| {n / 1e6:,.1f} | ' + ' | '.join(f'{size / 1e9:.1f}' for size in sizes) + ' |', flush=True)
-
-
-if __name__ == '__main__' and worker:
-    print(take_steps(shape(*worker.split())))
-elif __name__ == '__main__':
-    table()
+if __name__ == '__main__':
+    if worker:
+        size, _, checkpointed = worker.partition(' ')
+        print(take_steps(gpt2_config(size, gradient_checkpointing=bool(checkpointed))))
+    else:
+        print_table()

@@ -1,8 +1,8 @@
 """
-Draw the loss curves of runs, from their log.csv.
+Loss curves of runs, drawn from their log.csv.
 
-    python plot.py --run=out/shakespeare_char                       train and val, the best marked: loss.png, as train.py draws it
-    python plot.py --run=out/a --run=out/b --x=seconds --to=ab.png  several on one axis: val of each
+    python -m pocket.plot --run=out/shakespeare_char      train and val loss, the best val marked
+    python -m pocket.plot --run=out/a --run=out/b --x=seconds --to=ab.png    val loss of several
 """
 import csv
 import os
@@ -11,74 +11,119 @@ from typing import Literal
 
 from pocket.configurator import configure
 from pocket.errors import UserError
-from pocket.files import find_path
+from pocket.files import atomic_write, find_path
 
-run: tuple[str, ...] = ()          # the folder of a run, or a file like its log.csv; give it several times for several runs
-x: Literal['step', 'seconds', 'tokens'] = 'step'  # what to draw the losses over
-to: str | None = None              # the picture to write, .png, .svg or .pdf (None: loss.png in the folder of the first run)
-title: str | None = None           # None: the run's name
+run: tuple[str, ...] = ()          # a run's folder, or a file like its log.csv; repeat for several
+x: Literal['step', 'seconds', 'tokens'] = 'step'  # what the losses are drawn over
+to: str | None = None              # .png, .svg or .pdf (None: loss.png in the first run's folder)
+title: str | None = None           # None: the names of the runs
 if __name__ == '__main__':
     configure(__file__, globals())
 
-from pocket.files import atomic_write
-
-UNITS = {'step': 'step', 'seconds': 'seconds of training, evaluations included', 'tokens': 'tokens trained on'}
+X_LABELS = {
+    'step': 'step',
+    'seconds': 'seconds of training, evaluations included',
+    'tokens': 'tokens trained on',
+}
 
 
 def read(path):
-    """(name, {column: list of float}) of a run. Raises UserError where there is no log with at least a row."""
+    """(name, {column: list of numbers}) of a run, from its folder or log.csv.
+
+    Raises UserError if there is no log, or none with at least one row.
+    """
     path = find_path(path)
     file = path / 'log.csv' if path.is_dir() else path
     try:
         rows = list(csv.DictReader(file.read_text(encoding='utf-8').splitlines()))
-        columns = {key: [float(row[key]) for row in rows] for key in ('step', 'val_loss', *(rows[0] if rows else ()))}
+        log = {}
+        for column in ('step', 'val_loss', *rows[0]):
+            log[column] = [float(row[column]) for row in rows]
     except OSError as e:
-        raise UserError(f'cannot read {file}: {e.strerror}; --run= is the folder of a run, or its log.csv') from None
-    except (ValueError, KeyError, TypeError, csv.Error):
-        columns = {}
-    if not columns or not columns['step']:
-        raise UserError(f'{file} is not the log.csv of a run that was evaluated')
+        raise UserError(f"cannot read {file}: {e.strerror}; --run= is the folder of a run, "
+                        "or its log.csv") from None
+    except (ValueError, LookupError, TypeError, csv.Error):
+        raise UserError(f'{file} is not the log.csv of a run that was evaluated') from None
+
     name = path.resolve().name if path.is_dir() else path.stem
-    return os.fsencode(name).decode('utf-8', 'replace'), columns  # whatever the locale made of it
+    name = os.fsencode(name).decode('utf-8', 'replace')  # whatever the locale has made of it
+    return name, log
 
 
 def draw(runs, path, x='step', title=None):
-    """Write a picture to path. runs: [(name, {column: list of numbers})], of one both losses, of several those of val.
+    """Write a picture to path: the train and val loss of one run, or the val loss of several.
 
-    Raises UserError where matplotlib is missing or path can't be written.
+    runs: a list of what read() returns. x: a column of all logs. Raises UserError if matplotlib is
+    missing, or if path can't be written or does not end in .png, .svg or .pdf.
     """
     try:
         import matplotlib
-        matplotlib.use('Agg')
+        matplotlib.use('Agg')  # draws into files, needs no display
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError(f'{Path(path).name} needs matplotlib: pip install matplotlib') from None
+    extension = Path(path).suffix[1:].lower() or 'png'
+    if extension not in ('png', 'svg', 'pdf'):
+        raise UserError(f'the name of a picture ends in .png, .svg or .pdf, got {path}')
+
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for name, log in runs:
-        if len(runs) == 1 and 'train_loss' in log:
-            axis.plot(log[x], log['train_loss'], label='train', marker='.')
-        best = min(log['val_loss'])
-        at = log[x][log['val_loss'].index(best)]
-        line, = axis.plot(log[x], log['val_loss'], marker='.', label='val' if len(runs) == 1 else f'{name}: best val {best:.4f}')
-        axis.plot(at, best, 'o', fillstyle='none', color='black' if len(runs) == 1 else line.get_color(), markersize=9,
-                  label=f'best val {best:.4f}' if len(runs) == 1 else None)
-    axis.set(xlabel=UNITS[x], ylabel='loss (nats a token)', title=title or ', '.join(name for name, _ in runs))
+    if len(runs) == 1:
+        draw_one(axis, runs[0], x)
+    else:
+        draw_several(axis, runs, x)
+    names = ', '.join(name for name, _ in runs)
+    axis.set(xlabel=X_LABELS[x], ylabel='loss (nats per token)', title=title or names)
     axis.grid(alpha=0.3)
     axis.legend()
-    kind = Path(path).suffix[1:].lower() or 'png'
-    if kind not in ('png', 'svg', 'pdf'):
-        raise UserError(f'a picture\'s name ends in .png, .svg or .pdf, got {path}')
-    atomic_write(path, lambda f: figure.savefig(f, format=kind, dpi=120))
+    atomic_write(path, lambda file: figure.savefig(file, format=extension, dpi=120))
     plt.close(figure)
+
+
+def draw_one(axis, run, x):
+    """Train and val loss of one run, with the best val loss marked."""
+    _, log = run
+    if 'train_loss' in log:
+        axis.plot(log[x], log['train_loss'], label='train', marker='.')
+    axis.plot(log[x], log['val_loss'], label='val', marker='.')
+    best_x, best = best_point(log, x)
+    mark(axis, best_x, best, color='black', label=f'best val {best:.4f}')
+
+
+def draw_several(axis, runs, x):
+    """The val loss of each run, with the best one marked."""
+    for name, log in runs:
+        best_x, best = best_point(log, x)
+        line, = axis.plot(log[x], log['val_loss'], label=f'{name}: best val {best:.4f}', marker='.')
+        mark(axis, best_x, best, color=line.get_color())
+
+
+def best_point(log, x):
+    """(x, loss) at the lowest val loss of a run."""
+    best = min(log['val_loss'])
+    row = log['val_loss'].index(best)
+    return log[x][row], best
+
+
+def mark(axis, at, loss, color, label=None):
+    """A circle around a point."""
+    axis.plot(at, loss, 'o', fillstyle='none', color=color, markersize=9, label=label)
 
 
 if __name__ == '__main__':
     if not run:
-        raise UserError('name a run: python plot.py --run=out/NAME')
+        raise UserError('name a run: python -m pocket.plot --run=out/NAME')
     runs = [read(path) for path in run]
-    if lacking := [name for name, log in runs if x not in log]:
-        raise UserError(f'the log of {", ".join(lacking)} has no column {x!r}: choose another with --x=')
-    first = find_path(run[0])
-    to = Path(to).expanduser() if to else (first if first.is_dir() else first.parent) / 'loss.png'
-    draw(runs, to, x, title)
-    print(f'{to}: ' + ', '.join(f'{name} {min(log["val_loss"]):.4f}' for name, log in runs))
+    lacking = [name for name, log in runs if x not in log]
+    if lacking:
+        raise UserError(f'the log of {", ".join(lacking)} has no column {x!r}: '
+                        'choose another with --x=')
+
+    if to:
+        target = Path(to).expanduser()
+    else:
+        first = find_path(run[0])
+        folder = first if first.is_dir() else first.parent
+        target = folder / 'loss.png'
+    draw(runs, target, x, title)
+    best_losses = [f'{name} {min(log["val_loss"]):.4f}' for name, log in runs]
+    print(f'{target}: {", ".join(best_losses)}')

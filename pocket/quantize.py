@@ -1,8 +1,14 @@
 """
-Linear layers for writing. A token costs one pass over all weights: how they lie in memory, and how large they are, is its price.
+Linear layers for decoding.
 
-On a CPU bfloat16 weights are laid out in the blocks that oneDNN's kernels read; rounded to 8 bits they are half as large. LOG.md
-has what either gains. Training keeps the plain layers of model.py.
+To generate a token, the processor reads every weight of the model once, and with few texts at a
+time it does little with each. So a token costs about (bytes of all weights) / (bytes of memory read
+per second): GPT-2 124M in bfloat16, 0.25 GB at 25 GB/s, takes 10 ms. Two things make that less:
+
+    PackedLinear   the same bfloat16 weights, in the order in which the CPU's kernels read them
+    Int8Linear     weights rounded to 8 bits: half as many bytes
+
+docs/LOG.md has what either gains. Training keeps the plain layers: these have no gradients.
 """
 import warnings
 
@@ -10,74 +16,143 @@ import torch
 from torch import nn
 
 
-class PackedLinear(nn.Module):
-    """A linear layer of a CPU whose bfloat16 weights lie the way oneDNN reads them."""
+def prepare_for_decoding(model, bits=None):
+    """Replace the linear layers of a GPT or Seq2Seq, in place, by the fastest ones for its device.
+
+    bits=8: by Int8Linear. None: by PackedLinear for bfloat16 on a CPU that computes in it; any
+    other model stays as it is. Embeddings stay in any case. Returns the model, which can no longer
+    be trained.
+    """
+    if bits == 8:
+        replacement = Int8Linear
+    elif runs_in_bfloat16_on_cpu(model):
+        replacement = PackedLinear
+    else:
+        return model
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, replacement(child))
+    return model
+
+
+def runs_in_bfloat16_on_cpu(model):
+    """True if the weights are bfloat16 on a CPU for which oneDNN has bfloat16 kernels."""
+    weight = next(model.parameters())
+    if not weight.is_cpu or weight.dtype != torch.bfloat16:
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class DecodingLinear(nn.Module):
+    """A linear layer without gradients. Subclasses say how weights are stored and multiplied.
+
+    linear: the nn.Linear, or head of a model, that it replaces; softcap and bias are taken over.
+    """
 
     def __init__(self, linear):
         super().__init__()
-        self.bias, self.softcap = linear.bias, getattr(linear, 'softcap', 0.0)
-        self.pack(linear.weight.detach())
-
-    def prepare_for_decoding(self, weight):
-        """Store weight (out, in) in a layout of one's own."""
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-
-    def product(self, rows):
-        """rows: (N, in); returns rows @ weight.T + bias, (N, out)."""
-        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, 'none', [], '')
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.softcap = getattr(linear, 'softcap', 0.0)
+        self.store(linear.weight.detach())
 
     def forward(self, x):
-        """x: (..., in); returns (..., out)."""
-        y = self.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
-        return self.softcap * torch.tanh(y / self.softcap) if self.softcap else y
+        """x: (..., in); returns (..., out) in the precision of x."""
+        y = self.multiply(x.flatten(0, -2))
+        y = y.view(*x.shape[:-1], -1)
+        if self.softcap:
+            y = self.softcap * torch.tanh(y / self.softcap)
+        return y
+
+    def store(self, weight):
+        """Keep weight, (out, in), in a form of one's own."""
+        raise NotImplementedError
+
+    def multiply(self, rows):
+        """rows: (N, in); returns rows @ weight.T + bias, (N, out)."""
+        raise NotImplementedError
 
 
-class Int8Linear(PackedLinear):
-    """A linear layer with int8 weights and a scale for each output channel.
+class PackedLinear(DecodingLinear):
+    """bfloat16 weights in blocks, the way oneDNN's kernels on a CPU read them."""
 
-    On x86 CPUs PyTorch's FBGEMM kernels multiply integers: inputs are rounded to 8 bits too, each row by its own largest value.
-    Elsewhere only the weights are int8, and the arithmetic is in the precision of the input.
+    def store(self, weight):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def multiply(self, rows):
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, 'none', [], '')
+
+
+class Int8Linear(DecodingLinear):
+    """int8 weights, with a scale for each output channel: weight ~ scale * int8.
+
+    On x86 CPUs PyTorch's FBGEMM kernels multiply integers by integers. For that the inputs are
+    rounded to 8 bits too. Everywhere else only the weights are int8, and the arithmetic is in the
+    precision of the input.
     """
 
-    def prepare_for_decoding(self, weight):
-        scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)             # (out,)
-        self.fbgemm = weight.is_cpu and 'fbgemm' in torch.backends.quantized.supported_engines
-        self.fbgemm &= hasattr(torch, 'quantize_per_channel')  # it is to leave PyTorch some day: then the other branch serves
+    def store(self, weight):
+        # The largest weight of a channel becomes 127. A channel of zeros must not divide by zero.
+        scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)  # (out,)
+
+        self.fbgemm = weight.is_cpu and has_fbgemm()
         if self.fbgemm:
-            zero = torch.zeros(len(scale), dtype=torch.int64)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                weight = torch.quantize_per_channel(weight.float(), scale, zero, axis=0, dtype=torch.qint8)
-            self.weight = torch.ops.quantized.linear_prepack(weight, None)
-            self.reduce_range = not torch.cpu._is_vnni_supported()  # older processors add products up in 16 bits: leave one free
+            self.weight = pack_for_fbgemm(weight, scale)
+            # Processors without VNNI add products in 16 bits: inputs of 7 bits avoid overflow
+            self.reduce_range = not torch.cpu._is_vnni_supported()
         else:
+            rounded = (weight.float() / scale[:, None]).round().to(torch.int8)
+            self.register_buffer('weight', rounded)
             self.register_buffer('scale', scale.to(weight.dtype))
-            self.register_buffer('weight', (weight.float() / scale[:, None]).round().to(torch.int8))
 
-    def product(self, rows):
-        if not self.fbgemm and len(rows) <= 4 and rows.device.type in ('cpu', 'mps') and rows.dtype != torch.float64:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)              # PyTorch's kernel: it reads the bytes once
-        elif not self.fbgemm:
-            y = rows @ self.weight.to(rows.dtype).t() * self.scale
-        elif len(rows) == 1:
-            y = torch.ops.quantized.linear_dynamic(rows.float(), self.weight, self.reduce_range)
-        else:  # the kernel has one scale for all rows: let them be alike
-            size = rows.float().abs().amax(dim=1, keepdim=True).clamp_(min=1e-12)     # (N, 1)
-            y = torch.ops.quantized.linear_dynamic(rows / size, self.weight, self.reduce_range).mul_(size)
-        return y.to(rows.dtype) if self.bias is None else (y + self.bias).to(rows.dtype)
+    def multiply(self, rows):
+        if self.fbgemm:
+            y = self.multiply_fbgemm(rows)
+        else:
+            y = self.multiply_weight_only(rows)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(rows.dtype)
+
+    def multiply_fbgemm(self, rows):
+        """rows @ weight.T, (N, out) float32, in integers."""
+        if len(rows) == 1:
+            return torch.ops.quantized.linear_dynamic(rows.float(), self.weight, self.reduce_range)
+
+        # The kernel rounds all rows with one scale, which suits only the largest of them. Bring
+        # them to the same size first: then a row's result hardly depends on its neighbors.
+        size = rows.float().abs().amax(dim=1, keepdim=True).clamp_(min=1e-12)  # (N, 1)
+        y = torch.ops.quantized.linear_dynamic(rows / size, self.weight, self.reduce_range)
+        return y.mul_(size)
+
+    def multiply_weight_only(self, rows):
+        """rows @ weight.T, (N, out), in the precision of rows."""
+        # For a few rows PyTorch has a kernel that reads the weights as bytes
+        has_kernel = rows.device.type in ('cpu', 'mps') and rows.dtype != torch.float64
+        if has_kernel and len(rows) <= 4:
+            return torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        return rows @ self.weight.to(rows.dtype).t() * self.scale
 
 
-def prepare_for_decoding(model, bits=None):
-    """Replace the linear layers of a GPT or Seq2Seq, in place, by what writes fastest where they are; bits=8: by Int8Linear.
+def has_fbgemm():
+    """True if this PyTorch multiplies int8 matrices with FBGEMM (x86 CPUs).
 
-    Embeddings stay as they are. Returns the model; it can't be trained any more.
+    quantize_per_channel is to leave PyTorch some day. Int8Linear then does without FBGEMM.
     """
-    p = next(model.parameters())
-    blocks = p.is_cpu and p.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if bits == 8 or blocks:
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, Int8Linear(child) if bits == 8 else PackedLinear(child))
-    return model
+    engines = torch.backends.quantized.supported_engines
+    return 'fbgemm' in engines and hasattr(torch, 'quantize_per_channel')
+
+
+def pack_for_fbgemm(weight, scale):
+    """weight (out, in) rounded to int8 with scale (out,), in the layout that FBGEMM reads."""
+    zero_point = torch.zeros(len(scale), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # PyTorch says that quantize_per_channel is deprecated
+        quantized = torch.quantize_per_channel(weight.float(), scale, zero_point, axis=0,
+                                               dtype=torch.qint8)
+    return torch.ops.quantized.linear_prepack(quantized, None)

@@ -1,70 +1,163 @@
 """
-Conversations as ids: one format for preparing a dataset and for talking to what was trained on it.
+Chat templates: how a conversation becomes token ids.
 
-A format is a dict that travels in meta.json and in checkpoints:
+The same template prepares a dataset and talks to the model trained on it, so it travels along: as
+JSON in meta.json, as a dict in every checkpoint.
 
-    turn      how a turn is written: '[{speaker}] {text}' or '{speaker}: {text}'
-    between   text between turns, or the name of a special token in brackets: '<sep>'
-    begin     the same, before the first turn
-    turns     at most so many are in a source, the last ones
-    you, me   whom the person and the model speak as
-    reply     what the model's own turn begins with ('Bot: '): it is written, not sampled
+    >>> from pocket.tokenizer import make_tokenizer
+    >>> tok = make_tokenizer('byte')
+    >>> template = ChatTemplate(turn='{speaker}: {text}', separator='\\n', max_turns=3)
+    >>> turns = [('you', 'Hello.'), ('model', 'Hi!'), ('you', 'Bye.')]
+    >>> print(tok.decode(encode_conversation(tok, template, turns)))
+    you: Hello.
+    model: Hi!
+    you: Bye.
 """
 import re
+from dataclasses import dataclass
 
 from pocket.errors import UserError
 
-PLAIN_TEMPLATE = {'turn': '{text}', 'between': '', 'begin': '', 'turns': 1, 'you': 'you', 'me': 'model', 'reply': ''}  # of any pairs
+# The fields of a ChatTemplate as they are called in meta.json and in checkpoints
+JSON_KEYS = {
+    'turn': 'turn',
+    'separator': 'between',
+    'bos': 'begin',
+    'max_turns': 'turns',
+    'user': 'you',
+    'assistant': 'me',
+    'reply_prefix': 'reply',
+}
+MAX_LENGTH = 1000   # characters in a field: templates come in files, which can hold anything
 
 
-def check(style, tok=None):
-    """Raise ValueError where a format, which comes in files, is not one, or has text that tok, if given, does not know."""
-    if not isinstance(style, dict) or any(type(style.get(key)) is not type(value) for key, value in PLAIN_TEMPLATE.items()) \
-            or style['turns'] < 1 or '{text}' not in style['turn'] or any(len(str(style[key])) > 1000 for key in PLAIN_TEMPLATE):
-        raise ValueError(f'chat, the format of conversations, must have {", ".join(PLAIN_TEMPLATE)}, as chat.py has them')
-    if tok is not None:
-        encode_conversation(tok, style, [(style['you'], ''), (style['me'], '')])
-        reply_start_ids(tok, style)
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation is written. The default fits any pairs: the last turn, then the reply."""
+
+    turn: str = '{text}'        # one turn: '[{speaker}] {text}' or '{speaker}: {text}'
+    separator: str = ''         # between turns: text, or a special token in brackets, '<sep>'
+    bos: str = ''               # before the first turn: the same
+    max_turns: int = 1          # a source holds at most this many turns, the last ones
+    user: str = 'you'           # the name the person speaks under
+    assistant: str = 'model'    # the name the model speaks under
+    reply_prefix: str = ''      # what every reply begins with ('Bot: '): given, not sampled
+
+    @classmethod
+    def from_dict(cls, d):
+        """The template that to_dict() described; None gives the default.
+
+        Raises ValueError if d, which may come from an untrusted file, does not describe one.
+        """
+        if d is None:
+            return cls()
+        wrong = ValueError(f'chat, the chat template, must have {", ".join(JSON_KEYS.values())}, '
+                           'as pocket/template.py describes them')
+        if not isinstance(d, dict):
+            raise wrong
+
+        values = {}
+        for field, key in JSON_KEYS.items():
+            value = d.get(key)
+            if type(value) is not type(getattr(cls, field)) or len(str(value)) > MAX_LENGTH:
+                raise wrong
+            values[field] = value
+
+        template = cls(**values)
+        if template.max_turns < 1 or '{text}' not in template.turn:
+            raise wrong
+        return template
+
+    def to_dict(self):
+        """The template as meta.json and checkpoints hold it."""
+        return {key: getattr(self, field) for field, key in JSON_KEYS.items()}
 
 
-def piece_ids(tok, piece):
-    """Ids of a text or, for '<name>', of the special token of that name."""
-    name = piece[1:-1] if piece.startswith('<') and piece.endswith('>') else ''
-    return [tok.special_tokens[name]] if name in tok.special_tokens else tok.encode(piece)
+def check_template(template, tok):
+    """Raise ValueError if the template contains text that the tokenizer cannot encode."""
+    encode_conversation(tok, template, [(template.user, ''), (template.assistant, '')])
+    reply_start_ids(tok, template)
 
 
-def encode_conversation(tok, style, turns, max_tokens=None):
-    """Ids of a conversation: turns is a list of (speaker, text), the newest last; style is a format as above.
+# ---- Conversations to ids
 
-    Whole turns leave, the oldest first, until at most max_tokens are left; of a newest turn that is longer alone, its end stays.
+
+def encode_piece(tok, piece):
+    """Ids of a text or, for '<name>', of the special token with that name."""
+    if piece.startswith('<') and piece.endswith('>'):
+        name = piece[1:-1]
+        if name in tok.special_tokens:
+            return [tok.special_tokens[name]]
+    return tok.encode(piece)
+
+
+def format_turn(template, speaker, text):
+    """One turn as text.
+
+    >>> format_turn(ChatTemplate(turn='[{speaker}] {text}'), 'Ann', 'What does {speaker} mean?')
+    '[Ann] What does {speaker} mean?'
     """
-    begin, ids = piece_ids(tok, style['begin']), []
-    for number, (speaker, text) in enumerate(reversed(turns[-style['turns']:])):
-        said, parts = {'{speaker}': speaker, '{text}': text}, re.split('({speaker}|{text})', style['turn'])
-        turn = tok.encode(''.join(said.get(part, part) for part in parts))
-        turn += piece_ids(tok, style['between']) if number else []
-        if max_tokens is not None and len(begin) + len(turn) + len(ids) > max_tokens:
-            return begin + (ids or turn[-max(1, max_tokens - len(begin)):])
+    values = {'{speaker}': speaker, '{text}': text}
+    # One pass over the template: braces in what people say are never filled in
+    return re.sub('{speaker}|{text}', lambda match: values[match[0]], template.turn)
+
+
+def encode_conversation(tok, template, turns, max_tokens=None):
+    """Ids of a conversation. turns: a list of (speaker, text), the newest last.
+
+    With max_tokens, only as many whole turns are kept as fit, the newest ones. If the newest turn
+    alone is too long, its end is kept.
+    """
+    bos = encode_piece(tok, template.bos)
+    recent = turns[-template.max_turns:]
+
+    # From the newest turn back to the oldest: each goes in front of those that follow it
+    ids = []
+    for age, (speaker, text) in enumerate(reversed(recent)):
+        turn = tok.encode(format_turn(template, speaker, text))
+        if age > 0:
+            turn = turn + encode_piece(tok, template.separator)
+        if max_tokens is not None and len(bos) + len(turn) + len(ids) > max_tokens:
+            if not ids:
+                ids = turn[-max(1, max_tokens - len(bos)):]
+            break
         ids = turn + ids
-    return begin + ids
+    return bos + ids
 
 
-def reply_start_ids(tok, style):
-    """What a reply begins with: the id between source and target, then the format's `reply`. Raises UserError: there is none."""
+# ---- Replies
+
+
+def reply_start_ids(tok, template):
+    """What a reply begins with: the token between source and target, then the reply_prefix.
+
+    Raises UserError if the tokenizer has no such token or cannot encode the prefix.
+    """
     try:
-        reply = tok.encode(style['reply'])
+        prefix = tok.encode(template.reply_prefix)
     except ValueError as e:
-        raise UserError(f'replies begin with {style["reply"]!r}, but {e}: prepare the dataset again') from None
+        raise UserError(f'replies begin with {template.reply_prefix!r}, but {e}: '
+                        'prepare the dataset again') from None
     if tok.decoder_start_id is None:
-        raise UserError('the tokenizer has no special id to begin a reply with: prepare the dataset again')
-    return [tok.decoder_start_id, *reply]
+        raise UserError('the tokenizer has no special token to begin a reply with: '
+                        'prepare the dataset again')
+    return [tok.decoder_start_id, *prefix]
 
 
-def decode_reply(tok, style, ids):
-    """A whole target, or what was written after reply_start_ids(), as the bare text of the reply."""
-    return tok.decode(ids).removeprefix(style['reply']).strip()
+def decode_reply(tok, template, ids):
+    """The text of a reply, without its prefix.
+
+    ids: a whole target, or what was generated after reply_start_ids().
+    """
+    return tok.decode(ids).removeprefix(template.reply_prefix).strip()
 
 
-def banned_ids(tok, vocab_size, but):
-    """The ids that are banned when text is written: special ones but for one, and rows of the head that mean nothing."""
-    return set(tok.special_tokens.values()) - {but} | set(range(tok.vocab_size, vocab_size))
+def banned_ids(tok, vocab_size, keep):
+    """The set of ids that must never be generated.
+
+    These are the special tokens, except for the one with the id `keep` (None: no exception), and
+    the ids that only the model has, where its vocabulary was rounded up.
+    """
+    special = set(tok.special_tokens.values()) - {keep}
+    unused = set(range(tok.vocab_size, vocab_size))
+    return special | unused

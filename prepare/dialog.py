@@ -1,13 +1,15 @@
 """
-DailyDialog and ProsocialDialog as chat: '<s> User: Hi! <sep> Bot: Hello. <sep> User: Coffee?' and its reply 'Bot: Gladly. </s>'.
+DailyDialog and ProsocialDialog as chat: a source '<bos>User: Hi!<sep>Bot: Hello.<sep>User: Tea?'
+and its target 'Bot: Gladly.<eos>'.
 
-    python prepare/dialog.py                                           both, downloaded (3 MB and 117 MB)
-    python prepare/dialog.py --daily=FOLDER --prosocial=FOLDER         from local zips and JSON files: *train*, *valid*, *test*
-    python prepare/dialog.py --corpora=daily                           one of them
+    python prepare/dialog.py                                     both, downloaded (3 MB and 117 MB)
+    python prepare/dialog.py --corpora=daily                     one of them
+    python prepare/dialog.py --daily=FOLDER --prosocial=FOLDER   local zips and JSON files:
+                                                                 *train*, *valid*, *test*
 
-In DailyDialog every utterance but the first is a reply to learn, in ProsocialDialog every response is, not what provokes it. The
-official splits are kept; a dialog that occurs again, letter for letter, stays only where it is first: in train, val, then test;
-and so does a pair that two splits have. meta.json counts what was dropped.
+In DailyDialog every utterance but the first is a target. In ProsocialDialog only the responses are,
+not what provokes them. The official splits are kept, but a dialog whose letters occur again stays
+only where it comes first, in train, val or test; so does a pair. meta.json counts what was dropped.
 """
 import json
 import re
@@ -20,135 +22,261 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+# Make pocket/ importable from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, download, read_text, sha256_of, write_pairs
+from pocket.datasets import dataset_folder, print_next_step, read_text, write_pairs
 from pocket.errors import UserError
-
-corpora: Literal['both', 'daily', 'prosocial'] = 'both'  # which are used
-daily: str | None = None      # a folder with DailyDialog's three zips (None: download them)
-prosocial: str | None = None  # a folder with ProsocialDialog's three JSON files (None: download them)
-context = 6                   # utterances before a reply, at most
-tokenizer = 'sentencepiece'   # or char, byte, bpe, trained on train; or one of tiktoken's, such as gpt2
-vocab_size = 32000            # of what is trained; where the text is too small for it, the largest that fits
-name = 'dialog'               # the dataset is data/NAME
-data_dir: str | None = None   # where datasets live (None: data/ beside the scripts)
-daily_urls: tuple[str, ...] = (
-    'https://raw.githubusercontent.com/Ls-Dai/Deep-Reinforcement-Learning-for-Dialogue-Generation-in-PyTorch/'
-    'bae51b16e3e8c0ce4ffd70b75ecfc40fbeb8e7ee/data', 'https://huggingface.co/datasets/roskoN/dailydialog/resolve/main')  # mirrors
-prosocial_urls: tuple[str, ...] = ('https://huggingface.co/datasets/allenai/prosocial-dialog/resolve/main',)  # mirrors
-configure(__file__, globals())
-
-from pocket.template import encode_conversation
+from pocket.files import download, sha256_of
+from pocket.template import ChatTemplate, encode_conversation
 from pocket.tokenizer import make_tokenizer
 
-LICENCES = {'daily': 'DailyDialog (Li et al. 2017) is CC BY-NC-SA 4.0: not for commercial use',
-            'prosocial': 'ProsocialDialog (Kim et al. 2022) is CC BY 4.0; it answers offensive lines, and so holds them'}
-SHA256 = {'train.zip': '6191257f8250da0e045bfd1d017645e15b2358df975ec4c5c431a5a1f99662a4',  # at the first of daily_urls
-          'validation.zip': 'f068cf7526a56ab5f26e99b74ce9edbc2766f7b060a3c6cef035920b0dd28153',
-          'test.zip': '5f9526a5ce4b8af4ca237aa3ff38cbf03becbc596c70b0974d7f5f9af2ea0615'}
-STYLE = {'turn': '{speaker}: {text}', 'between': '<sep>', 'begin': '<bos>', 'turns': context,
-         'you': 'User', 'me': 'Bot', 'reply': 'Bot: '}
-CHARACTERS = str.maketrans({'’': "'", '‘': "'", '′': "'", '“': '"', '”': '"', '。': ' . ', '、': ' , ', '\x7f': ' '})
-REPAIRS = [(re.compile(pattern), new) for pattern, new in (  # in this order
-    (r"(\w) ?' ?(s|t|m|d|re|ve|ll|Ve|Re|Ll)\b", lambda m: f"{m[1]}'{m[2].lower()}"),  # I ' m, we ' Ve
-    (r"\b([Oo]|[Mm]a) ' (?=\w)", r"\1'"),               # o ' clock, ma ' am
-    (r"(?:^|(?<=\s))' (\S.*?) '(?=\s|$)", r"'\1'"),     # she said ' maybe '
-    (r"s ' ", "s' "),                                   # my parents ' home
-    (r'" *(.*?) *"', r'"\1"'),
-    (r'\b(\d{1,3}(?:,\d{3})*) , (\d{3})\b', r'\1,\2'),  # 12 , 000
-    (r'(?<=\d) \. (?=\d)', '.'),                       # 4 . 50
-    (r'(?<=\d) ?: ?(?=\d\d\b)', ':'),                  # 8: 30
-    (r' +([.,!?;:%)\]])', r'\1'),
-    (r'([(\[$£¥]) ', r'\1'),
-    (r'\b([A-Za-z])\. (?=[A-Za-z]\.)', r'\1.'),         # p . m .
+corpora: Literal['both', 'daily', 'prosocial'] = 'both'  # which to use
+daily: str | None = None      # a folder with DailyDialog's three zips (None: download them)
+prosocial: str | None = None  # a folder with ProsocialDialog's JSON files (None: download them)
+context = 6                   # [1, inf) a source has at most this many utterances
+tokenizer = 'sentencepiece'   # or char, byte, bpe, trained on train; or tiktoken's, such as gpt2
+vocab_size = 32000            # of those that are trained; less if the text is too small for it
+name = 'dialog'               # the dataset is data/NAME
+data_dir: str | None = None   # where datasets live (None: data/ beside train.py)
+daily_urls: tuple[str, ...] = (
+    'https://raw.githubusercontent.com/Ls-Dai/Deep-Reinforcement-Learning-for-Dialogue-Generation-in-PyTorch/'
+    'bae51b16e3e8c0ce4ffd70b75ecfc40fbeb8e7ee/data',
+    'https://huggingface.co/datasets/roskoN/dailydialog/resolve/main',
+)  # folders to download from, tried in this order
+prosocial_urls: tuple[str, ...] = (
+    'https://huggingface.co/datasets/allenai/prosocial-dialog/resolve/main',
+)  # the same
+configure(__file__, globals())
+
+LICENSES = {
+    'daily': 'DailyDialog (Li et al. 2017) is CC BY-NC-SA 4.0: not for commercial use',
+    'prosocial': 'ProsocialDialog (Kim et al. 2022) is CC BY 4.0; it answers offensive lines, '
+                 'so it contains them',
+}
+SHA256 = {   # of DailyDialog's files at the first of daily_urls
+    'train.zip': '6191257f8250da0e045bfd1d017645e15b2358df975ec4c5c431a5a1f99662a4',
+    'validation.zip': 'f068cf7526a56ab5f26e99b74ce9edbc2766f7b060a3c6cef035920b0dd28153',
+    'test.zip': '5f9526a5ce4b8af4ca237aa3ff38cbf03becbc596c70b0974d7f5f9af2ea0615',
+}
+TEMPLATE = ChatTemplate(turn='{speaker}: {text}', separator='<sep>', bos='<bos>', max_turns=context,
+                        user='User', assistant='Bot', reply_prefix='Bot: ')
+
+
+# --- Text as people write it ----------------------------------------------------------------------
+
+PUNCTUATION = str.maketrans({
+    '’': "'", '‘': "'", '′': "'", '“': '"', '”': '"', '。': ' . ', '、': ' , ', '\x7f': ' ',
+})
+REPAIRS = [   # (pattern, replacement), applied in this order
+    (r"(\w) ?' ?(s|t|m|d|re|ve|ll|Ve|Re|Ll)\b",
+     lambda match: f"{match[1]}'{match[2].lower()}"),      # I ' m, we ' Ve
+    (r"\b([Oo]|[Mm]a) ' (?=\w)", r"\1'"),                  # o ' clock, ma ' am
+    (r"(?:^|(?<=\s))' (\S.*?) '(?=\s|$)", r"'\1'"),        # she said ' maybe '
+    (r"s ' ", "s' "),                                      # my parents ' home
+    (r'" *(.*?) *"', r'"\1"'),                             # " no "
+    (r'\b(\d{1,3}(?:,\d{3})*) , (\d{3})\b', r'\1,\2'),     # 12 , 000
+    (r'(?<=\d) \. (?=\d)', '.'),                           # 4 . 50
+    (r'(?<=\d) ?: ?(?=\d\d\b)', ':'),                      # 8: 30
+    (r' +([.,!?;:%)\]])', r'\1'),                          # late , isn't it ?
+    (r'([(\[$£¥]) ', r'\1'),                               # ( slowly, $ 12
+    (r'\b([A-Za-z])\. (?=[A-Za-z]\.)', r'\1.'),            # p . m .
     (r'([!?]|(?<=[a-z\d]{2}|M[rs])\.)(?=[A-Z])', r'\1 '),  # right.But, Mr.Wang
-    (r'\s+', ' '))]
+    (r'\s+', ' '),
+]
+REPAIRS = [(re.compile(pattern), replacement) for pattern, replacement in REPAIRS]
 
 
 def repair(text):
-    """DailyDialog's text, which was cut into words, as people write it: 'It ’ s late , isn't it ?' is "It's late, isn't it?"."""
-    text = text.translate(CHARACTERS)
-    for pattern, new in REPAIRS:
-        text = pattern.sub(new, text)
+    """DailyDialog was cut into words: make "It's late, isn't it?" of 'It ’ s late , isn't it ?'."""
+    text = text.translate(PUNCTUATION)
+    for pattern, replacement in REPAIRS:
+        text = pattern.sub(replacement, text)
     return text.strip()
 
 
+# --- Reading --------------------------------------------------------------------------------------
+
 def find_file(corpus, split):
-    """The file of a split, in the folder that --daily or --prosocial names or, without that, downloaded."""
-    suffix, given = '.zip' if corpus == 'daily' else '.json', daily if corpus == 'daily' else prosocial
+    """The file of an official split: in the folder that --daily or --prosocial names, or else
+    downloaded."""
+    if corpus == 'daily':
+        given = daily
+        urls = daily_urls
+        suffix = '.zip'
+    else:
+        given = prosocial
+        urls = prosocial_urls
+        suffix = '.json'
     if given:
-        if found := sorted(Path(given).glob(f'*{split}*{suffix}')):
-            return found[0]
-        raise UserError(f'--{corpus}={given}: there is no *{split}*{suffix}; without --{corpus} the files are downloaded')
-    file = ('validation' if split == 'valid' and corpus == 'daily' else split) + suffix
-    urls = [f'{url}/{file}' for url in (daily_urls if corpus == 'daily' else prosocial_urls)]
-    advice = f'Without a network, give a folder with --{corpus}=FOLDER, or leave {corpus} out with --corpora'
-    path = download(urls, folder / corpus / file, None, advice)
-    if sha256_of(path) != SHA256.get(file, sha256_of(path)):  # roskoN has other zips of these dialogs: no error
-        print(f'{path} is another copy than the one that was tested: its sha256 differs')
+        found = sorted(Path(given).glob(f'*{split}*{suffix}'))
+        if not found:
+            raise UserError(f'--{corpus}={given}: there is no *{split}*{suffix}; '
+                            f'without --{corpus} the files are downloaded')
+        return found[0]
+
+    file = split + suffix
+    if file == 'valid.zip':
+        file = 'validation.zip'
+    advice = (f'Without a network, give a folder with --{corpus}=FOLDER, '
+              f'or leave {corpus} out with --corpora')
+    path = download([f'{url}/{file}' for url in urls], folder / corpus / file, None, advice)
+    if file in SHA256 and sha256_of(path) != SHA256[file]:
+        # No error: the second of daily_urls has other zips of the same dialogs
+        print(f'{path} is not the copy that we tested: its sha256 differs')
     return path
 
 
 def read_daily(path):
-    """[[utterance, ...] of a dialog] of a zip: a dialog a line, __eou__ behind each utterance."""
+    """The dialogs in one of DailyDialog's zips, each a list of utterances.
+
+    A line is a dialog, and each utterance ends with __eou__.
+    """
     try:
-        with zipfile.ZipFile(path) as z:
-            member = next(m for m in z.namelist() if re.search(r'dialogues_(train|validation|test)\.txt$', m))
-            lines = z.read(member).decode('utf-8').split('\n')
+        with zipfile.ZipFile(path) as archive:
+            pattern = r'dialogues_(train|validation|test)\.txt$'
+            member = next(name for name in archive.namelist() if re.search(pattern, name))
+            lines = archive.read(member).decode('utf-8').split('\n')
     except (OSError, zipfile.BadZipFile, UnicodeDecodeError, StopIteration) as e:
-        raise UserError(f'{path} is not a zip with a UTF-8 dialogues_….txt in it ({e!r}): delete it, or give another') from None
-    return [[u for u in map(repair, line.split('__eou__')) if u] for line in lines]
+        raise UserError(f'{path} is not a zip with a UTF-8 dialogues_….txt in it ({e!r}): '
+                        'delete it, or give another') from None
+    dialogs = []
+    for line in lines:
+        utterances = [repair(utterance) for utterance in line.split('__eou__')]
+        dialogs.append([utterance for utterance in utterances if utterance])
+    return dialogs
 
 
 def read_prosocial(path):
-    """[[context, response, ...] of a dialog] of a JSON list of rows, or a row a line. A row without dialogue_id is a dialog."""
+    """The dialogs in one of ProsocialDialog's files, each [context, response, context, …].
+
+    The file is a JSON list of rows, or has a row per line. Consecutive rows with the same
+    dialogue_id are one dialog; a row without one is a dialog of its own.
+    """
     text = read_text(path).removeprefix('\ufeff').strip()
     try:
-        rows = json.loads(text) if text.startswith('[') else [json.loads(line) for line in text.split('\n') if line.strip()]
-        rows = [(r.get('dialogue_id', f'row {i}'), r['context'].strip(), r['response'].strip()) for i, r in enumerate(rows)]
+        if text.startswith('['):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.split('\n') if line.strip()]
+        rows = []
+        for i, record in enumerate(records):
+            dialog_id = record.get('dialogue_id', f'row {i}')
+            rows.append((dialog_id, record['context'].strip(), record['response'].strip()))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f'{path} is not rows of JSON with context and response ({type(e).__name__}: {e})') from None
-    return [[text for row in dialog for text in row[1:]] for _, dialog in groupby(rows, key=lambda r: r[0])]
+        raise UserError(f'{path} is not rows of JSON with context and response '
+                        f'({type(e).__name__}: {e})') from None
+
+    dialogs = []
+    for _, dialog_rows in groupby(rows, key=lambda row: row[0]):
+        dialog = []
+        for _, context_text, response in dialog_rows:
+            dialog += [context_text, response]
+        dialogs.append(dialog)
+    return dialogs
 
 
-def pairs_of(dialog, step):
-    """(source, target) as arrays of ids for every step-th utterance from the second on. Who replies is the bot."""
-    for i in range(1, len(dialog), step):
-        turns = [(STYLE['you' if (i - j) % 2 else 'me'], dialog[j]) for j in range(max(0, i - context), i)]
-        target = tok.encode(STYLE['reply']) + tok.encode(dialog[i]) + [tok.eos_id]  # in two, as they meet in a chat
-        yield np.array(encode_conversation(tok, STYLE, turns), np.uint32), np.array(target, np.uint32)
+def read_split(official_name):
+    """(dialogs, files) of an official split: a dialog is (utterances, 1 if every utterance but the
+    first is a target, 2 if every other one is)."""
+    dialogs = []
+    files = []
+    for corpus in corpora_used:
+        files.append(find_file(corpus, official_name))
+        if corpus == 'daily':
+            dialogs += [(utterances, 1) for utterances in read_daily(files[-1])]
+        else:
+            dialogs += [(utterances, 2) for utterances in read_prosocial(files[-1])]
+    complete = [dialog for dialog in dialogs if len(dialog[0]) > 1 and all(dialog[0])]
+    return complete, files
 
 
-if context < 1:
-    raise UserError('--context must be at least 1')
-folder, splits, files, dropped, seen = dataset_folder(data_dir, name), {}, [], {}, set()
-for split, official in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
-    splits[split], dropped[split] = [], 0
-    for corpus in LICENCES if corpora == 'both' else (corpora,):
-        files.append(find_file(corpus, official))
-        for dialog in read_daily(files[-1]) if corpus == 'daily' else read_prosocial(files[-1]):
-            if len(dialog) > 1 and all(dialog):
-                letters = re.sub(r'\W+', '', ''.join(dialog)).lower()
-                dropped[split] += letters in seen
-                splits[split] += [] if letters in seen else [(dialog, 1 if corpus == 'daily' else 2)]
-                seen.add(letters)
+# --- Main -----------------------------------------------------------------------------------------
+
+folder = dataset_folder(data_dir, name)
+corpora_used = ['daily', 'prosocial'] if corpora == 'both' else [corpora]
+
+# Read the dialogs, each once: letter for letter, whatever the case and the punctuation
+splits = {}
+dropped_dialogs = {}
+files = []
+known = set()
+for split, official_name in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
+    splits[split] = []
+    dropped_dialogs[split] = 0
+    dialogs, split_files = read_split(official_name)
+    files += split_files
+    for utterances, step in dialogs:
+        letters = re.sub(r'\W+', '', ''.join(utterances)).lower()
+        if letters in known:
+            dropped_dialogs[split] += 1
+        else:
+            known.add(letters)
+            splits[split].append((utterances, step))
     if not splits[split]:
-        raise UserError(f'{files[-1]} gives {split} no dialog of two utterances that is not in train')
+        raise UserError(f'{files[-1]} gives {split} no dialog of two utterances '
+                        'that is not in train')
 
-learnt = [d for split in (splits if tokenizer == 'char' else ['train']) for d in splits[split]]  # char: val's need ids too
-tok = make_tokenizer(tokenizer, (text for dialog, _ in learnt for u in dialog for text in (u, f'User: {u}', f'Bot: {u}')), vocab_size,
-           special_tokens=('pad', 'bos', 'eos', 'sep'))
-known, pairs, dropped_pairs = set(), {}, {}
-for split, some in splits.items():
-    made = [pair for dialog in tqdm(some, desc=f'{split}: dialogs', disable=None) for pair in pairs_of(*dialog)]
-    keys = [hash((source.tobytes(), target.tobytes())) for source, target in made]
-    pairs[split] = [pair for pair, key in zip(made, keys) if key not in known]  # dialogs may begin as one of train does
-    dropped_pairs[split] = len(made) - len(pairs[split])
-    known.update(keys)
-source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files],
-          'dropped_dialogs': dropped, 'dropped_pairs': dropped_pairs}
-write_pairs(folder, tok, pairs, source, 'official, without the dialogs and pairs that an earlier split has', STYLE)
-print('\n'.join(LICENCES[corpus] for corpus in LICENCES if corpora in ('both', corpus)))
-print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))
+
+# Train the tokenizer
+def tokenizer_texts():
+    """Yield every utterance, alone and as each speaker's. Only those of train; but a char tokenizer
+    could not write the other splits without all of their characters."""
+    for split in splits if tokenizer == 'char' else ['train']:
+        for utterances, _ in splits[split]:
+            for utterance in utterances:
+                yield utterance
+                yield f'User: {utterance}'
+                yield f'Bot: {utterance}'
+
+
+tok = make_tokenizer(tokenizer, tokenizer_texts(), vocab_size,
+                     special_tokens=('pad', 'bos', 'eos', 'sep'))
+
+
+# Encode every pair, and drop those that occur again: dialogs can begin alike
+def encode_pairs(utterances, step):
+    """Yield (source ids, target ids), uint32 arrays, for every step-th utterance from the second
+    on."""
+    for i in range(1, len(utterances), step):
+        turns = []
+        for j in range(max(0, i - context), i):
+            is_bot = (i - j) % 2 == 0   # the bot says utterance i, the target
+            speaker = TEMPLATE.assistant if is_bot else TEMPLATE.user
+            turns.append((speaker, utterances[j]))
+        source = encode_conversation(tok, TEMPLATE, turns)
+        # The prefix is encoded by itself, as it will be when the model replies to somebody
+        target = tok.encode(TEMPLATE.reply_prefix) + tok.encode(utterances[i]) + [tok.eos_id]
+        yield np.array(source, np.uint32), np.array(target, np.uint32)
+
+
+pairs = {}
+dropped_pairs = {}
+known = set()
+for split, dialogs in splits.items():
+    pairs[split] = []
+    dropped_pairs[split] = 0
+    new = set()   # pairs may occur again within a split
+    for utterances, step in tqdm(dialogs, desc=f'{split}: dialogs', disable=None):
+        for source, target in encode_pairs(utterances, step):
+            key = hash((source.tobytes(), target.tobytes()))
+            new.add(key)
+            if key in known:
+                dropped_pairs[split] += 1
+            else:
+                pairs[split].append((source, target))
+    known |= new
+
+# Write
+source = {
+    'source': [str(file) for file in files],
+    'sha256': [sha256_of(file) for file in files],
+    'dropped_dialogs': dropped_dialogs,
+    'dropped_pairs': dropped_pairs,
+}
+how_split = 'official, without the dialogs and pairs that an earlier split has'
+write_pairs(folder, tok, pairs, source, how_split, TEMPLATE)
+for corpus in corpora_used:
+    print(LICENSES[corpus])
+print_next_step(f'--dataset={name}', data_dir)

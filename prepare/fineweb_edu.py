@@ -1,57 +1,80 @@
 """
-FineWeb-Edu: web pages that teach something. The sample of 10 billion (GPT-2) tokens, in 14 files of about 2 GB; one is plenty.
+FineWeb-Edu (Penedo et al. 2024, arXiv:2406.17557): web pages that teach something. This is its
+sample of 10 billion (GPT-2) tokens, in 14 files of about 2 GB; one is plenty.
 
-Reading them takes one more package: pip install pyarrow. Their sha256 is not known to us, so their lengths are checked.
+To read them, pip install pyarrow. We do not know their sha256, so only their lengths are checked.
 """
+import functools
 import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+# Make pocket/ importable from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, download, hugging_face, size_of, train_texts, write_corpus
+from pocket.datasets import (
+    dataset_folder,
+    file_size,
+    hugging_face_url,
+    print_next_step,
+    training_sample,
+    write_corpus,
+)
 from pocket.errors import UserError
+from pocket.files import download
 from pocket.tokenizer import make_tokenizer
 
-shards = 1                      # how many of the 14 files
-input: tuple[str, ...] = ()     # local copies of such files, instead; may be given several times
-tokenizer = 'gpt2'              # byte, bpe, sentencepiece, or one of tiktoken's
-vocab_size = 32768              # of a bpe or sentencepiece, which are trained here
-val_every = 1000                # about one document in so many is val: a hash of its text decides
-data_dir: str | None = None     # where datasets live (None: data/ beside the scripts)
-endpoint: str | None = None     # a mirror of https://huggingface.co (None: what the variable HF_ENDPOINT says, or that itself)
+shards = 1                   # [1, 14] how many of the 14 files to use
+input: tuple[str, ...] = ()  # local copies of such files instead; may be given several times
+tokenizer = 'gpt2'           # byte, bpe, sentencepiece, or one of tiktoken's
+vocab_size = 32768           # of a bpe or sentencepiece, which are trained here
+val_every = 1000             # [2, inf) about one page in this many is val, by a hash of its text
+data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
+endpoint: str | None = None  # a mirror of https://huggingface.co (None: $HF_ENDPOINT, or itself)
 configure(__file__, globals())
 
 try:
     import pyarrow
     from pyarrow import parquet
 except ImportError:
-    raise UserError('reading .parquet files takes a package that is not installed: pip install pyarrow') from None
-if not 1 <= shards <= 14 or val_every < 2:
-    raise UserError(f'shards must be 1 to 14 and val_every 2 or more, got {shards} and {val_every}')
+    raise UserError('reading .parquet files takes a package that is not installed: '
+                    'pip install pyarrow') from None
+
 folder = dataset_folder(data_dir, 'fineweb_edu')
-url = hugging_face(endpoint, 'HuggingFaceFW/fineweb-edu') + 'sample/10BT/'
-ADVICE = 'The same command goes on from there; or give local copies with --input=FILE'
+url = hugging_face_url('HuggingFaceFW/fineweb-edu', endpoint) + 'sample/10BT/'
 
 
-def pages(file):
-    """A function that gives the pages of a file; it is downloaded when its turn comes, and read by groups of rows."""
-    def read():
-        path = Path(file) if input else download([url + file], folder / file, None, ADVICE)
-        try:
-            with parquet.ParquetFile(path) as table:
-                for group in range(table.num_row_groups):
-                    for text in table.read_row_group(group, columns=['text']).column('text').to_pylist():
-                        yield 'train' if zlib.crc32(text.encode()) % val_every else 'val', text, True
-        except (OSError, KeyError, pyarrow.ArrowInvalid) as e:
-            raise UserError(f'cannot read {path} as a .parquet file with a column named text: {e}') from None
-    return read
+def read_pages(file):
+    """Yield the pages of a file as pieces, each one a document. It is read a group of rows at a
+    time, and downloaded when its turn comes."""
+    if input:
+        path = Path(file)
+    else:
+        advice = 'The same command resumes the download; or give local copies: --input=FILE'
+        path = download([url + file], folder / file, None, advice)
+    try:
+        with parquet.ParquetFile(path) as table:
+            for group in range(table.num_row_groups):
+                rows = table.read_row_group(group, columns=['text'])
+                for text in rows.column('text').to_pylist():
+                    is_val = zlib.crc32(text.encode()) % val_every == 0
+                    yield 'val' if is_val else 'train', text, True
+    except (OSError, KeyError, pyarrow.ArrowInvalid) as e:
+        raise UserError(f'cannot read {path} as a .parquet file with a column named text: '
+                        f'{e}') from None
 
 
-files = input or [f'{i:03}_00000.parquet' for i in range(shards)]
-parts = [pages(file) for file in files]
-tok = make_tokenizer(tokenizer, train_texts(parts), vocab_size)
-source = {'source': 'HuggingFaceFW/fineweb-edu, sample 10BT', 'files': {f: size_of(f) if input else None for f in files}}
-write_corpus(folder, tok, parts, source, f'a hash of its text puts about 1 page in {val_every:,} into val')
-print('next: python train.py --dataset=fineweb_edu' + (f' --data_dir={data_dir}' if data_dir else ''))
+# The files, and the sizes of local ones: another file of the same name is another source
+if input:
+    files = {file: file_size(file) for file in input}
+else:
+    files = {f'{i:03}_00000.parquet': None for i in range(shards)}
+
+# Train the tokenizer on the first pages of train, then encode and write all of them
+parts = [functools.partial(read_pages, file) for file in files]
+tok = make_tokenizer(tokenizer, training_sample(parts), vocab_size)
+source = {'source': 'HuggingFaceFW/fineweb-edu, sample 10BT', 'files': files}
+how_split = f'a hash of its text puts about 1 page in {val_every:,} into val'
+write_corpus(folder, tok, parts, source, how_split)
+print_next_step('--dataset=fineweb_edu', data_dir)

@@ -1,165 +1,276 @@
 """
-The Office as pairs: what was said before, and what Michael Scott answered. Or pairs of your own, or anyone in a transcript.
+The Office as pairs: what was said, and what Michael Scott answered. Or pairs of your own, or what
+anyone says in a transcript.
 
-    python prepare/office.py                                                  the public pairs, 8,863 of them, downloaded
-    python prepare/office.py --src=questions.txt --tgt=answers.txt            pairs of any kind: line n answers line n
-    python prepare/office.py --csv=The-Office-Lines-V4.csv --character=DWIGHT a table: season, episode, scene, speaker, line
+    python prepare/office.py                                        the public pairs, downloaded
+    python prepare/office.py --src=questions.txt --tgt=answers.txt  any pairs: line n answers line n
+    python prepare/office.py --csv=The-Office-Lines-V4.csv --character=DWIGHT    from a transcript
 
-A source is a conversation: '[PAM] Morning. [MICHAEL] Is it? [PAM] It is.', in the ids that sample.py --chat gives it too. From a
-table every line of the character behind another line of its scene is a target, and the turns before it, the character's own among
-them, are the source; [stage directions] are left out, for nobody says them. Files may do without [NAME] tags.
+A source is a conversation, '[PAM] Morning. [MICHAEL] Is it? [PAM] It is.', in the ids that
+sample.py --chat makes of it too. The [NAME] tags may be missing from files.
 
-A tenth of the scenes (of files: the runs of sources that extend or overlap each other), blocks from all over, is for val; those
-with a source that extends, begins or equals one of train move to train. meta.json counts them, and pairs with a blank side.
+A transcript is a table with the columns season, episode, scene, speaker, line. Each line of the
+character is a target, unless it opens its scene, and the turns before it are the source.
+[Stage directions] are left out, since nobody says them.
+
+About a tenth of the scenes goes to val, in blocks from all over. Files have no scenes; there a run
+of sources that continue or overlap each other stays together. What begins like a source of
+train moves to train. meta.json says how many did, and how many pairs were dropped for a blank side.
 """
-import csv as csv_files
+import csv as csv_module
 import io
 import re
 import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
-from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+# Make pocket/ importable from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, download, read_text, sha256_of, write_pairs
+from pocket.datasets import (
+    choose_val_by_blocks,
+    dataset_folder,
+    print_next_step,
+    read_text,
+    write_pairs,
+)
 from pocket.errors import UserError
-
-src: str | None = None       # a text file of sources, one a line (with --tgt)
-tgt: str | None = None       # its targets
-csv: str | None = None       # or a transcript: a table with the columns season, episode, scene, speaker, line
-character = 'MICHAEL'        # who answers: whose lines of the transcript are learnt
-context = 4                  # turns of the scene before it, at most
-split: Literal['blocks', 'contiguous90'] = 'blocks'  # contiguous90: first 90 % / last 10 %, as the public repository has it
-seed = 0                     # where the blocks lie
-tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, or one of tiktoken's, such as gpt2
-vocab_size = 8192            # of those that are trained (on train): few pairs want a small head
-name = 'office'              # the dataset is data/NAME
-data_dir: str | None = None  # where datasets live (None: data/ beside the scripts)
-urls: tuple[str, ...] = ('https://raw.githubusercontent.com/idrisalami/MichaelScott-GPT/main/data',
-                         'https://cdn.jsdelivr.net/gh/idrisalami/MichaelScott-GPT@main/data')  # folders of src.txt and tgt.txt
-configure(__file__, globals())
-
-from pocket.template import encode_conversation
+from pocket.files import download, sha256_of
+from pocket.template import ChatTemplate, encode_conversation
 from pocket.tokenizer import make_tokenizer
 
+src: str | None = None       # a text file of sources, one per line (with --tgt)
+tgt: str | None = None       # its targets
+csv: str | None = None       # or a transcript, with columns season, episode, scene, speaker, line
+character = 'MICHAEL'        # whose lines of the transcript are the targets
+context = 4                  # [1, inf) a source has at most this many turns of the scene
+split: Literal['blocks', 'contiguous90'] = 'blocks'  # contiguous90: first 90 % / last 10 %
+seed = 0                     # chooses the blocks
+tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, or one of tiktoken's, such as gpt2
+vocab_size = 8192            # of those that are trained, on train; few pairs want a small head
+name = 'office'              # the dataset is data/NAME
+data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
+urls: tuple[str, ...] = (
+    'https://raw.githubusercontent.com/idrisalami/MichaelScott-GPT/main/data',
+    'https://cdn.jsdelivr.net/gh/idrisalami/MichaelScott-GPT@main/data',
+)  # folders with src.txt and tgt.txt, tried in this order
+configure(__file__, globals())
+
 COLUMNS = ('season', 'episode', 'scene', 'speaker', 'line')
-TAG = re.compile(r'(?:^|(?<= ))\[([^\[\]a-z]+)\] ')  # [PAM] and [MR. BROWN], not [laughs]
+NAME_TAG = re.compile(r'(?:^|(?<= ))\[([^\[\]a-z]+)\] ')  # [PAM] and [MR. BROWN], not [laughs]
 
 
-def read_lines(path):
-    """The lines of a file, spaces tidied. Only \\n and \\r\\n end one: what Unicode counts as a line end must not shift pairs."""
+class Pair(NamedTuple):
+    source: str
+    turns: list | None   # the source as [(speaker, text), …], if it has [NAME] tags
+    target: str
+    unit: int            # number of the scene or the run it belongs to
+
+
+# --- Pairs from two files -------------------------------------------------------------------------
+
+def read_tidy_lines(path):
+    r"""The lines of a file, with single spaces only.
+
+    Only \n and \r\n end a line: other line ends that Unicode has must not shift the pairs.
+    """
     lines = read_text(path).removeprefix('\ufeff').split('\n')
-    return [' '.join(line.split()) for line in (lines if lines[-1] else lines[:-1])]
+    if not lines[-1]:
+        lines.pop()
+    return [' '.join(line.split()) for line in lines]
 
 
-def pairs_of_files(src, tgt):
-    """[(source, turns or None, target, number of the run)], and how many pairs were dropped because one side was blank."""
-    sources, targets = read_lines(src), read_lines(tgt)
+def parse_turns(source):
+    """'[PAM] Morning. [MICHAEL] Is it?' as [('PAM', 'Morning.'), ('MICHAEL', 'Is it?')].
+
+    None if a source does not begin with a [NAME] tag.
+    """
+    before_first_tag, *rest = NAME_TAG.split(source)
+    if before_first_tag or not rest:
+        return None
+    speakers = rest[::2]
+    texts = [text.strip() for text in rest[1::2]]
+    return list(zip(speakers, texts))
+
+
+def continues(source, previous):
+    """Whether a source begins with the previous one, or with all but the oldest turns of it."""
+    starts = [0] + [match.start() for match in NAME_TAG.finditer(previous)]
+    return any(f'{source} '.startswith(f'{previous[start:]} ') for start in starts)
+
+
+def pairs_of_files(sources_path, targets_path):
+    """(list of Pair, number of pairs that were dropped because one side was blank)."""
+    sources = read_tidy_lines(sources_path)
+    targets = read_tidy_lines(targets_path)
     if len(sources) != len(targets):
-        raise UserError(f'{src} has {len(sources):,} lines, {tgt} has {len(targets):,}: line n of one must answer the other\'s')
-    pairs, run, before = [], 0, ''
+        raise UserError(f'{sources_path} has {len(sources):,} lines, {targets_path} has '
+                        f"{len(targets):,}: line n of one must answer the other's")
+    pairs = []
+    dropped = 0
+    run = 0
+    previous = ''
     for source, target in zip(sources, targets):
         if source and target:
-            begins = [0, *(m.start() for m in TAG.finditer(before))]  # a context that moves on loses its oldest turns
-            run += not any(f'{source} '.startswith(before[b:] + ' ') for b in begins)
-            lead, *turns = TAG.split(source)
-            turns = None if lead or not turns else list(zip(turns[::2], map(str.strip, turns[1::2])))
-            pairs.append((source, turns, target, run))
-            before = source
-    return pairs, sum(bool(s) != bool(t) for s, t in zip(sources, targets))
+            if not continues(source, previous):
+                run += 1
+            pairs.append(Pair(source, parse_turns(source), target, run))
+            previous = source
+        elif source or target:
+            dropped += 1
+    return pairs, dropped
 
+
+# --- Pairs from a transcript ----------------------------------------------------------------------
 
 def read_scenes(path):
-    """[[(SPEAKER, line), ...] of a scene] of a transcript. Lines that say nothing are left out."""
-    rows, turns = csv_files.reader(io.StringIO(read_text(path).removeprefix('\ufeff'), newline='')), []
+    """The scenes of a transcript, each [(SPEAKER, line), …]; rows in which nobody speaks are left
+    out."""
+    text = read_text(path).removeprefix('\ufeff')
+    rows = csv_module.reader(io.StringIO(text, newline=''))
+    turns = []   # [((season, episode, scene), (speaker, line)), …]
     try:
         header = [column.strip().lower() for column in next(rows, [])]
-        if missing := [column for column in COLUMNS if column not in header]:
-            raise UserError(f'{path} has no column {", ".join(missing)}; it has {", ".join(header) or "none at all"}')
-        for row in filter(None, rows):
+        missing = [column for column in COLUMNS if column not in header]
+        if missing:
+            columns = ', '.join(header) or 'none at all'
+            raise UserError(f'{path} has no column {", ".join(missing)}; it has {columns}')
+        for row in rows:
+            if not row:
+                continue
             if len(row) != len(header):
-                raise UserError(f'{path}, line {rows.line_num}: {len(row)} fields, but the header names {len(header)}')
-            *scene, speaker, line = (row[header.index(column)] for column in COLUMNS)
-            speaker, line = (' '.join(re.sub(r'\[[^\]]*\]', ' ', text).split()) for text in (speaker, line))
-            turns += [(scene, (speaker.upper(), line))] if speaker and line else []
-    except csv_files.Error as e:
+                raise UserError(f'{path}, line {rows.line_num}: {len(row)} fields, but the header '
+                                f'names {len(header)}')
+            season, episode, scene, speaker, line = (row[header.index(name)] for name in COLUMNS)
+            speaker = without_directions(speaker).upper()
+            line = without_directions(line)
+            if speaker and line:
+                turns.append(((season, episode, scene), (speaker, line)))
+    except csv_module.Error as e:
         raise UserError(f'{path}, line {rows.line_num}: {e}; is it a CSV file?') from None
-    return [[turn for _, turn in scene] for _, scene in groupby(turns, key=lambda t: t[0])]
+
+    scenes = []
+    for _, scene_turns in groupby(turns, key=lambda turn: turn[0]):
+        scenes.append([turn for _, turn in scene_turns])
+    return scenes
+
+
+def without_directions(text):
+    """'[sighs] No.  Never.' as 'No. Never.'"""
+    return ' '.join(re.sub(r'\[[^\]]*\]', ' ', text).split())
 
 
 def pairs_of_scenes(scenes):
-    """[(source, turns, target, number of the scene)] for the lines of --character."""
-    said = Counter(speaker for scene in scenes for speaker, _ in scene)
-    if character not in said:
-        often = ', '.join(f'{speaker} ({n:,})' for speaker, n in said.most_common(8)) or 'nobody'
-        raise UserError(f'{character} never speaks in {csv}; --character= may be, most lines first: {often}')
-    windows = [(scene[max(0, i - context):i], scene[i][1], number) for number, scene in enumerate(scenes)
-               for i in range(1, len(scene)) if scene[i][0] == character]
-    return [(' '.join(f'[{speaker}] {line}' for speaker, line in turns), turns, *rest) for turns, *rest in windows]
+    """List of Pair for the lines of the character."""
+    lines_of = Counter(speaker for scene in scenes for speaker, _ in scene)
+    if character not in lines_of:
+        most = ', '.join(f'{speaker} ({n:,})' for speaker, n in lines_of.most_common(8)) or 'nobody'
+        raise UserError(f'{character} never speaks in {csv}; '
+                        f'--character= may be, most lines first: {most}')
+    pairs = []
+    for number, scene in enumerate(scenes):
+        for i, (speaker, line) in enumerate(scene):
+            if i > 0 and speaker == character:
+                turns = scene[max(0, i - context):i]
+                pairs.append(Pair(format_turns(turns), turns, line, number))
+    return pairs
 
 
-def split_blocks(pairs):
-    """The set of units (runs, scenes) that are val, and how many pairs moved to train.
-
-    Sources are of one family where the shortest begins all others, word for word; no family is on both sides.
-    """
-    family, root = {}, None
-    for source in sorted({f'{p[0]} ' for p in pairs}):  # behind a source come all that begin with it, then others
-        root = source if root is None or not source.startswith(root) else root
-        family[source[:-1]] = root
-    units, rng, chosen = sorted({p[3] for p in pairs}), Random(seed), set()
-    blocks = min(10, len(units) // 20 + 1)
-    for k in range(blocks):
-        stretch = units[len(units) * k // blocks:len(units) * (k + 1) // blocks]
-        size = round(len(stretch) / 10) or 1
-        first = rng.randrange(len(stretch) - size + 1)
-        chosen.update(stretch[first:first + size])
-    val, leaks = chosen, {None}
-    while leaks:
-        train = {family[p[0]] for p in pairs if p[3] not in val}
-        leaks = {p[3] for p in pairs if p[3] in val and family[p[0]] in train}
-        val = val - leaks
-    return val, sum(p[3] in chosen - val for p in pairs)
+def format_turns(turns):
+    """[('PAM', 'Morning.'), ('MICHAEL', 'Is it?')] as '[PAM] Morning. [MICHAEL] Is it?'"""
+    return ' '.join(f'[{speaker}] {text}' for speaker, text in turns)
 
 
-folder, character = dataset_folder(data_dir, name), character.strip().upper()
-if bool(src) != bool(tgt) or csv and src or context < 1:
-    raise UserError('--context must be at least 1' if context < 1 else 'give both --src=FILE and --tgt=FILE, or --csv=FILE alone')
+# --- Chat template --------------------------------------------------------------------------------
+
+def make_template(pairs):
+    """How sample.py --chat should write a conversation: as the sources are written."""
+    with_turns = [pair.turns for pair in pairs if pair.turns]
+    last_speakers = Counter(turns[-1][0] for turns in with_turns if turns[-1][0] != character)
+    max_turns = max([len(turns) for turns in with_turns], default=1)
+    if not last_speakers:
+        print('no [NAME] tags in the sources: each is taken as it stands')
+        return ChatTemplate(separator=' ', max_turns=max_turns, user='You', assistant='Reply')
+    most_common_speaker = last_speakers.most_common(1)[0][0]
+    return ChatTemplate(turn='[{speaker}] {text}', separator=' ', max_turns=max_turns,
+                        user=most_common_speaker, assistant=character)
+
+
+# --- Main -----------------------------------------------------------------------------------------
+
+# Check the options
+folder = dataset_folder(data_dir, name)
+character = character.strip().upper()
+if bool(src) != bool(tgt) or (csv and src):
+    raise UserError('give both --src=FILE and --tgt=FILE, or --csv=FILE alone')
+
+# Read the pairs
+dropped = 0
 if csv:
-    files, pairs, blank = [csv], pairs_of_scenes(read_scenes(csv)), 0
+    files = [csv]
+    pairs = pairs_of_scenes(read_scenes(csv))
 else:
-    files = [src, tgt] if src else [
-        download([f'{url}/{file}' for url in urls], folder / file, None, 'Without a network, give files that you have to '
-                 'prepare/office.py: --src=FILE --tgt=FILE, or a transcript, --csv=FILE') for file in ('src.txt', 'tgt.txt')]
-    pairs, blank = pairs_of_files(*files)
+    files = [src, tgt]
+    if not src:
+        advice = ('Without a network, give files that you have to prepare/office.py: --src=FILE '
+                  '--tgt=FILE, or a transcript, --csv=FILE')
+        files = []
+        for file in ('src.txt', 'tgt.txt'):
+            candidates = [f'{url}/{file}' for url in urls]
+            files.append(download(candidates, folder / file, None, advice))
+    pairs, dropped = pairs_of_files(*files)
 if not pairs:
     raise UserError(f'{" and ".join(map(str, files))}: not one pair with text on both sides')
+template = make_template(pairs)
 
-partners = Counter(turns[-1][0] for _, turns, _, _ in pairs if turns and turns[-1][0] != character)
-style = {'turn': '[{speaker}] {text}' if partners else '{text}', 'between': ' ', 'begin': '',
-         'turns': max(len(turns or [0]) for _, turns, _, _ in pairs), 'you': partners.most_common(1)[0][0] if partners else 'You',
-         'me': character if partners else 'Reply', 'reply': ''}
-if not partners:
-    print('no [NAME] tags in the sources: each is taken as it stands')
+# Split them
 if split == 'blocks':
-    val, moved = split_blocks(pairs)
-    sides = {'train': [p for p in pairs if p[3] not in val], 'val': [p for p in pairs if p[3] in val]}
-    how = f'blocks of {"scenes" if csv else "runs"}, seed {seed}: {moved:,} pairs moved from val to train'
+    sources = [pair.source for pair in pairs]
+    val_units, moved = choose_val_by_blocks(sources, [pair.unit for pair in pairs], seed)
+    train = [pair for pair in pairs if pair.unit not in val_units]
+    val = [pair for pair in pairs if pair.unit in val_units]
+    units = 'scenes' if csv else 'runs'
+    how_split = f'blocks of {units}, seed {seed}: {moved:,} pairs moved from val to train'
 else:
-    n, moved = int(len(pairs) * 0.9), 0
-    sides, how = {'train': pairs[:n], 'val': pairs[n:]}, 'first 90 % / last 10 % of the pairs'
-if empty := [side for side, some in sides.items() if not some]:
-    raise UserError(f'nothing is left for {empty[0]}: {len(pairs):,} pairs are too few, or begin too much alike; '
-                    f'give more, or try --split=contiguous90')
+    n = int(len(pairs) * 0.9)
+    moved = 0
+    train = pairs[:n]
+    val = pairs[n:]
+    how_split = 'first 90 % / last 10 % of the pairs'
+if not train or not val:
+    empty = 'val' if train else 'train'
+    raise UserError(f'nothing is left for {empty}: {len(pairs):,} pairs are too few, or begin too '
+                    'much alike; give more, or try --split=contiguous90')
 
-learnt = sides['train'] + (sides['val'] if tokenizer == 'char' else [])  # characters that val alone has must have ids
-tok = make_tokenizer(tokenizer, [text for p in learnt for text in (p[0], p[2])], vocab_size, special_tokens=('pad', 'bos', 'eos'))
-splits = {side: [(encode_conversation(tok, style, turns) if turns else source, target) for source, turns, target, _ in some]
-          for side, some in sides.items()}
-source = {'source': [str(f) for f in files], 'sha256': [sha256_of(f) for f in files], 'moved_to_train': moved, 'dropped': blank}
-write_pairs(folder, tok, splits, source, how, style)
-print(f'next: python train.py --dataset={name}' + (f' --data_dir={data_dir}' if data_dir else ''))
+# A tokenizer learns from train alone, but a char tokenizer could not write val without all of its
+# characters
+learned = train + val if tokenizer == 'char' else train
+texts = []
+for pair in learned:
+    texts += [pair.source, pair.target]
+tok = make_tokenizer(tokenizer, texts, vocab_size, special_tokens=('pad', 'bos', 'eos'))
+
+
+# Encode and write
+def encode_source(pair):
+    """Ids of a conversation, as sample.py --chat has them; any other source stays text."""
+    if pair.turns:
+        return encode_conversation(tok, template, pair.turns)
+    return pair.source
+
+
+splits = {
+    'train': [(encode_source(pair), pair.target) for pair in train],
+    'val': [(encode_source(pair), pair.target) for pair in val],
+}
+source = {
+    'source': [str(file) for file in files],
+    'sha256': [sha256_of(file) for file in files],
+    'moved_to_train': moved,
+    'dropped': dropped,
+}
+write_pairs(folder, tok, splits, source, how_split, template)
+print_next_step(f'--dataset={name}', data_dir)

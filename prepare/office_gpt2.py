@@ -1,7 +1,13 @@
-"""The pairs of office.py with GPT-2's BPE, 50,260 ids, in data/office_gpt2: what config/office_encdec_paper.py trains on."""
+"""
+The pairs of office.py in GPT-2's tokens, 50,260 ids, in data/office_gpt2: what
+config/office_encdec_paper.py trains on. It takes the options of office.py.
+"""
 import runpy
 import sys
 from pathlib import Path
 
-sys.argv[1:1] = ['--tokenizer=gpt2', '--name=office_gpt2']  # what was typed comes behind, and so overrules
-runpy.run_path(str(Path(__file__).with_name('office.py')), run_name='__main__')
+# Run office.py as if these two options had been typed first. Of an option that is given twice the
+# last value counts, so what was really typed overrules them.
+office = str(Path(__file__).with_name('office.py'))
+sys.argv = [office, '--tokenizer=gpt2', '--name=office_gpt2', *sys.argv[1:]]
+runpy.run_path(office, run_name='__main__')

@@ -1,27 +1,36 @@
-"""The Verdict, a short story by Edith Wharton (1908), with GPT-2's tokens: small enough to look at everything.
+"""
+The Verdict, a short story by Edith Wharton (1908), in GPT-2's tokens: small enough to read it all.
 
-First 90 % / last 10 % of the characters: 4,612 train and 534 val ids. Uncut it is 5,145: the cut falls into a token.
+The first 90 % of the characters is train, the last 10 % val: 4,612 and 534 ids. The uncut story has
+5,145, one fewer, because the cut falls inside a token.
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that pocket/ is found from any working directory
+# Make pocket/ importable from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, input_text, write_stream
+from pocket.datasets import dataset_folder, print_next_step, read_or_download, write_stream
 from pocket.tokenizer import make_tokenizer
 
 input: str | None = None     # a local copy of the text (None: download it)
-data_dir: str | None = None  # where datasets live (None: data/ beside the scripts)
+data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
 urls: tuple[str, ...] = (
     'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt',
-    'https://cdn.jsdelivr.net/gh/rasbt/LLMs-from-scratch@main/ch02/01_main-chapter-code/the-verdict.txt')  # tried in this order
+    'https://cdn.jsdelivr.net/gh/rasbt/LLMs-from-scratch@main/ch02/01_main-chapter-code/the-verdict.txt',
+)  # where to download it, tried in this order
 configure(__file__, globals())
 
+SHA256 = 'b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f'
+
+# Get the text and the tokenizer
 folder = dataset_folder(data_dir, 'verdict')
-text, source = input_text(input, urls, 'b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f', folder)
+text, source = read_or_download(input, urls, SHA256, folder)
 tokenizer = make_tokenizer('gpt2')
+
+# Split, encode and write
 n = int(len(text) * 0.9)
-train, val = tokenizer.encode_batch([text[:n], text[n:]])
-write_stream(folder, tokenizer, train, val, source, 'first 90 % / last 10 % of the characters')
-print('next: python train.py --dataset=verdict' + (f' --data_dir={data_dir}' if data_dir else ''))
+how_split = 'first 90 % / last 10 % of the characters'
+write_stream(folder, tokenizer, text[:n], text[n:], source, how_split)
+print_next_step('--dataset=verdict', data_dir)

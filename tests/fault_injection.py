@@ -1,19 +1,22 @@
 """
-Break pocketGPT on purpose, for N minutes: kill it, fill its disk, stop it and go on, run two of everything.
+Fault injection: break pocketGPT on purpose, for as long as you like. Linux only.
 
-    python tests/torture.py --minutes=10                                  all experiments in turn, until the time is over
-    python tests/torture.py --minutes=5 --only=kill_train,disk --seed=7   some of them, with other random numbers
-    python tests/torture.py --only=resume --seed=7 --trial=12             one trial again
+    python tests/fault_injection.py --minutes=10                            all experiments in turn
+    python tests/fault_injection.py --minutes=5 --only=kill_train,disk      some of them
+    python tests/fault_injection.py --only=resume --seed=7 --trial=12       one trial again
 
-A line for each experiment, a table at the end; exit status 1 and how to see it again where something broke. Linux.
+An experiment kills scripts, fills their disk, stops and resumes them or runs two at once, at random
+moments, and then checks that nothing was lost or mixed up. It prints a line per experiment now and
+then and a table at the end. If something broke, the exit status is 1 and the output says how to
+repeat it. test_fault_injection.py runs a few trials of each.
 """
+import argparse
 import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -24,305 +27,456 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from conftest import TINY, Lab, SlowServer, ranks, same_run, server, small_disk, toy_text
+from fault_helpers import FEW_TOKENS, SHORT, Lab, SlowServer, server, small_disk
+from project import ranks
+from runs import same_run
+from toy import toy_text
 
-SHORT = [*TINY, '--n_layer=1', '--max_iters=9', '--eval_interval=3', '--log_interval=1']
+# --------------------------------------------------------------------------------------------------
+# Helpers
 
 
-def left(folder, *patterns):
-    """Names of temporary files in a folder."""
-    return [p.name for pattern in patterns or ('*.tmp',) for p in folder.glob(pattern)]
+def leftovers(folder, *patterns):
+    """Names of the temporary files in a folder."""
+    return [path.name for pattern in patterns or ['*.tmp'] for path in folder.glob(pattern)]
 
 
 def content(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    """{name: bytes} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def kill(process, rng, seconds, watch=None):
-    """SIGKILL at a random instant of so many seconds or, where watch() says that it is time, within 3 ms of that. True: it was alive."""
-    while watch and process.poll() is None and not watch():
-        time.sleep(0.0005)
-    time.sleep(rng.random() * (0.003 if watch else seconds))
-    alive = process.poll() is None
+    """Kill a process (SIGKILL) at a random moment. Returns whether it was still running.
+
+    The moment is within so many seconds or, if a function `watch` is given, within 3 ms after that
+    returns True.
+    """
+    if watch:
+        while process.poll() is None and not watch():
+            time.sleep(0.0005)
+        seconds = 0.003
+    time.sleep(rng.random() * seconds)
+    was_running = process.poll() is None
     with suppress(ProcessLookupError):
         process.kill()
     process.communicate()
-    return alive
+    return was_running
 
 
-def saved(out):
-    return any((out / name).is_file() for name in ('best.pt', 'last.pt'))
+def has_checkpoint(out):
+    return (out / 'best.pt').is_file() or (out / 'last.pt').is_file()
 
 
-def finish(lab, out, *args):
-    """Go on with a run in out to its end; where it never saved, be told so in a sentence, and start it anew."""
-    if not saved(out):
-        assert 'to go on from' in lab.project.fails('train.py', '--resume', *args, f'--out_dir={out}')
-    lab.project.run('train.py', *(['--resume'] if saved(out) else args), f'--out_dir={out}')
+def start_or_resume(lab, out, args):
+    """Start the run in out or, if it has a checkpoint, resume it; returns the process."""
+    if has_checkpoint(out):
+        args = ['--resume']
+    return lab.project.start('train.py', *args, f'--out_dir={out}')
+
+
+def finish(lab, out, args):
+    """Resume the run in out to its end. If it has no checkpoint, --resume must say so, and the run
+    starts anew.
+    """
+    if has_checkpoint(out):
+        args = ['--resume']
+    else:
+        error = lab.project.fails('train.py', '--resume', *args, f'--out_dir={out}')
+        assert 'there is no checkpoint in' in error, error
+    lab.project.run('train.py', *args, f'--out_dir={out}')
+
+
+def undisturbed_run(lab):
+    """(folder of a run with the options SHORT that nothing disturbed, seconds that it took)."""
+    out = lab.root / 'undisturbed'
+    return out, lab.timed('train', 'train.py', *SHORT, f'--out_dir={out}')
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed scripts
 
 
 def kill_train(lab, rng):
-    """Killed a few times, then to its end: weights, optimizer, scores and log are those of a run that never was."""
-    whole, out = lab.root / 'whole', lab.fresh('killed')
-    seconds = lab.timed('train', 'train.py', *SHORT, f'--out_dir={whole}')
+    """A run that is killed a few times and resumed ends with the weights, optimizer state, scores
+    and log of one that was not.
+    """
+    undisturbed, seconds = undisturbed_run(lab)
+    out = lab.fresh('killed')
     for _ in range(rng.randint(1, 6)):
-        before, aim = {p: p.stat().st_mtime_ns for p in out.glob('*')}, rng.choice([None, None, 'best.pt.tmp', 'last.pt.tmp', 'log.csv.tmp', 'between'])
-        new = lambda name: (out / name).exists() and (out / name).stat().st_mtime_ns != before.get(out / name)
-        watch = aim and (lambda: new('best.pt') and not new('last.pt') if aim == 'between' else new(aim))
-        if kill(lab.project.start('train.py', *(['--resume'] if saved(out) else SHORT), f'--out_dir={out}'), rng, seconds, watch):
+        watch = moment_of_writing(out, rng)
+        if kill(start_or_resume(lab, out, SHORT), rng, seconds, watch):
+            temporary = ', '.join(leftovers(out)) or 'no .tmp'
+            checkpoints = ' and '.join(path.name for path in sorted(out.glob('*.pt')))
             lab.seen['kills'] += 1
-            lab.seen['with ' + (', '.join(left(out)) or 'no .tmp')] += 1
-            lab.seen[f'saved: {"".join(n[0] for n in ("best.pt", "last.pt") if (out / n).exists()) or "nothing"}'] += 1
-    finish(lab, out, *SHORT)
-    same_run(whole, out)
-    assert not left(out), left(out)
+            lab.seen[f'with {temporary}'] += 1
+            lab.seen[f'saved: {checkpoints or "nothing"}'] += 1
+    finish(lab, out, SHORT)
+    same_run(undisturbed, out)
+    assert not leftovers(out), leftovers(out)
 
 
-PREPARES = {'text': ('mine', ['prepare/text.py', '--input=text.txt', '--vocab_size=600']),
-            'text, by files': ('mine', ['prepare/text.py', '--input=text.txt', '--separator=lamp', '--tokenizer=byte']),
-            'shakespeare_char': ('shakespeare_char', ['prepare/shakespeare_char.py', '--input=text.txt']),
-            'office': ('office', ['prepare/office.py', '--src=src.txt', '--tgt=tgt.txt', '--vocab_size=300'])}
+def moment_of_writing(out, rng):
+    """A function that says whether a random one of a run's files is being written just now; or
+    None, for any moment.
+    """
+    before = {path: path.stat().st_mtime_ns for path in out.glob('*')}
+
+    def is_new(name):
+        path = out / name
+        return path.exists() and path.stat().st_mtime_ns != before.get(path)
+
+    files = ['best.pt.tmp', 'last.pt.tmp', 'log.csv.tmp']
+    aim = rng.choice([None, None, *files, 'between the checkpoints'])
+    if aim is None:
+        return None
+    if aim == 'between the checkpoints':
+        return lambda: is_new('best.pt') and not is_new('last.pt')
+    return lambda: is_new(aim)
+
+
+PREPARATIONS = {  # {what: (name of the dataset, script, options)}
+    'text': ('mine', 'prepare/text.py', ['--input=text.txt', '--vocab_size=600']),
+    'text by files': ('mine', 'prepare/text.py', [
+        '--input=text.txt', '--separator=lamp', '--tokenizer=byte',
+    ]),
+    'shakespeare_char': ('shakespeare_char', 'prepare/shakespeare_char.py', ['--input=text.txt']),
+    'office': ('office', 'prepare/office.py', [
+        '--src=src.txt', '--tgt=tgt.txt', '--vocab_size=300',
+    ]),
+}
 
 
 def preparation(lab, rng, kind=None):
-    """One of PREPARES: (its name, the command, the folder that it once made, the one that it is to make, seconds that it takes)."""
-    kind = kind or rng.choice(list(PREPARES))
-    name, (script, *args) = PREPARES[kind]
-    command = [script, *(a.replace('=', f'={lab.root}/') if a.endswith('.txt') else a for a in args)]
-    good, folder = lab.root / f'good {kind}' / name, lab.fresh('data2') / name
-    return kind, [*command, f'--data_dir={folder.parent}'], good, folder, lab.timed(kind, *command, f'--data_dir={good.parent}')
+    """One of PREPARATIONS: (kind, command, folder it makes, folder it made undisturbed, seconds
+    that took).
+    """
+    kind = kind or rng.choice(list(PREPARATIONS))
+    name, script, options = PREPARATIONS[kind]
+    options = [o.replace('=', f'={lab.root}/') if o.endswith('.txt') else o for o in options]
+    good = lab.root / f'good {kind}' / name
+    folder = lab.fresh('prepared') / name
+    seconds = lab.timed(kind, script, *options, f'--data_dir={good.parent}')
+    return kind, [script, *options, f'--data_dir={folder.parent}'], folder, good, seconds
 
 
 def kill_prepare(lab, rng, kind=None):
-    """Killed, it is no dataset or the whole one; the same command makes the same bytes, and leaves nothing else."""
-    kind, command, good, folder, seconds = preparation(lab, rng, kind)
+    """What a killed preparation leaves is no dataset or a whole one; the same command then makes
+    the same bytes and no more.
+    """
+    kind, command, folder, good, seconds = preparation(lab, rng, kind)
+
+    def is_writing():
+        return bool(leftovers(folder, '*.tmp', '*.part'))
+
     for _ in range(rng.randint(1, 4)):
-        watch = rng.choice([None, lambda: left(folder, '*.tmp', '*.part')])
+        watch = rng.choice([None, is_writing])
         if kill(lab.project.start(*command), rng, seconds, watch):
             lab.seen[f'kills of {kind}'] += 1
-            lab.seen['while writing'] += bool(left(folder, '*.tmp', '*.part'))
+            lab.seen['while writing'] += is_writing()
             if (folder / 'meta.json').is_file():
-                assert all((folder / p.name).read_bytes() == p.read_bytes() for p in good.glob('*.*')), 'taken for whole'
-                lab.seen['whole already'] += 1
+                lab.seen['complete already'] += 1
+                for path in good.glob('*.*'):
+                    made = folder / path.name
+                    assert made.read_bytes() == path.read_bytes(), f'{path.name} is incomplete'
     lab.project.run(*command)
     assert content(folder) == content(good)
 
 
 def kill_download(lab, rng):
-    """Killed, and the file may change meanwhile: what has its name in the end is one whole version of it."""
+    """A killed download that is started again ends with one version of the file, although the file
+    may change meanwhile.
+    """
     folder = lab.fresh('downloads')
     versions = [toy_text(200_000, rng.randrange(10**6)).encode() for _ in range(3)]
-    known, tags = rng.random() < 0.3, rng.choice([['"a"', '"b"', '"c"'], [f'Mon, 0{i} Jan 2024 00:00:00 GMT' for i in (1, 2, 3)], [''] * 3])
+    etags = ['"a"', '"b"', '"c"']
+    dates = [f'Mon, 0{day} Jan 2024 00:00:00 GMT' for day in (1, 2, 3)]
+    no_tags = ['', '', '']
+    tags = rng.choice([etags, dates, no_tags])
+    sha256_is_known = rng.random() < 0.3
+
     with server(SlowServer) as url:
         for i in range(rng.randint(2, 3)):
-            change = i if rng.random() < 0.5 else 0
-            SlowServer.content, SlowServer.tag = versions[change], tags[change]
-            args = [url, folder / 'x.txt', hashlib.sha256(SlowServer.content).hexdigest() if known else '']
-            if kill(lab.project.start('fetch.py', *args), rng, 0.35):
+            version = i if rng.random() < 0.5 else 0
+            SlowServer.content = versions[version]
+            SlowServer.tag = tags[version]
+            sha256 = hashlib.sha256(SlowServer.content).hexdigest() if sha256_is_known else ''
+            command = ['fetch.py', url, folder / 'x.txt', sha256]
+            if kill(lab.project.start(*command), rng, 0.35):
                 lab.seen['kills'] += 1
-                lab.seen['with a part'] += bool(left(folder, '*.part'))
-            assert not (folder / 'x.txt').exists() or (folder / 'x.txt').read_bytes() in versions, 'mixed'
-        lab.seen['file changed meanwhile'] += change != 0
-        lab.project.run('fetch.py', *args)
+                lab.seen['with a part'] += bool(leftovers(folder, '*.part'))
+            if (folder / 'x.txt').exists():
+                assert (folder / 'x.txt').read_bytes() in versions, 'parts of two versions'
+        lab.seen['file changed meanwhile'] += version != 0
+        lab.project.run(*command)
+
         got = (folder / 'x.txt').read_bytes()
-        assert got == SlowServer.content if known else got in versions, f'mixed of two versions, tags {tags[:2]}'
+        expected = [SlowServer.content] if sha256_is_known else versions
+        assert got in expected, f'parts of two versions, tags {tags[:2]}'
         assert list(content(folder)) == ['x.txt'], list(content(folder))
 
 
 def kill_export(lab, rng):
-    """Killed, then the same command: the folder that it would have been."""
-    plain = ['--pos=learned', '--act=gelu', '--bias=True', '--qk_norm=False', '--token_shift=False', '--n_embd=64', '--max_iters=1']
-    lab.once('gpt2', lambda: lab.project.run('train.py', *SHORT, *plain, f'--out_dir={lab.root / "gpt2"}'))
-    good, to = lab.root / 'good export', lab.fresh('exported')
-    seconds = lab.timed('export', 'export.py', f'--out_dir={lab.root / "gpt2"}', f'--to={good}')
+    """A killed export that is started again makes the folder that an undisturbed one makes, and
+    leaves nothing else.
+    """
+    run = lab.root / 'gpt2'
+    like_gpt2 = [
+        '--pos=learned', '--act=gelu', '--bias=True', '--qk_norm=False', '--token_shift=False',
+        '--n_embd=64',
+    ]
+    train = [*SHORT, *like_gpt2, '--max_iters=1', f'--out_dir={run}']
+    lab.once('gpt2', lambda: lab.project.run('train.py', *train))
+
+    export = ['-m', 'pocket.export', f'--out_dir={run}']
+    good = lab.root / 'good export'
+    folder = lab.fresh('exported')
+    seconds = lab.timed('export', *export, f'--to={good}')
     for _ in range(rng.randint(1, 5)):
-        watch = (lambda: left(lab.root, '.exported*/*.tmp')) if rng.random() < 0.5 else None
-        if not to.exists() and kill(lab.project.start('export.py', f'--out_dir={lab.root / "gpt2"}', f'--to={to}'), rng, seconds, watch):
+        if folder.exists():
+            break
+        watch = None
+        if rng.random() < 0.5:
+            watch = lambda: leftovers(lab.root, '.exported*/*.tmp')
+        if kill(lab.project.start(*export, f'--to={folder}'), rng, seconds, watch):
             lab.seen['kills'] += 1
-            lab.seen['while writing'] += bool(left(lab.root, '.exported*'))
-    if not to.exists():
-        lab.project.run('export.py', f'--out_dir={lab.root / "gpt2"}', f'--to={to}')
-    assert content(to) == content(good)
-    assert [p.name for p in lab.root.glob('*exported*')] == ['exported']
+            lab.seen['while writing'] += bool(leftovers(lab.root, '.exported*'))
+    if not folder.exists():
+        lab.project.run(*export, f'--to={folder}')
+    assert content(folder) == content(good)
+    assert [path.name for path in lab.root.glob('*exported*')] == ['exported']
+
+
+# --------------------------------------------------------------------------------------------------
+# Full disks
 
 
 def disk(lab, rng):
-    """No room for a file: one sentence, status 2, the checkpoints before it whole; with room again it goes on, to the bit."""
-    whole, out = lab.root / 'whole', lab.fresh('full')
-    lab.timed('train', 'train.py', *SHORT, f'--out_dir={whole}')
-    size, tmpfs = (whole / 'last.pt').stat().st_size, rng.random() < 0.4
-    with small_disk(out, int(size * rng.uniform(1.2, 3.3)) if tmpfs else 10**8) as mounted:
-        run = out / 'run'
-        limit = 10**9 if tmpfs and mounted else rng.randrange(int(1.1 * size))
-        process = lab.project.start('limited.py', *SHORT, f'--out_dir={run}', env={'LIMIT': str(limit)})
+    """Training that finds no room for a file ends with one sentence and status 2; with room again
+    it resumes, bit for bit.
+
+    Either a small file system is mounted, or the length of files is limited.
+    """
+    undisturbed, _ = undisturbed_run(lab)
+    checkpoint_size = (undisturbed / 'last.pt').stat().st_size
+    mount = lab.fresh('full')
+    out = mount / 'run'
+    want_small_disk = rng.random() < 0.4
+    size = int(checkpoint_size * rng.uniform(1.2, 3.3)) if want_small_disk else 10**8
+    with small_disk(mount, size) as mounted:
+        if want_small_disk and mounted:
+            how, limit = 'small disk', 10**9
+        else:
+            how, limit = 'limited files', rng.randrange(int(1.1 * checkpoint_size))
+        command = ['limited.py', *SHORT, f'--out_dir={out}']
+        process = lab.project.start(*command, env={'LIMIT': str(limit)})
         _, err = process.communicate(timeout=300)
-        lab.seen[f'{"tmpfs" if tmpfs and mounted else "limit"}, ended with {process.returncode}'] += 1
-        assert process.returncode in (0, 2) and len(err.splitlines()) == (process.returncode == 2) and 'Traceback' not in err, err
-        assert process.returncode == 0 or 'cannot write' in err and 'free some space' in err, err
-        assert not left(run), left(run)
+        lab.seen[f'{how}, status {process.returncode}'] += 1
+        if process.returncode == 0:
+            assert err == ''
+        else:
+            assert process.returncode == 2 and len(err.splitlines()) == 1, err
+            assert 'cannot write' in err and 'free some space' in err, err
+        assert not leftovers(out), leftovers(out)
+
         if mounted:
-            subprocess.check_call(['mount', '-o', 'remount,size=100m', str(out)])
-        if process.returncode or not (run / 'loss.png').is_file():
-            lab.seen['with an earlier checkpoint'] += saved(run)
-            finish(lab, run, *SHORT)
-        same_run(whole, run)
+            subprocess.check_call(['mount', '-o', 'remount,size=100m', str(mount)])
+        if process.returncode or not (out / 'loss.png').is_file():
+            lab.seen['with an earlier checkpoint'] += has_checkpoint(out)
+            finish(lab, out, SHORT)
+        same_run(undisturbed, out)
 
 
 def disk_ranks(lab, rng):
-    """… and of two processes the other does not wait for ever."""
-    out = lab.fresh('full2')
-    processes = ranks(lab.project, 2, 'limited.py', *SHORT, '--dropout=0', f'--out_dir={out}', LIMIT=str(rng.randrange(2000, 20000)))
-    ended = [(*p.communicate(timeout=300), p.returncode) for p in processes]
-    assert [status for *_, status in ended] in ([2, 1], [2, 2]) and 'cannot write' in ended[0][1] and len(ended[0][1].splitlines()) == 1, ended
-    assert 'Traceback' not in ended[1][1], ended
+    """If one of two ranks finds no room for a file, both end: the other does not wait for ever."""
+    limit = str(rng.randrange(2000, 20000))
+    out = lab.fresh('full of two')
+    command = ['limited.py', *SHORT, '--dropout=0', f'--out_dir={out}']
+    processes = ranks(lab.project, 2, *command, LIMIT=limit)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    status = [process.returncode for process in processes]
+    assert status in ([2, 1], [2, 2]), (status, errors)
+    assert 'cannot write' in errors[0] and len(errors[0].splitlines()) == 1, errors
+    assert 'Traceback' not in errors[1], errors
 
 
-def settings(rng):
-    """Knobs of a run: every kind of model, data and optimizer, and what has a state."""
-    pairs = rng.random() < 0.5
-    seq2seq = pairs and rng.random() < 0.6
-    args = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--log_interval=1']
-    args += ['--dataset=talk', '--block_size=24', f'--batch_tokens={rng.choice([90, 200])}'] if pairs else ['--dataset=toy', '--block_size=16', '--batch_size=4']
-    some = {'arch': ['seq2seq' if seq2seq else 'gpt'], 'optimizer': ['muon', 'adamw'], 'dropout': [0, 0.2], 'attn_dropout': [0, 0.1],
-            'gradient_accumulation_steps': [1, 3], 'patience': [0, 1, 2], 'gradient_checkpointing': [False, True], 'token_shift': [True, False],
-            'cutoffs': ['', '', '5,12'], 'tie_weights': [False, True], 'dtype': ['float32', 'bfloat16'], 'schedule': ['linear', 'cosine'],
-            'eval_interval': [2, 3, 5], 'sample_tokens': [0, 3], 'learning_rate': [0.01, 0.2], 'seed': [1, 2, 3],
-            rng.choice(['max_iters', 'max_epochs']): None}
-    for name, values in some.items():
-        value = {'max_iters': rng.randint(6, 12), 'max_epochs': rng.choice([0.3, 0.5]) if pairs else 0.11}[name] if values is None else rng.choice(values)
-        args += [f'--{name}={value}']
-    return args
+# --------------------------------------------------------------------------------------------------
+# Stopped and resumed runs
+
+
+def random_options(rng):
+    """Options of a run: every kind of model, dataset and optimizer, and everything that has a
+    state.
+    """
+    options = {'device': 'cpu', 'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'log_interval': 1}
+    is_pairs = rng.random() < 0.5
+    if is_pairs:
+        options['arch'] = 'seq2seq' if rng.random() < 0.6 else 'gpt'
+        options |= {'dataset': 'talk', 'block_size': 24, 'batch_tokens': rng.choice([90, 200])}
+    else:
+        options |= {'dataset': 'toy', 'block_size': 16, 'batch_size': 4}
+
+    choices = {
+        'optimizer': ['muon', 'adamw'],
+        'dropout': [0, 0.2],
+        'attn_dropout': [0, 0.1],
+        'gradient_accumulation_steps': [1, 3],
+        'patience': [0, 1, 2],
+        'gradient_checkpointing': [False, True],
+        'token_shift': [True, False],
+        'cutoffs': ['', '', '5,12'],
+        'tie_weights': [False, True],
+        'dtype': ['float32', 'bfloat16'],
+        'schedule': ['linear', 'cosine'],
+        'eval_interval': [2, 3, 5],
+        'sample_tokens': [0, 3],
+        'learning_rate': [0.01, 0.2],
+        'seed': [1, 2, 3],
+    }
+    for name, values in choices.items():
+        options[name] = rng.choice(values)
+    if rng.random() < 0.5:
+        options['max_iters'] = rng.randint(6, 12)
+    else:
+        options['max_epochs'] = rng.choice([0.3, 0.5]) if is_pairs else 0.11
+    return [FEW_TOKENS] + [f'--{name}={value}' for name, value in options.items()]
+
+
+# The table counts how often each value of these was tried
+SEEN_OPTIONS = (
+    '--arch', '--dataset', '--optimizer', '--cutoffs', '--patience', '--gradient_checkpointing',
+    '--dropout', '--token_shift', '--max_epochs',
+)
 
 
 def resume(lab, rng, more=()):
-    """Stopped at random steps by SIGINT, SIGTERM and SIGKILL: the end is that of the run that never was."""
-    args, whole = [*settings(rng), *more], lab.fresh('uninterrupted')
-    process = lab.project.start('train.py', *args, f'--out_dir={whole}')
-    _, err = process.communicate(timeout=500)
-    if process.returncode == 2 and len(err.splitlines()) == 1:  # they do not go together: others
-        lab.seen['settings refused'] += 1
-        return resume(lab, rng, more)
+    """A run that is stopped at random steps by SIGINT, SIGTERM or SIGKILL and resumed is the run
+    that was not.
+    """
+    undisturbed = lab.fresh('uninterrupted')
+    while True:
+        options = [*random_options(rng), *more]
+        process = lab.project.start('train.py', *options, f'--out_dir={undisturbed}')
+        _, err = process.communicate(timeout=500)
+        refused = process.returncode == 2 and len(err.splitlines()) == 1
+        if not refused:
+            break
+        lab.seen['options refused'] += 1  # they contradict each other: try others
+        assert 'unknown' not in err, err
     assert process.returncode == 0, err
-    out, last = lab.fresh('interrupted'), json.loads((whole / 'config.json').read_text(encoding='utf-8'))['max_iters']
+
+    config = json.loads((undisturbed / 'config.json').read_text(encoding='utf-8'))
+    out = lab.fresh('interrupted')
     for _ in range(rng.randint(2, 4)):
-        process = lab.project.start('train.py', *(['--resume'] if saved(out) else args), f'--out_dir={out}')
-        name, wait = rng.choice(['SIGINT', 'SIGTERM', 'SIGKILL']), rng.randint(0, last)
-        for line in iter(process.stdout.readline, ''):
-            if line.startswith('step ') and (wait := wait - 1) < 0:
-                break
+        process = start_or_resume(lab, out, options)
+        name = rng.choice(['SIGINT', 'SIGTERM', 'SIGKILL'])
+        wait_for_lines(process, 'step ', rng.randint(1, config['max_iters'] + 1))
         with suppress(ProcessLookupError):
             process.send_signal(getattr(signal, name))
         process.communicate(timeout=300)
-        lab.seen[name if process.returncode else 'too late'] += bool(process.returncode)
         assert process.returncode in (0, -9, 130, 143), process.returncode
-    finish(lab, out, *args)
-    same_run(whole, out)
-    lab.seen.update(arg[2:] for arg in args if arg.startswith(('--arch', '--data', '--opt', '--cut', '--pat', '--gradient_ch', '--dropout', '--token', '--max_e')))
+        lab.seen['too late' if process.returncode == 0 else name] += 1
+    finish(lab, out, options)
+    same_run(undisturbed, out)
+    lab.seen.update(option[2:] for option in options if option.startswith(SEEN_OPTIONS))
+
+
+def wait_for_lines(process, beginning, n):
+    """Read a process's output up to the n-th line that begins so, or to its end."""
+    for line in iter(process.stdout.readline, ''):
+        n -= line.startswith(beginning)
+        if n == 0:
+            return
 
 
 def cycles(lab, rng):
-    """log.csv after ten stops: each row once, in order, and the loss of an uninterrupted run in each."""
-    more = [*SHORT, '--max_iters=44', '--eval_interval=2']
-    lab.once('cycles', lambda: lab.project.run('train.py', *more, f'--out_dir={lab.root / "long whole"}'))
+    """After ten stops log.csv has each row once, in order, with the losses of an uninterrupted run.
+    """
+    options = [*SHORT, '--max_iters=44', '--eval_interval=2']
+    undisturbed = lab.root / 'long undisturbed'
+    lab.once('cycles', lambda: lab.project.run('train.py', *options, f'--out_dir={undisturbed}'))
     out = lab.fresh('cycled')
-    for number in range(10):
-        process = lab.project.start('train.py', *(['--resume'] if number else more), f'--out_dir={out}')
-        for _ in range(rng.randint(4, 6)):  # what it begins with, and a step or more
-            process.stdout.readline()
+    for _ in range(10):
+        process = start_or_resume(lab, out, options)
+        # The first line says where it starts, then comes a line per step
+        wait_for_lines(process, 'step ', rng.randint(2, 4))
         process.send_signal(rng.choice([signal.SIGINT, signal.SIGTERM]))
         process.communicate(timeout=300)
         lab.seen['stops'] += process.returncode in (130, 143)
-    finish(lab, out, *more)
-    same_run(lab.root / 'long whole', out)
+    finish(lab, out, options)
+    same_run(undisturbed, out)
 
 
-def vitals(process):
-    """(KB of memory, open files) of a process."""
-    proc = Path(f'/proc/{process.pid}')
-    return int((proc / 'statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') // 1024, len(os.listdir(proc / 'fd'))
+# --------------------------------------------------------------------------------------------------
+# Two processes at once
 
 
-def judge(what, points, unit):
-    """Of [(x, KB, open files)]: say how much more memory it is in so many x, by least squares; not much, and no more files."""
-    x, kb, handles = zip(*points)
-    rise = unit * np.polyfit(x, kb, 1)[0]
-    print(f'  {what}: {kb[0]:,} to {kb[-1]:,} KB from {x[0]:,} to {x[-1]:,}, {rise:+.1f} KB in {unit:,}; open files {min(handles)} to {max(handles)}', flush=True)
-    assert rise < 200 and max(handles) <= min(handles) + 1, 'it grows'
-
-
-def memory_train(lab, rng, steps=20_000):
-    """Memory and open files by step, once the first tenth is over."""
-    process = lab.project.start('train.py', *SHORT, f'--max_iters={steps}', f'--eval_interval={steps // 20}', f'--log_interval={steps // 100}',
-                                '--gradient_accumulation_steps=1', f'--out_dir={lab.fresh("long")}')
-    points = [(int(line.split()[1].rstrip(':')), *vitals(process)) for line in iter(process.stdout.readline, '') if ': loss' in line and process.poll() is None]
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    judge('train.py, by step', [p for p in points if p[0] > steps // 10], 1000)
-
-
-def memory_chat(lab, rng, turns=500):
-    """Memory and open files by turn of sample.py --chat, pairs and plain text."""
-    for data in ('talk', 'toy'):
-        out = lab.root / f'chat {data}'
-        args = [a for a in SHORT if data == 'toy' or not a.startswith('--batch_size')]
-        lab.once(out, lambda: lab.project.run('train.py', *args, f'--dataset={data}', '--block_size=24', f'--out_dir={out}'))
-        process, points = lab.project.start('sample.py', f'--out_dir={out}', '--chat', '--max_new_tokens=12'), []
-        for turn in range(turns):
-            said = ''
-            while not said.endswith(('\nU: ', '\n> ')):
-                more = os.read(process.stdout.fileno(), 4096).decode('utf-8', 'replace')
-                assert more, process.communicate()
-                said += more
-            points.append((turn, *vitals(process)))
-            process.stdin.write('dodo lamp ba\n')
-            process.stdin.flush()
-        process.communicate('/quit\n')
-        judge(f'sample.py --chat of {data}, by turn', points[turns // 5:], 100)
-
-
-def at_once(lab, rng, command, refusal, seconds):
-    """A command twice, the second a moment later: each does its work, but one may be refused. What it was told: a list."""
+def two_at_once(lab, rng, command, refusal, seconds):
+    """Run a command twice, the second time a moment later. Each succeeds, or one is refused;
+    returns the number refused.
+    """
     first = lab.project.start(*command)
     time.sleep(rng.random() * seconds)
-    ended = [(*p.communicate(timeout=300), p.returncode) for p in (first, lab.project.start(*command))]
-    refused = [err for _, err, status in ended if status]
-    assert len(refused) < 2 and all(refusal in err and len(err.splitlines()) == 1 for err in refused) and not any(err for _, err, s in ended if not s), ended
+    second = lab.project.start(*command)
+
+    refused = 0
+    for process in (first, second):
+        _, err = process.communicate(timeout=300)
+        if process.returncode == 0:
+            assert err == '', err
+        else:
+            assert refusal in err and len(err.splitlines()) == 1, err
+            refused += 1
+    assert refused < 2
     return refused
 
 
 def two_runs(lab, rng):
-    """Started at once in one folder, which may hold an older run: one trains, the other is refused by name; nobody's work is lost."""
+    """Of two runs in one folder, where an older run may lie, one trains and the other is refused;
+    no run is lost.
+    """
     out = lab.fresh('shared')
-    for old in lab.root.glob('shared.*'):
-        shutil.rmtree(old)
-    held = rng.random() < 0.7
-    if held:
-        shutil.copytree(lab.once('one', lambda: lab.project.run('train.py', *SHORT, '--max_iters=1', f'--out_dir={lab.root / "one"}') and lab.root / 'one'), out)
-    refused = len(at_once(lab, rng, ['train.py', *SHORT, f'--out_dir={out}'], 'another run is writing to', 0.02))
-    folders = [p for p in lab.root.glob('shared*') if (p / 'loss.png').exists()]
-    assert len(folders) == 2 - refused and len(list(lab.root.glob('shared*'))) == len(folders) + held, folders
+    for older in lab.root.glob('shared.*'):
+        shutil.rmtree(older)
+    has_older_run = rng.random() < 0.7
+    if has_older_run:
+        one = lab.root / 'one'
+        command = ['train.py', *SHORT, '--max_iters=1', f'--out_dir={one}']
+        lab.once('one', partial(lab.project.run, *command))
+        shutil.copytree(one, out)
+
+    command = ['train.py', *SHORT, f'--out_dir={out}']
+    refused = two_at_once(lab, rng, command, 'another run is writing to', 0.02)
+    folders = list(lab.root.glob('shared*'))
+    finished = [folder for folder in folders if (folder / 'loss.png').exists()]
+    assert len(finished) == 2 - refused and len(folders) == len(finished) + has_older_run, folders
     lab.seen['refused'] += refused
 
 
 def two_prepares(lab, rng):
-    """Of one dataset at once: one makes it, the other is refused by name or makes the same."""
-    _, command, good, folder, _ = preparation(lab, rng)
-    lab.seen['refused'] += len(at_once(lab, rng, command, 'another process is preparing', 0.01))
+    """Of two preparations of one dataset one makes it, and the other is refused or makes the same.
+    """
+    _, command, folder, good, _ = preparation(lab, rng)
+    lab.seen['refused'] += two_at_once(lab, rng, command, 'another process is preparing', 0.01)
     assert content(folder) == content(good)
 
 
 def two_downloads(lab, rng):
-    """Of one file at once: each ends with the whole file, or is refused by name."""
-    folder, SlowServer.content, SlowServer.tag = lab.fresh('downloads2'), toy_text(200_000).encode(), '"a"'
+    """Of two downloads of one file each ends with the whole file or is refused."""
+    folder = lab.fresh('two downloads')
+    SlowServer.content = toy_text(200_000).encode()
+    SlowServer.tag = '"a"'
     with server(SlowServer) as url:
-        lab.seen['refused'] += len(at_once(lab, rng, ['fetch.py', url, folder / 'x.txt', ''], 'another process is downloading', 0.2))
+        command = ['fetch.py', url, folder / 'x.txt', '']
+        lab.seen['refused'] += two_at_once(lab, rng, command, 'another process is downloading', 0.2)
     assert content(folder) == {'x.txt': SlowServer.content}
 
 
 def sample_while_training(lab, rng):
-    """sample.py reads a whole checkpoint whenever it comes."""
-    out = lab.fresh('read')
-    train = lab.project.start('train.py', *SHORT, '--max_iters=100000', '--eval_interval=1', f'--out_dir={out}')
+    """sample.py finds a whole checkpoint at any moment of training."""
+    out = lab.fresh('sampled')
+    endless = ['--max_iters=100000', '--eval_interval=1']
+    train = lab.project.start('train.py', *SHORT, *endless, f'--out_dir={out}')
     while not (out / 'best.pt').is_file():
         time.sleep(0.01)
     for _ in range(5):
@@ -331,38 +485,156 @@ def sample_while_training(lab, rng):
     train.communicate()
 
 
-EXPERIMENTS = {f.__name__: f for f in (kill_train, kill_prepare, kill_download, kill_export, disk, disk_ranks, resume, cycles, two_runs, two_prepares,
-                                       two_downloads, sample_while_training, memory_train, memory_chat)}
+# --------------------------------------------------------------------------------------------------
+# Leaks
+
+
+def memory_and_files(process):
+    """(KB of memory, number of open files) of a process."""
+    proc = Path(f'/proc/{process.pid}')
+    pages = int((proc / 'statm').read_text().split()[1])
+    return pages * os.sysconf('SC_PAGE_SIZE') // 1024, len(os.listdir(proc / 'fd'))
+
+
+def assert_no_leak(what, points, unit):
+    """points: [(x, KB, open files)]. Memory rises by less than 200 KB per `unit` of x, by least
+    squares, and files stay as they are.
+    """
+    x, kb, files = zip(*points)
+    rise = unit * np.polyfit(x, kb, 1)[0]
+    print(f'  {what} {x[0]:,} to {x[-1]:,}: {kb[0]:,} to {kb[-1]:,} KB, '
+          f'{rise:+.1f} KB per {unit:,}; open files {min(files)} to {max(files)}', flush=True)
+    assert rise < 200 and max(files) <= min(files) + 1, 'it grows'
+
+
+def memory_train(lab, rng, steps=20_000):
+    """A long training run does not take more and more memory or files. The first tenth does not
+    count.
+    """
+    out = lab.fresh('long')
+    options = [
+        f'--max_iters={steps}', f'--eval_interval={steps // 20}',
+        f'--log_interval={steps // 100}', '--gradient_accumulation_steps=1',
+    ]
+    process = lab.project.start('train.py', *SHORT, *options, f'--out_dir={out}')
+    points = []
+    for line in iter(process.stdout.readline, ''):
+        if ': loss' in line and process.poll() is None:
+            step = int(line.split()[1].rstrip(':'))
+            points.append((step, *memory_and_files(process)))
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert_no_leak('train.py, steps', [point for point in points if point[0] > steps // 10], 1000)
+
+
+def memory_chat(lab, rng, turns=500):
+    """A long chat, with a model of pairs and one of plain text, does not take more and more memory
+    or files.
+    """
+    for dataset in ('talk', 'toy'):
+        out = lab.root / f'chat {dataset}'
+        options = [f'--dataset={dataset}', '--block_size=24', f'--out_dir={out}']
+        short = SHORT
+        if dataset == 'talk':  # pairs have no batch_size
+            short = [option for option in SHORT if not option.startswith('--batch_size')]
+        lab.once(out, partial(lab.project.run, 'train.py', *short, *options))
+
+        chat = ['sample.py', f'--out_dir={out}', '--chat', '--max_new_tokens=12']
+        process = lab.project.start(*chat)
+        points = []
+        for turn in range(turns):
+            output = ''
+            while not output.endswith(('\nU: ', '\n> ')):  # the prompt
+                more = os.read(process.stdout.fileno(), 4096).decode('utf-8', 'replace')
+                assert more, process.communicate()
+                output += more
+            points.append((turn, *memory_and_files(process)))
+            process.stdin.write('dodo lamp ba\n')
+            process.stdin.flush()
+        process.communicate('/quit\n')
+        assert_no_leak(f'sample.py --chat of {dataset}, turns', points[turns // 5:], 100)
+
+
+# --------------------------------------------------------------------------------------------------
+# All of it
+
+EXPERIMENTS = {
+    function.__name__: function
+    for function in (
+        kill_train, kill_prepare, kill_download, kill_export, disk, disk_ranks, resume, cycles,
+        two_runs, two_prepares, two_downloads, sample_while_training, memory_train, memory_chat,
+    )
+}
 EXPERIMENTS['resume_compiled'] = partial(resume, more=['--compile'])
-ONCE = ('resume_compiled', 'memory_train', 'memory_chat')  # minutes each: only when they are named
+# Each takes minutes: run once, and only if named
+ONCE = ('resume_compiled', 'memory_train', 'memory_chat')
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--minutes', type=float, default=10)
+    parser.add_argument('--only', help='of these, with commas between: ' + ', '.join(EXPERIMENTS))
+    parser.add_argument('--seed', default='1')
+    parser.add_argument('--trial', type=int, help='run this trial alone')
+    args = parser.parse_args()
+    if args.only:
+        args.only = args.only.split(',')
+    else:
+        args.only = [name for name in EXPERIMENTS if name not in ONCE]
+    unknown = set(args.only) - EXPERIMENTS.keys()
+    if unknown:
+        parser.error(f'unknown: {", ".join(unknown)}; there are {", ".join(EXPERIMENTS)}')
+    return args
 
 
 def main():
-    given = dict(arg.removeprefix('--').split('=', 1) for arg in sys.argv[1:])
-    only = given.get('only', ','.join(n for n in EXPERIMENTS if n not in ONCE)).split(',')
-    seed, end, done, broken = given.get('seed', '1'), time.monotonic() + 60 * float(given.get('minutes', 10)), Counter(), {}
-    labs, number = {}, int(given.get('trial', 0))
-    with tempfile.TemporaryDirectory(prefix='torture ') as folder:
-        while time.monotonic() < end and (todo := [n for n in only if n not in broken and not (n in ONCE and done[n])]):
-            for name in todo:
-                labs[name] = labs.get(name) or Lab(Path(folder) / name)
-                try:
-                    EXPERIMENTS[name](labs[name], Random(f'{seed} {name} {number}'))
-                    done[name] += 1
-                except Exception as e:
-                    broken[name] = f'trial {number}: {type(e).__name__}: {str(e)[:1500]}'
-                    traceback.print_exc()
-                    print(f'{name} BROKE. Again: python tests/torture.py --only={name} --seed={seed} --trial={number}', flush=True)
-                if number % 10 == 0 or 'trial' in given:
-                    print(f'{name}: {done[name]} done; ' + ', '.join(f'{k} {v}' for k, v in sorted(labs[name].seen.items())), flush=True)
-            number += 1
-            if 'trial' in given:
-                break
-        print('\n| experiment | trials | seen | |\n|---|---|---|---|')
-        for name in only:
-            seen = ', '.join(f'{k} {v}' for k, v in sorted(labs[name].seen.items()) if v) if name in labs else ''
-            print(f'| {name} | {done[name]} | {seen} | {broken.get(name, "held").splitlines()[0]} |')
+    args = parse_arguments()
+    end = time.monotonic() + 60 * args.minutes
+    done = Counter()
+    broken = {}
+    labs = {}
+
+    def one_trial(name, number, folder):
+        if name not in labs:
+            labs[name] = Lab(folder / name)
+        try:
+            EXPERIMENTS[name](labs[name], Random(f'{args.seed} {name} {number}'))
+            done[name] += 1
+        except Exception as e:
+            broken[name] = f'trial {number}: {type(e).__name__}: {str(e)[:1500]}'
+            traceback.print_exc()
+            again = f'--only={name} --seed={args.seed} --trial={number}'
+            print(f'{name} BROKE. Again: python tests/fault_injection.py {again}', flush=True)
+
+    with tempfile.TemporaryDirectory(prefix='fault injection ') as folder:
+        if args.trial is not None:
+            for name in args.only:
+                one_trial(name, args.trial, Path(folder))
+                print(f'{name}: {counts(labs[name])}', flush=True)
+        else:
+            number = 0
+            todo = args.only
+            while todo and time.monotonic() < end:
+                for name in todo:
+                    one_trial(name, number, Path(folder))
+                    if number % 10 == 0:
+                        print(f'{name}: {done[name]} done; {counts(labs[name])}', flush=True)
+                number += 1
+                todo = [name for name in todo if name not in broken and name not in ONCE]
+
+    print('\n| experiment | trials | seen | result |\n|---|---|---|---|')
+    for name in args.only:
+        seen = counts(labs[name]) if name in labs else ''
+        result = broken.get(name, 'passed').splitlines()[0]
+        print(f'| {name} | {done[name]} | {seen} | {result} |')
     return 1 if broken else 0
+
+
+def counts(lab):
+    """What was seen, as text."""
+    return ', '.join(f'{what} {n}' for what, n in sorted(lab.seen.items()) if n)
 
 
 if __name__ == '__main__':

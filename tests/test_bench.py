@@ -1,33 +1,123 @@
-"""bench.py: what it prints, for people and as JSON. Never how fast anything is."""
+"""
+bench.py: what it measures and prints, for people and as JSON. Never how fast anything is.
+
+    pytest -n 0 tests/test_bench.py
+"""
+import importlib
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
+from conftest import CHECKOUT
+
+NANOGPT = '''
+from dataclasses import dataclass
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    bias: bool
+
+class GPT(nn.Module):
+    """Stands for nanoGPT's: the same interface, but no layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = nn.ModuleDict({
+            'wte': nn.Embedding(config.vocab_size, config.n_embd),
+            'h': nn.ModuleList(),
+            'ln_f': nn.LayerNorm(config.n_embd),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, idx, targets):
+        logits = self.lm_head(self.transformer.ln_f(self.transformer.wte(idx)))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+'''
 
 
-def test_a_row(project):
-    """Ours and a peer in turns, and all of it in one line of JSON; the share of the ceiling is that of the rate."""
-    args = ['--rows=CPU example', f'--nanogpt={project.root / "peer"}', '--seconds=0.02', '--device=cpu']
+@pytest.fixture
+def bench(monkeypatch):
+    """bench.py as a module, with the defaults of its options."""
+    monkeypatch.setattr(sys, 'argv', ['bench.py'])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.syspath_prepend(str(CHECKOUT))
+    return importlib.import_module('bench')
+
+
+def line_of(name, output):
+    """The line of bench.py's output that has the figures of 'ours' or of a baseline."""
+    return next(line for line in output.splitlines() if line.startswith(f'    {name}'))
+
+
+def test_row_shows_rates_ratio_and_utilization(project):
     (project.root / 'peer').mkdir()
-    (project.root / 'peer' / 'model.py').write_text(  # stands for nanoGPT: a model of that interface, one layer large
-        'import torch\nfrom dataclasses import dataclass\n@dataclass\nclass GPTConfig:\n    vocab_size: int; block_size: int; n_layer: int; '
-        'n_head: int; n_embd: int; bias: bool\n'
-        'class GPT(torch.nn.Module):\n    def __init__(self, c):\n        super().__init__()\n        self.e = torch.nn.Embedding(c.vocab_size, c.vocab_size)\n'
-        '    def forward(self, idx, targets):\n        return None, torch.nn.functional.cross_entropy(self.e(idx).flatten(0, 1), targets.flatten())\n',
-        encoding='utf-8')
-    out, _ = project.run('bench.py', *args)
-    told = json.loads(out.splitlines()[-1])
-    work = told['work']["train nanoGPT's CPU example (0.8 M), 12 x 64"]
-    assert list(work) == ['ours', 'nanogpt'] and all(len(w['rates']) == 1 and min(w['rates']) > 0 for w in work.values())
-    ours, theirs = (work[who]['rates'][0] for who in work)
-    line = next(line for line in out.splitlines() if line.startswith('    nanogpt'))
-    assert float(line.split('ours is ')[1].split()[0]) == pytest.approx(ours / theirs, abs=0.006)
-    line = next(line for line in out.splitlines() if line.startswith('    ours'))
-    cost = 6 * (4 * (12 * 128 ** 2 + 2 * 128) + 128 + 65 * 128) + 6 * 4 * 128 * 64  # of weights, of attention
-    assert int(line.split('%')[0].split()[-1]) == round(100 * ours * cost / told['limits']['FLOP'])
+    (project.root / 'peer' / 'model.py').write_text(NANOGPT, encoding='utf-8')
+    out, _ = project.run('bench.py', '--rows=CPU example', f'--nanogpt={project.root / "peer"}',
+                         '--seconds=0.02', '--device=cpu')
+    result = json.loads(out.splitlines()[-1])
+    work = result['work']["train nanoGPT's CPU example (0.8 M), 12 x 64"]
+    assert list(work) == ['ours', 'nanogpt']
+    for measured in work.values():
+        assert len(measured['rates']) == 1
+        assert measured['rates'][0] > 0
+
+    ours = work['ours']['rates'][0]
+    theirs = work['nanogpt']['rates'][0]
+    ratio = line_of('nanogpt', out).split('ours is ')[1].split()[0]
+    assert float(ratio) == pytest.approx(ours / theirs, abs=0.006)
+
+    # FLOP per token: forward and backward take 6 per weight, and attention 6 per layer, channel and position
+    weights_per_layer = 12 * 128**2 + 2 * 128
+    weights = 4 * weights_per_layer + 128 + 65 * 128
+    flop = 6 * weights + 6 * 4 * 128 * 64
+    percent = line_of('ours', out).split('%')[0].split()[-1]
+    assert int(percent) == round(100 * ours * flop / result['limits']['FLOP'])
 
 
-@pytest.mark.parametrize('args, said', [
-    (['--rows=xyz'], "no row holds 'xyz': there are train nanoGPT"), (['--rounds=0'], 'rounds must be at least 1'),
-    (['--nanogpt=nowhere'], 'nowhere holds no model.py')])
-def test_bad_input(project, args, said):
-    assert said in project.fails('bench.py', *args)
+def test_range_is_shown_for_several_repeats_only(bench, capsys):
+    row = bench.Row('some work', 'tok/s', ours=None, baselines={})
+    bench.print_row(row, {'ours': [[1234.5, None, 10**9]]}, {})
+    assert capsys.readouterr().out.splitlines()[1].split() == ['ours', '1,234.5', 'tok/s', '1.00', 'GB']
+    bench.print_row(row, {'ours': [[3.0, None, 10**9], [1.0, None, 10**9], [2.0, None, 10**9]]}, {})
+    assert '2.0 tok/s    (1.0 - 3.0) 1.00 GB' in capsys.readouterr().out
+
+
+def test_batches_of_different_sizes_are_timed_in_whole_passes(bench, monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(bench, 'time', clock)
+    monkeypatch.setattr(bench, 'seconds', 10.0)
+    calls = []
+
+    def step(i):
+        calls.append(i)
+        clock.now += 3.0 if i % 2 else 1.0
+
+    rate = bench.time_steps(step, [10, 20])
+    assert rate == pytest.approx(30 / 4)
+    assert calls == [0, 1, 2, *range(6)]  # three steps to warm up, then three passes in 12 seconds
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--rows=xyz'], "no row has 'xyz' in its name: there are train nanoGPT"),
+    (['--rounds=0'], 'rounds must be at least 1'),
+    (['--nanogpt=nowhere'], 'nowhere has no model.py'),
+])
+def test_bad_options_are_refused_in_one_sentence(project, args, message):
+    assert message in project.fails('bench.py', *args)
+
+
+@pytest.mark.slow
+def test_every_row_runs(project):
+    """Ours and every baseline that is installed; GPT-2 124M is among them, so this takes minutes."""
+    out, _ = project.run('bench.py', '--peers', '--seconds=0.01', '--device=cpu', timeout=1200)
+    work = json.loads(out.splitlines()[-1])['work']
+    assert len(work) == 16
+    assert all(measured['ours']['rates'][0] > 0 for measured in work.values())

@@ -1,4 +1,10 @@
-"""modal_train.py: against a stand-in of Modal's server, with Modal's own client and container; and its train() on its own, for real."""
+"""
+modal_train.py, without an account: against a stand-in for Modal's servers (modal_server.py), with Modal's own client and
+container code; and its functions on their own, as an imported module.
+
+    pytest -n 0 tests/test_modal.py
+"""
+import csv
 import importlib
 import json
 import os
@@ -8,36 +14,50 @@ import signal
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, TINY, Project, Zygote
-from modal_server import Server, copied
+from conftest import CHECKOUT, TINY, Project
+from modal_server import Server
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='containers of Modal are Linux')
-MODAL = [sys.executable, '-m', 'modal', 'run']
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='Modal\'s containers are Linux')
+MODAL_RUN = [sys.executable, '-m', 'modal', 'run']
 
-# In place of the scripts, for what is not about them: they do what modal_train.py relies on, without torch. steps.txt has every step taken
+# Stands for train.py: does what modal_train.py relies on, without torch. steps.txt has every step that was taken. Options:
+# --bad: bad input; --crash: crashes at step 40; --wait: waits there until it is told to stop (both only if not resumed).
 TRAIN = '''
 import fcntl, os, signal, sys, time
-from pathlib import Path
-args = dict(arg[2:].partition('=')[::2] for arg in sys.argv[1:] if arg.startswith('--'))
+
+args = {}
+for arg in sys.argv[1:]:
+    if arg.startswith('--'):
+        name, _, value = arg[2:].partition('=')
+        args[name] = value
 if 'bad' in args:
-    print('train.py: unknown knob', file=sys.stderr)
+    print('train.py: unknown option', file=sys.stderr)
     sys.exit(2)
-out, stop = Path(args['out_dir']), []
+
+out = Path(args['out_dir'])
 lock = open(out / '.lock', 'w')
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError:
     sys.exit('train.py: another run is writing')
-step = int((out / 'last.pt').read_text()) if 'resume' in args else 0
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+
+stopped = False
+def stop(*_):
+    global stopped
+    stopped = True
+signal.signal(signal.SIGTERM, stop)
+
 def save():
     (out / 'last.tmp').write_text(str(step))
     os.replace(out / 'last.tmp', out / 'last.pt')
+
+step = 0
+if 'resume' in args:
+    step = int((out / 'last.pt').read_text())
 (out / 'config.json').write_text('{"max_iters": 60}')
-while step < 60 and not stop:
+while step < 60 and not stopped:
     step += 1
     time.sleep(0.02)
     with open(out / 'steps.txt', 'a') as f:
@@ -45,232 +65,380 @@ while step < 60 and not stop:
     if step % 20 == 0:
         (out / 'log.csv').write_text(f'step,seconds,val_loss,tokens_per_s\\n{step},{step * 36},1.5,4321\\n')
         save()
-    if step == 40 and 'crash' in args and 'resume' not in args:
-        os._exit(1)
-    for _ in range(300 * (step == 40 and 'wait' in args and 'resume' not in args)):  # until it is told to stop
-        time.sleep(0 if stop else 0.1)
+    if step == 40 and 'resume' not in args:
+        if 'crash' in args:
+            os._exit(1)
+        if 'wait' in args:
+            deadline = time.monotonic() + 30
+            while not stopped and time.monotonic() < deadline:
+                time.sleep(0.1)
 save()
-sys.exit(143 if stop else 0)
+sys.exit(143 if stopped else 0)
 '''
+# Stands for sample.py
 SAMPLE = '''
 import sys
+
 print(sys.argv[1:])
-for line in sys.stdin if '--chat' in sys.argv else []:
-    if line == '/quit\\n':
-        break
-    print('you said', line, end='', flush=True)
+if '--chat' in sys.argv:
+    for line in sys.stdin:
+        if line == '/quit\\n':
+            break
+        print('you said', line, end='', flush=True)
 '''
+# Stands for torchrun: runs the script once. If that fails, the exit status is 1, and the script's only in the output.
+TORCHRUN = f'''#!/bin/sh
+echo torchrun "$1" "$2"
+shift 2
+{sys.executable} "$@" && exit 0
+echo "  exitcode  : $? (pid: 1)"
+exit 1
+'''
+ALL_STEPS = list(range(1, 61))
+
+
+def steps(out):
+    """The steps that the stand-in for train.py has taken in a run, over all its attempts."""
+    return [int(line) for line in (out / 'steps.txt').read_text().split()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against the stand-in for Modal's servers
+
+class Cloud(Project):
+    """A project whose scripts are stand-ins, and a stand-in for Modal to run them on. volume: the folder of its volume."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.volume = root / 'vol'
+        self.write('train.py', TRAIN)
+        self.write('sample.py', SAMPLE)
+        self.write('prepare/toy.py', 'import sys; print("made", *sys.argv[1:])')
+        self.write('bin/torchrun', TORCHRUN)
+        (root / 'bin' / 'torchrun').chmod(0o755)
+        shutil.copy(CHECKOUT / 'requirements.txt', root)
+
+        # What containers must not get
+        self.write('data/toy/train.bin')
+        self.write('out/old/last.pt')
+        self.write('.git/config')
+        self.write('tests/test_x.py')
+        self.write('.venv/x.py')
+        self.write('config/mine/deep.py')
+
+    def write(self, name, text=''):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding='utf-8')
+
+    def modal_run(self, entrypoint, *args, status=0, typed=None, on_commit=None):
+        """`modal run modal_train.py[::COMMAND] ARGS`, from another folder. Returns the Server, with .out and .err."""
+        path = f'{self.root / "bin"}:{os.environ["PATH"]}'
+        with Server(self.root, self.volume, path, on_commit) as server:
+            command = [*MODAL_RUN, f'{self.root / "modal_train.py"}{entrypoint}', *args]
+            done = subprocess.run(
+                command, env=server.env, cwd='/', input=typed, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert 'Traceback' not in done.stderr
+        server.out = done.stdout
+        server.err = done.stderr
+        return server
 
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A project for the stand-in, with a folder as the volume. cloud.modal(ref, …) is `modal run modal_train.py…` from elsewhere."""
-    p = Project(tmp_path / 'project')
-    for name, text in (('train.py', TRAIN), ('sample.py', SAMPLE), ('prepare/toy.py', 'import sys; print("made", *sys.argv[1:])')):
-        (p.root / name).write_text(text, encoding='utf-8')
-    for name in ('data/toy/train.bin', 'out/old/last.pt', '.git/config', 'tests/test_x.py', '.venv/x.py', 'config/mine/deep.py'):
-        (p.root / name).parent.mkdir(parents=True, exist_ok=True)
-        (p.root / name).touch()
-    shutil.copy(CHECKOUT / 'requirements.txt', p.root)
-    torchrun = p.root / 'bin' / 'torchrun'
-    torchrun.parent.mkdir()
-    torchrun.write_text(f'#!/bin/sh\necho torchrun "$1" "$2"\nshift 2\n{sys.executable} "$@" || echo "  exitcode  : $? (pid: 1)"\ntest -z "$fail"\n')
-    torchrun.chmod(0o755)
-    copied(p)
-    p.volume = p.root / 'vol'
-
-    def run(ref, *args, status=0, typed=None, on_commit=lambda server: None, how=None):
-        with Server(p.root, p.volume) as server:
-            server.on_commit, server.how, server.path = on_commit, how, f'{torchrun.parent}:{os.environ["PATH"]}'
-            done = subprocess.run([*MODAL, f'{p.root / "modal_train.py"}{ref}', *args], env=server.env, cwd='/', input=typed, capture_output=True, text=True, timeout=60)
-        assert done.returncode == status, done.stdout + done.stderr
-        assert 'Traceback' not in done.stderr
-        server.out, server.err = done.stdout, done.stderr
-        return server
-    p.modal = run
-    return p
+    return Cloud(tmp_path / 'project')
 
 
-def preempt_once(server):
-    if len(server.containers) == 1 and (server.volume / 'out/stdlib/last.pt').exists() and not hasattr(server, 'preempted'):
-        server.preempted = server.containers[0]
-        server.preempted.send_signal(server.how)
+@pytest.mark.parametrize('preemption', [signal.SIGINT, getattr(signal, 'SIGKILL', 9)])
+def test_preempted_run_resumes_by_itself(cloud, preemption):
+    preempted = []
+
+    def preempt_once(server):
+        if not preempted and (server.volume / 'out/stdlib/last.pt').exists():
+            preempted.append(server.containers[0])
+            server.containers[0].send_signal(preemption)
+
+    server = cloud.modal_run('', '--overrides=--wait', on_commit=preempt_once)
+    assert preempted[0].returncode is not None
+    assert len(server.containers) == 2
+    assert steps(cloud.volume / 'out/stdlib') == ALL_STEPS  # each step once, over both containers
+    assert 'out/stdlib starts from scratch' in server.out
+    assert 'out/stdlib resumes where it stopped' in server.out
+    assert 'the result is in out/stdlib' in server.out
+
+    # The volume was committed after checkpoints, and at the end
+    committed = [files.get('out/stdlib/last.pt') for files in server.commits]
+    times = [time for time in committed if time is not None]
+    assert len(set(times)) >= 3
+    assert committed[-1] == max(times)
 
 
-def steps(cloud, run):
-    return [int(line) for line in (cloud.volume / 'out' / run / 'steps.txt').read_text().split()]
+def test_modal_is_asked_for_the_right_image_gpus_volume_and_retries(cloud):
+    server = cloud.modal_run('', '--overrides=--quick')
+
+    # One definition of the function for each GPU that may run it
+    ranked = server.requests('FunctionCreate')[0].function_data.ranked_functions
+    assert [r.function.resources.gpu_config.gpu_type for r in ranked] == ['L4', 'A10', 'T4']
+    for function in [r.function for r in ranked]:
+        assert function.timeout_secs == 24 * 3600
+        assert function.single_use_containers
+        assert not function.secret_ids
+        assert (function.retry_policy.retries, function.retry_policy.initial_delay_ms) == (10, 0)
+        assert [mount.mount_path for mount in function.volume_mounts] == [str(cloud.volume)]
+    create_if_missing = 1
+    asked_volume = server.requests('VolumeGetOrCreate')[0]
+    assert (asked_volume.deployment_name, asked_volume.object_creation_type) == ('pocketgpt', create_if_missing)
+
+    # The image has our requirements
+    images = [request.image for request in server.requests('ImageGetOrCreate')]
+    dockerfile = '\n'.join(line for image in images for line in image.dockerfile_commands)
+    assert 'FROM python:3.11' in dockerfile
+    assert 'HF_HOME' in dockerfile
+    files = {file.filename: file.data.decode() for image in images for file in image.context_files}
+    requirements = (CHECKOUT / 'requirements.txt').read_text(encoding='utf-8')
+    wanted = re.findall(r'^[a-z]\w+', requirements, re.M)
+    assert 'torch' in wanted
+    for name in wanted:
+        assert re.search(rf'^{name}\b', files['/.requirements.txt'], re.M)
+
+    # Containers get our Python files, and nothing else
+    sent = {file.filename for request in server.requests('MountGetOrCreate') for file in request.files}
+    ours = set()
+    for pattern in ('*.py', 'pocket/*.py', 'prepare/*.py', 'config/*.py'):
+        for path in cloud.root.glob(pattern):
+            ours.add(f'/root/pocketgpt/{path.relative_to(cloud.root)}')
+    assert '/root/pocketgpt/pocket/tokenizer.py' in ours
+    assert sent == ours | {'/root/modal_train.py'}
 
 
-@pytest.mark.parametrize('how', [signal.SIGINT, getattr(signal, 'SIGKILL', 9)])
-def test_a_preempted_run_goes_on_by_itself_and_the_platform_is_asked_for_what_it_needs(cloud, how):
-    server = cloud.modal('', '--overrides=--wait', on_commit=preempt_once, how=how)
-    assert server.preempted.returncode is not None and len(server.containers) == 2
-    assert steps(cloud, 'stdlib') == list(range(1, 61))  # each step once, over both containers
-    assert 'out/stdlib starts anew' in server.out and 'out/stdlib goes on where it stopped' in server.out
-    assert 'lies in out/stdlib' in server.out
-    states = [commit.get('out/stdlib/last.pt') for commit in server.commits]
-    assert len(set(states) - {None}) >= 3 and states[-1] == max(filter(None, states))  # after checkpoints, and at the end
-
-    ranked = [f.function for f in server.requests('FunctionCreate')[0].function_data.ranked_functions]
-    assert [f.resources.gpu_config.gpu_type for f in ranked] == ['L4', 'A10', 'T4']
-    for f in ranked:
-        assert f.timeout_secs == 24 * 3600 and f.single_use_containers and not f.secret_ids
-        assert (f.retry_policy.retries, f.retry_policy.initial_delay_ms) == (10, 0)
-        assert [m.mount_path for m in f.volume_mounts] == [str(cloud.volume)]
-    assert server.requests('VolumeGetOrCreate')[0].deployment_name == 'pocketgpt'
-    assert server.requests('VolumeGetOrCreate')[0].object_creation_type == 1  # create if missing
-    images = [r.image for r in server.requests('ImageGetOrCreate')]
-    layers = '\n'.join(line for image in images for line in image.dockerfile_commands)
-    assert 'FROM python:3.11' in layers and 'HF_HOME' in layers
-    files = {f.filename: f.data.decode() for image in images for f in image.context_files}
-    wanted = re.findall(r'^[a-z]\w+', (CHECKOUT / 'requirements.txt').read_text(encoding='utf-8'), re.M)
-    assert 'torch' in wanted and all(re.search(rf'^{name}\b', files['/.requirements.txt'], re.M) for name in wanted)
-    sent = {f.filename for r in server.requests('MountGetOrCreate') for f in r.files}
-    here = {str(Path(p).relative_to(cloud.root)) for pattern in ('*.py', 'prepare/*.py', 'config/*.py') for p in cloud.root.glob(pattern)}
-    assert sent == {f'/root/pocketgpt/{name}' for name in here} | {'/root/modal_train.py'}
-
-
-def test_a_crash_is_tried_again_bad_input_is_not(cloud):
-    server = cloud.modal('', '--gpu=A100', '--gpus', '2', '--secret=mine', '--config=config/shakespeare_char.py', '--overrides=--crash')
+def test_crash_is_retried_but_bad_input_is_not(cloud):
+    server = cloud.modal_run('', '--gpu=A100', '--gpus', '2', '--secret=mine',
+                             '--config=config/shakespeare_char.py', '--overrides=--crash')
     assert 'torchrun --standalone --nproc_per_node=2' in server.out
-    definition = server.requests('FunctionCreate')[0].function
-    assert (definition.resources.gpu_config.gpu_type, definition.resources.gpu_config.count) == ('A100', 2)
+    assert len(server.containers) == 2
+    assert steps(cloud.volume / 'out/shakespeare_char') == ALL_STEPS
+    gpu = server.requests('FunctionCreate')[0].function.resources.gpu_config
+    assert (gpu.gpu_type, gpu.count) == ('A100', 2)
     assert server.requests('SecretGetOrCreate')[0].deployment_name == 'mine'
     assert list(server.requests('FunctionBindParams')[0].function_options.secret_ids) == ['st-1']
-    server = cloud.modal('', '--overrides=--bad', '--name=shakespeare_char', status=2)
-    assert server.err.strip() == 'train.py: unknown knob' and len(server.containers) == 1
-    assert sorted(p.name for p in (cloud.volume / 'out').iterdir()) == ['shakespeare_char']  # nothing was moved
+
+    server = cloud.modal_run('', '--gpus', '2', '--overrides=--bad', '--name=shakespeare_char', status=2)
+    assert server.err.strip() == 'train.py: unknown option'
+    assert len(server.containers) == 1
+    assert os.listdir(cloud.volume / 'out') == ['shakespeare_char']  # nothing was renamed
 
 
-def test_a_run_comes_home_whole_or_not_at_all_and_is_listed(cloud):
-    run = cloud.volume / 'out' / 'toy'
-    run.mkdir(parents=True)
-    with zipfile.ZipFile(run / 'last.pt', 'w') as f:  # as torch.save() writes it
-        f.writestr('last/data.pkl', os.urandom(9000))
-    (run / 'log.csv').write_text('step,seconds,val_loss,tokens_per_s\n20,720,1.5,4321\n')
-    (run / 'config.json').write_text('{"max_iters": 100}')
-    (run / 'modal.json').write_text(json.dumps({'gpus': ['NVIDIA L4', 'NVIDIA L4']}))
-    source = cloud.root / 'modal_train.py'
-    source.write_text(source.read_text(encoding='utf-8').replace("'L4': None", "'L4': 0.5"), encoding='utf-8')
-    row = next(line for line in cloud.modal('::ls', '--steps=200').out.splitlines() if line.startswith('toy'))
-    assert row.split()[1:9] == ['20', 'of', '100', '1.5000', '4321', '2.00', '2.00', 'NVIDIA']  # two hours, of two GPUs
+def test_download_is_complete_or_changes_nothing(cloud):
+    run = make_run(cloud.volume / 'out' / 'toy')
     out = cloud.root / 'out'
-    cloud.modal('::download', '--name=toy')
+    cloud.modal_run('::download', '--name=toy')
     assert (out / 'toy' / 'last.pt').read_bytes() == (run / 'last.pt').read_bytes()
-    broken = bytearray((run / 'last.pt').read_bytes())
-    broken[len(broken) // 2] ^= 1
-    (run / 'last.pt').write_bytes(broken)
-    before = sorted(str(p) for p in out.rglob('*'))
-    assert 'did not come whole' in cloud.modal('::download', '--name=toy', status=2).err
-    assert sorted(str(p) for p in out.rglob('*')) == before
+    assert not (out / 'toy' / '.lock').exists()
+
+    damaged = bytearray((run / 'last.pt').read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (run / 'last.pt').write_bytes(damaged)
+    before = sorted(out.rglob('*'))
+    assert 'is incomplete' in cloud.modal_run('::download', '--name=toy', status=2).err
+    assert sorted(out.rglob('*')) == before
+    assert 'no run other' in cloud.modal_run('::download', '--name=other', status=2).err
+
+
+def test_runs_and_datasets_are_listed(cloud):
+    make_run(cloud.volume / 'out' / 'toy')
+    (cloud.volume / 'data' / 'stdlib').mkdir(parents=True)
+    (cloud.volume / 'data' / 'stdlib' / 'meta.json').touch()
+    lines = cloud.modal_run('::ls', '--steps=200').out.splitlines()
+    assert 'datasets: stdlib' in lines
+    row = next(line for line in lines if line.startswith('toy'))
+    assert row.split()[1:] == ['20', 'of', '100', '1.5000', '4321', '2.00', '?', 'NVIDIA', 'L4,', 'NVIDIA', 'L4']
+
+
+def make_run(out):
+    """Make a run's folder on the volume: 20 of 100 steps on two GPUs, at 36 seconds per step."""
+    out.mkdir(parents=True)
+    with zipfile.ZipFile(out / 'last.pt', 'w') as f:  # as torch.save() writes it
+        f.writestr('last/data.pkl', os.urandom(9000))
+    (out / '.lock').touch()
+    (out / 'log.csv').write_text('step,seconds,val_loss,tokens_per_s\n20,720,1.5,4321\n')
+    (out / 'config.json').write_text('{"max_iters": 100}')
+    (out / 'modal.json').write_text(json.dumps({'gpus': ['NVIDIA L4', 'NVIDIA L4']}))
+    return out
 
 
 @pytest.mark.slow
-def test_other_scripts_run_there_too(cloud):
-    server = cloud.modal('::prepare', '--dataset=toy', '--args=--limit=3')
+def test_prepare_sample_and_chat(cloud):
+    server = cloud.modal_run('::prepare', '--dataset=toy', '--args=--limit=3')
     assert f'made --limit=3 --data_dir={cloud.volume}/data' in server.out
-    assert not server.requests('FunctionCreate')[0].function.resources.gpu_config.gpu_type and server.commits
-    server = cloud.modal('::sample', '--name=toy', '--args=--start="a b"', '--gpu=T4')
-    assert f"['sample.py', '--out_dir={cloud.volume}/out/toy', '--start=a b']"[14:] in server.out
+    assert not server.requests('FunctionCreate')[0].function.resources.gpu_config.gpu_type
+    assert server.commits
+
+    server = cloud.modal_run('::sample', '--name=toy', '--args=--start="a b"', '--gpu=T4')
+    assert f"['--out_dir={cloud.volume}/out/toy', '--start=a b']" in server.out
     assert server.requests('FunctionCreate')[0].function.resources.gpu_config.gpu_type == 'T4'
-    assert cloud.modal('::chat', '--name=toy', typed='hello\nyou\n/quit\n').out.count('you said') == 2
+
+    server = cloud.modal_run('::chat', '--name=toy', typed='hello\nyou\n/quit\n')
+    assert server.out.count('you said') == 2
 
 
-@pytest.mark.parametrize('ref, options', [('', '--config --overrides --name --gpu --gpus --fresh --secret'), ('::download', '--name')])
-def test_help_without_account_or_network(tmp_path, ref, options):
+@pytest.mark.parametrize('command, options', [
+    ('', ['--config', '--overrides', '--name', '--gpu', '--gpus', '--fresh', '--secret']),
+    ('::download', ['--name']),
+])
+def test_help_needs_no_account_and_no_network(tmp_path, command, options):
     env = {**os.environ, 'MODAL_CONFIG_PATH': str(tmp_path / 'none'), 'MODAL_SERVER_URL': 'http://127.0.0.1:9'}
-    out = subprocess.run([*MODAL, f'{CHECKOUT / "modal_train.py"}{ref}', '--help'], env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert all(option in out for option in options.split())
+    done = subprocess.run([*MODAL_RUN, f'{CHECKOUT / "modal_train.py"}{command}', '--help'], env=env, cwd=tmp_path,
+                          capture_output=True, text=True, check=True)
+    for option in options:
+        assert option in done.stdout
 
 
-class Child:
-    """subprocess.Popen with train.py from the zygote; everything else is what it is."""
+# ----------------------------------------------------------------------------------------------------------------------
+# As an imported module
 
-    def __new__(cls, command, **kwargs):
-        if command[0] != sys.executable:
-            return subprocess.Popen(command, **kwargs)
-        process = Zygote.start([str(kwargs['cwd'] / command[1]), *command[2:]], kwargs['cwd'], {**os.environ, 'OMP_NUM_THREADS': '1'})
-        process.terminate = lambda: process.poll() is None and process.send_signal(15)
-        return process
+class FakeVolume:
+    """Stands for a modal.Volume. The first commit after the file `interrupt_at` exists raises KeyboardInterrupt, as a
+    signal that arrives at that moment does."""
 
-
-class Volume:
-    """Notes commits, and is interrupted, as by a signal that comes just then, at the first checkpoint of `interrupted`."""
-
-    def __init__(self, interrupted=None):
-        self.commits, self.interrupted = 0, interrupted
+    def __init__(self, interrupt_at=None):
+        self.interrupt_at = interrupt_at
 
     def commit(self):
-        self.commits += 1
-        if self.interrupted and self.interrupted.exists():
-            self.interrupted = None
+        if self.interrupt_at is not None and self.interrupt_at.exists():
+            self.interrupt_at = None
             raise KeyboardInterrupt
 
 
 @pytest.fixture
-def local(tmp_path, monkeypatch):
-    """modal_train, imported, with the folder local.VOLUME as the volume: its functions are called through .local()."""
+def modal_train(monkeypatch):
+    """modal_train.py as a module. Afterwards signals and exceptions are handled as they were before."""
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     monkeypatch.syspath_prepend(str(CHECKOUT))
-    before = signal.getsignal(signal.SIGTERM)
-    module = importlib.import_module('modal_train')
+    sigterm = signal.getsignal(signal.SIGTERM)
+    yield importlib.import_module('modal_train')
+    signal.signal(signal.SIGTERM, sigterm)
+
+
+@pytest.fixture
+def in_container(modal_train, tmp_path, monkeypatch):
+    """modal_train.py as in a container, but with the stand-in for train.py in tmp_path, which is the volume, too."""
     (tmp_path / 'train.py').write_text(TRAIN, encoding='utf-8')
-    for name, value in (('HERE', tmp_path), ('VOLUME', str(tmp_path)), ('volume', Volume())):
-        monkeypatch.setattr(module, name, value)
-    yield module
-    signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr(modal_train, 'HERE', tmp_path)
+    monkeypatch.setattr(modal_train, 'VOLUME', str(tmp_path))
+    monkeypatch.setattr(modal_train, 'volume', FakeVolume())
+    return modal_train
+
+
+def test_volume_is_at_vol_unless_a_test_says_otherwise(modal_train):
+    assert modal_train.VOLUME == '/vol'
+
+
+def test_containers_get_all_files_that_the_scripts_need(modal_train, project):
+    for path in project.root.rglob('*'):
+        name = path.relative_to(project.root)
+        if path.is_file() and name.parts[0] != 'data' and modal_train.not_copied(name):
+            path.unlink()
+    project.train('--max_iters=2', '--eval_interval=2')
+    project.run('sample.py', '--out_dir=out/toy', '--max_new_tokens=5')
+    project.run('sample.py', '--out_dir=out/toy', '--chat', typed='/quit\n')
+    project.run('prepare/stdlib.py', '--help')
 
 
 @pytest.mark.filterwarnings('ignore:The train function is executing locally')
-def test_train_is_stopped_and_goes_on_to_the_same_weights(local, project, monkeypatch):
+def test_interrupted_run_resumes_to_the_same_weights(in_container, project, monkeypatch):
     import torch
+
+    def popen(command, **options):
+        """subprocess.Popen, but train.py is started by the tests' fork server, which is quicker."""
+        if command[0] != sys.executable:
+            return subprocess.Popen(command, **options)
+        process = project.start(*command[1:])
+        process.terminate = lambda: process.poll() is None and process.send_signal(signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(in_container, 'VOLUME', str(project.root))
+    monkeypatch.setattr(in_container, 'Popen', popen)
+    monkeypatch.setattr(in_container, 'volume', FakeVolume(interrupt_at=project.root / 'out/half/last.pt'))
     args = [*TINY, '--max_iters=60', '--eval_interval=5', '--log_interval=50']
-    for name, value in (('HERE', project.root), ('VOLUME', str(project.root)), ('Popen', Child), ('volume', Volume(project.root / 'out/half/last.pt'))):
-        monkeypatch.setattr(local, name, value)
     with pytest.raises(KeyboardInterrupt):
-        local.train.local(' '.join(args), 'half')
+        in_container.train.local(' '.join(args), 'half')
     assert 5 <= project.checkpoint('half')['step'] < 60
-    assert local.train.local(' '.join(args), 'half')[0] == 0
+    status, _ = in_container.train.local(' '.join(args), 'half')
+    assert status == 0
+
     project.run('train.py', *args, '--out_dir=out/whole')
-    whole, half = project.checkpoint('whole'), project.checkpoint('half')
-    assert half['step'] == 60 and all(torch.equal(half['model'][name], value) for name, value in whole['model'].items())
+    half = project.checkpoint('half')
+    whole = project.checkpoint('whole')
+    assert half['step'] == 60
+    for name, weight in whole['model'].items():
+        assert torch.equal(half['model'][name], weight), name
 
 
 @pytest.mark.filterwarnings('ignore:The train function is executing locally')
-def test_what_goes_on_and_what_starts_anew(local, tmp_path, monkeypatch, capsys):
-    def steps(run):
-        return [int(line) for line in (tmp_path / 'out' / run / 'steps.txt').read_text().split()]
+def test_what_is_resumed_and_what_starts_over(in_container, tmp_path, monkeypatch, capsys):
+    def train(*args, **options):
+        return in_container.train.local(' '.join(args), 'x', **options)
 
-    def train(*args, **kwargs):
-        return local.train.local(' '.join(args), 'x', **kwargs)
+    out = tmp_path / 'out' / 'x'
 
-    def stopped(*args, **kwargs):
-        monkeypatch.setattr(local, 'volume', Volume(tmp_path / 'out/x/last.pt'))
-        with pytest.raises(KeyboardInterrupt):
-            train(*args, **kwargs)
+    # An interrupted run is resumed by the same command. A command that is refused in between changes nothing.
+    monkeypatch.setattr(in_container, 'volume', FakeVolume(interrupt_at=out / 'last.pt'))
+    with pytest.raises(KeyboardInterrupt):
+        train('--a=1')
+    assert train('--bad')[0] == 2
+    assert train('--a=1')[0] == 0
+    assert steps(out) == ALL_STEPS
 
-    once = list(range(1, 61))
-    stopped('--a=1')
-    assert train('--bad')[0] == 2  # what is refused changes nothing
-    assert train('--a=1')[0] == 0 and steps('x') == once
-    status, words = train('--a=1')
-    assert status == 0 and 'finished' in words and steps('x') == once
-    monkeypatch.setattr(local, 'volume', Volume())
+    # A finished run is left alone
+    status, message = train('--a=1')
+    assert status == 0
+    assert 'finished' in message
+    assert steps(out) == ALL_STEPS
+
+    # Another command starts a new run, and keeps the old one under another name
+    monkeypatch.setattr(in_container, 'volume', FakeVolume())
     with pytest.raises(RuntimeError, match='status 1'):
-        train('--crash', '--a=2')  # another command: a new run
-    assert steps('x.1') == once and steps('x') == once[:40]
-    assert train('--crash', '--a=3', '--resume')[0] == 0 and steps('x') == once  # with other settings, where that is asked for
+        train('--crash', '--a=2')
+    assert steps(tmp_path / 'out' / 'x.1') == ALL_STEPS
+    assert steps(out) == ALL_STEPS[:40]
+
+    # --resume resumes with other options, too
+    assert train('--crash', '--a=3', '--resume')[0] == 0
+    assert steps(out) == ALL_STEPS
+
+    # --fresh starts over, but only once: a retry of the same call resumes
     with pytest.raises(RuntimeError):
         train('--crash', fresh=True, when='now')
-    assert train('--crash', fresh=True, when='now')[0] == 0 and steps('x') == steps('x.2') == once  # attempts of one call
-    monkeypatch.setattr(local, 'TIMEOUT', 0.5)
+    assert train('--crash', fresh=True, when='now')[0] == 0
+    assert steps(out) == steps(tmp_path / 'out' / 'x.2') == ALL_STEPS
+
+    # A run is stopped shortly before the time limit
+    monkeypatch.setattr(in_container, 'TIMEOUT', 0.5)
     with pytest.raises(TimeoutError):
         train('--a=1')
-    assert 0 < len(steps('x')) < 60
-    monkeypatch.setattr(local, 'TIMEOUT', 60)
-    assert train('--a=1')[0] == 0 and steps('x') == once
-    assert 'goes on where it stopped' in capsys.readouterr().out
+    assert 0 < len(steps(out)) < 60
+    monkeypatch.setattr(in_container, 'TIMEOUT', 60)
+    assert train('--a=1')[0] == 0
+    assert steps(out) == ALL_STEPS
+    assert 'resumes where it stopped' in capsys.readouterr().out
+
+
+def test_bad_names_and_configs_are_refused(modal_train, tmp_path):
+    (tmp_path / 'mine.py').touch()
     with pytest.raises(ValueError, match='copy it there'):
-        local.main(config=str(tmp_path / 'train.py'))
+        modal_train.main(config=str(tmp_path / 'mine.py'))
     with pytest.raises(ValueError, match='plain word'):
-        local.main(name='../x')
+        modal_train.main(name='../x')
+
+
+def test_cost_is_hours_times_price_times_gpus(modal_train, monkeypatch):
+    monkeypatch.setitem(modal_train.PRICES, 'L4', 0.5)
+    monkeypatch.setitem(modal_train.PRICES, 'A10', 1.0)
+    log = list(csv.DictReader(['step,seconds,val_loss,tokens_per_s', '10,360,1.2,4000', '20,720,1.5,4321']))
+    line = modal_train.format_run('toy', log, ['NVIDIA L4', 'NVIDIA L4'], max_iters=100, steps=200)
+    assert line.split() == ['toy', '20', 'of', '100', '1.2000', '4321', '2.00', '2.00', 'NVIDIA', 'L4,', 'NVIDIA', 'L4']
+    line = modal_train.format_run('toy', log, ['NVIDIA A10G'], max_iters=100)
+    assert line.split() == ['toy', '20', 'of', '100', '1.2000', '4321', '1.00', '1.00', 'NVIDIA', 'A10G']
+    assert modal_train.price_per_hour(['NVIDIA A100-SXM4-80GB']) is None  # which is no A10
+    assert modal_train.price_per_hour([]) is None

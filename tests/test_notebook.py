@@ -1,4 +1,9 @@
-"""explore.ipynb: valid, without outputs, in step with the code; and (slow) executed."""
+"""
+docs/explore.ipynb: valid, without outputs, in step with the code; and (slow) executed.
+
+    pytest -n 0 tests/test_notebook.py
+    pytest -n 0 -m slow tests/test_notebook.py       executes it: about a minute
+"""
 import ast
 import base64
 import importlib
@@ -16,44 +21,83 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def test_is_valid_and_has_no_outputs(notebook):
+def test_notebook_is_valid_and_has_no_outputs(notebook):
     nbformat.validate(notebook)
     assert NOTEBOOK.stat().st_size < 30_000
     cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
-    assert len(cells) > 8 and not any(cell.outputs or cell.execution_count for cell in cells)
-    assert not any('widgets' in cell.metadata or 'execution' in cell.metadata for cell in notebook.cells)
+    assert len(cells) > 8
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    for cell in notebook.cells:
+        assert 'widgets' not in cell.metadata and 'execution' not in cell.metadata
 
 
-def test_names_from_our_files_exist(notebook):
-    """Every name that it imports from our modules, or takes of them: model.GPT, checkpoint.save."""
+def is_ours(module):
+    return (CHECKOUT / f'{module.replace(".", "/")}.py').is_file()
+
+
+def test_names_that_the_notebook_imports_exist(notebook):
+    """Every name that it imports from our modules, or uses as their attribute: GPT,
+    checkpoint.save.
+    """
     tree = ast.parse('\n'.join(cell.source for cell in notebook.cells if cell.cell_type == 'code'))
-    ours, used = {}, set()
+    modules = {}  # {name in the notebook: module}
+    used = set()  # (module, name)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            ours |= {a.asname or a.name: a.name for a in node.names if (CHECKOUT / f'{a.name}.py').is_file()}
-        elif isinstance(node, ast.ImportFrom) and (CHECKOUT / f'{node.module}.py').is_file():
-            used |= {(node.module, a.name) for a in node.names}
-    used |= {(ours[node.value.id], node.attr) for node in ast.walk(tree)
-             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours}
-    assert {('model', 'GPT'), ('model', 'attend'), ('talk', 'load')} <= used
-    assert not [(module, name) for module, name in used if not hasattr(importlib.import_module(module), name)]
+            for alias in node.names:
+                if is_ours(alias.name):
+                    modules[alias.asname or alias.name] = alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if is_ours(f'{node.module}.{alias.name}'):  # from pocket import chat
+                    modules[alias.name] = f'{node.module}.{alias.name}'
+                elif is_ours(node.module):
+                    used.add((node.module, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
+            used.add((modules[ast.unparse(node.value)], node.attr))
+
+    assert {('model', 'GPT'), ('model', 'attention'), ('pocket.chat', 'load')} <= used
+    for module, name in used:
+        assert hasattr(importlib.import_module(module), name), f'{module}.{name}'
+
+
+ATTENTION_SUMS_TO_1 = '''
+for weights in [*maps, encoder_map, decoder_map, cross_map]:
+    assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-4)
+print(cross_map.mean(0)[:len(word)].argmax(1).tolist())
+'''
 
 
 @pytest.mark.slow
-def test_runs(notebook, tmp_path):
-    """In a copy of the project: it learns, both models, and draws five pictures. What its tokens look at sums to 1."""
+@pytest.mark.parametrize('folder', ['docs', '.'])
+def test_notebook_runs(notebook, tmp_path, folder):
+    """In a copy of the project: both models learn, and five pictures are drawn."""
     from nbclient import NotebookClient
+
     project = Project(tmp_path)
-    shutil.copy(NOTEBOOK, project.root)
-    notebook.cells.append(nbformat.v4.new_code_cell(
-        'assert all(torch.allclose(m.sum(-1), torch.ones(()), atol=1e-4) for m in [*maps, encoder_map, decoder_map, cross_map])\n'
-        'print(cross_map.mean(0)[:len(word)].argmax(1).tolist())'))
-    NotebookClient(notebook, timeout=1500, resources={'metadata': {'path': str(project.root)}}).execute()
+    (project.root / 'docs').mkdir()
+    shutil.copy(NOTEBOOK, project.root / 'docs')
+    notebook.cells.append(nbformat.v4.new_code_cell(ATTENTION_SUMS_TO_1))
+    where = {'metadata': {'path': str(project.root / folder)}}
+    NotebookClient(notebook, timeout=1500, resources=where).execute()
+
     outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
-    said = ''.join(output.text for output in outputs if output.output_type == 'stream')
-    assert float(said.split('step 300: train ')[1].split(',')[0]) < 1.8 and 'notebook -> koobeton' in said
-    looks = ast.literal_eval(said.strip().splitlines()[-1])
-    assert sum(abs(at - (len(looks) - 1 - row)) <= 1 for row, at in enumerate(looks)) >= 0.8 * len(looks)  # backwards
-    pictures = [base64.b64decode(o.data['image/png']) for o in outputs if o.output_type == 'display_data' and 'image/png' in o.data]
-    assert len(pictures) == 5 and all(picture.startswith(b'\x89PNG') for picture in pictures)
+    printed = ''.join(output.text for output in outputs if output.output_type == 'stream')
+    train_loss = float(printed.split('step 300: train ')[1].split(',')[0])
+    assert train_loss < 1.8
+    assert 'notebook -> koobeton' in printed
+
+    # For each letter that was generated, the position of one in the source
+    looks_at = ast.literal_eval(printed.strip().splitlines()[-1])
+    backwards = range(len(looks_at) - 1, -1, -1)
+    right = sum(abs(at - expected) <= 1 for at, expected in zip(looks_at, backwards))
+    assert right >= 0.8 * len(looks_at)
+
+    pictures = []
+    for output in outputs:
+        if output.output_type == 'display_data' and 'image/png' in output.data:
+            pictures.append(base64.b64decode(output.data['image/png']))
+    assert len(pictures) == 5
+    assert all(picture.startswith(b'\x89PNG') for picture in pictures)
     assert (project.root / 'out' / 'explore' / 'best.pt').is_file()

@@ -1,0 +1,495 @@
+"""
+What train.py leaves to others, so that it reads like a training loop: rules about options, the
+folder and the log of a run, signals, and advice for runs that go wrong.
+"""
+import csv
+import json
+import math
+import shlex
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from pocket import distributed, memory, plot
+from pocket.checkpoint import CHANGEABLE_IN_MODEL, MODELS, check_config, resume_config
+from pocket.configurator import check_ranges
+from pocket.data import Pairs, Stream, ensure_prepared
+from pocket.errors import UserError
+from pocket.files import ROOT, atomic_write, back_up, find_path, lock, short_path
+from pocket.template import reply_start_ids
+from pocket.tokenizer import UnknownCharacters, tokenizer_from_dict
+
+# --------------------------------------------------------------------------------------------------
+# Options
+
+
+def run_folder(out_dir, dataset, arguments, must_exist):
+    """The folder of a run: out_dir, or out/ and the name of the last config file or the dataset.
+
+    arguments: of the command line. must_exist: it holds a run that is to be resumed or evaluated.
+    """
+    if out_dir is None:
+        config_files = [argument for argument in arguments if not argument.startswith('--')]
+        name = Path(config_files[-1]).stem if config_files else dataset
+        out_dir = ROOT / 'out' / name
+    elif must_exist:
+        out_dir = find_path(out_dir)
+    return short_path(out_dir)
+
+
+def run_checkpoint(out_dir, resume, eval_only):
+    """The path of the checkpoint to resume from or to evaluate. Raises UserError if there is
+    none."""
+    path = out_dir / 'last.pt'
+    if eval_only or not path.is_file():  # best.pt is written first, so it may be there alone
+        path = out_dir / 'best.pt'
+    if path.is_file():
+        return path
+    if eval_only:
+        raise UserError(f'there is no checkpoint in {out_dir} to evaluate: '
+                        f'name the run with --out_dir=…')
+    raise UserError(f'there is no checkpoint in {out_dir} to resume from: name the run with '
+                    f'--out_dir=…, or omit --resume to start a new one')
+
+
+def settle_options(config, explicit, options, state, state_path, resuming):
+    """The options to use: those of the checkpoint that a run continues, and free of contradictions.
+
+    state: a loaded checkpoint, or None for a new run. Raises UserError with all that is wrong.
+    """
+    if state is not None:
+        config = resume_config(state, state_path, config, explicit, options, resuming)
+    return check_options(config, explicit, options)
+
+
+def check_options(config, explicit, options):
+    """The options to train with, once those that depend on each other are settled.
+
+    Only one option says how long to train; one that is typed wins over what a config file says.
+    Raises UserError with all that is wrong.
+    """
+    config = dict(config)
+    problems = check_ranges(options, config)
+
+    lengths = ('max_iters', 'max_epochs', 'max_minutes')
+    typed = [name for name in lengths
+             if explicit.get(name) == 'command line' and config[name] is not None]
+    if len(typed) > 1:
+        problems.append(f'{" and ".join(typed)} both say how long to train: give one of them')
+    if typed:
+        for name in ('max_epochs', 'max_minutes'):
+            if name != typed[0]:
+                config[name] = None
+
+    if config['label_smoothing'] and config['cutoffs']:
+        problems.append('adaptive softmax (cutoffs) can\'t do label_smoothing: '
+                        'switch one of them off')
+    _, Config = MODELS[config['arch']]
+    try:
+        check_config(Config(vocab_size=2**62, **model_options(config)))
+    except ValueError as e:
+        problems.append(str(e))
+    if problems:
+        raise UserError('; '.join(problems))
+    return config
+
+
+def model_options(config):
+    """The options that are fields of the model's config."""
+    _, Config = MODELS[config['arch']]
+    return {name: config[name] for name in Config.__dataclass_fields__ if name in config}
+
+
+def prepare_data(dataset, data_dir):
+    """The folder of a dataset, made by prepare/DATASET.py if it is missing: by one of the
+    processes."""
+    data_dir = short_path(data_dir or ROOT / 'data')
+    with distributed.master_first():
+        return ensure_prepared(dataset, data_dir, make=distributed.master_process)
+
+
+def check_dataset_fits(meta, folder, config, explicit, state):
+    """Raise UserError if a dataset is not what the model and the options are for.
+
+    state: the checkpoint that is resumed or evaluated, or None.
+    """
+    if state is not None and state['tokenizer'] != meta['tokenizer']:
+        raise UserError(f'the tokenizer of this run is not that of {folder}: start a new run with '
+                        f'another --out_dir, or restore the dataset')
+    is_pairs = meta['kind'] == 'pairs'
+    if config['arch'] == 'seq2seq' and not is_pairs:
+        raise UserError(f'{folder} is one stream of text, but an encoder-decoder learns from '
+                        f'pairs: train a GPT on it (--arch=gpt, or config/shakespeare_char.py), or '
+                        f'use a dataset of pairs (config/office_encdec.py)')
+    unused, used, held = 'batch_tokens', 'batch_size', 'a stream'
+    if is_pairs:
+        unused, used, held = 'batch_size', 'batch_tokens', 'pairs'
+    if unused in explicit and state is None:
+        raise UserError(f'{unused} ({explicit[unused]}) means nothing for {folder}, which holds '
+                        f'{held}: set --{used} instead')
+    if config['eval_split'] not in meta['counts']:
+        raise UserError(f'{folder} has no {config["eval_split"]} split: '
+                        f'it has {", ".join(meta["counts"])}')
+
+
+def open_split(folder, meta, split, config, tok, template):
+    """One split of a dataset, as the model reads it: a Stream or Pairs."""
+    block_size = config['block_size']
+    if meta['kind'] != 'pairs':
+        return Stream(folder, meta, split, block_size, config['batch_size'])
+    src_block_size = None
+    if config['arch'] == 'seq2seq':
+        src_block_size = config['src_block_size'] or block_size
+    reply_start = reply_start_ids(tok, template)
+    return Pairs(folder, meta, split, reply_start, block_size, src_block_size,
+                 config['batch_tokens'])
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder of a run, and its log
+
+
+def claim_run_dir(out_dir, config, is_new):
+    """Make the folder of a run and lock it; an earlier run in it is moved to NAME.1, never
+    overwritten.
+
+    Returns the lock, to hold on to. Raises UserError if another run is writing there, or nobody
+    can.
+    """
+    try:
+        holds_a_run = any((out_dir / name).is_file() for name in ('best.pt', 'last.pt'))
+        if is_new and holds_a_run:
+            moved_to = back_up(out_dir)
+            print(f'{out_dir} held a run, which is now {short_path(moved_to)} '
+                  f'(--resume would have continued it)')
+        out_dir.mkdir(parents=True, exist_ok=True)
+        claim = lock(out_dir)
+        text = json.dumps(config, indent=1)
+        atomic_write(out_dir / 'config.json', lambda f: f.write(text.encode('utf-8')))
+        return claim
+    except OSError as e:
+        raise UserError(f'cannot write to {out_dir}: {e.strerror}; '
+                        f'choose another place with --out_dir=…') from None
+
+
+class RunLog:
+    """log.csv of a run, a row per evaluation, and loss.png, which is drawn from it."""
+    COLUMNS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'grad_norm',
+               'tokens_per_s')
+
+    def __init__(self, folder, last_step):
+        """Rows that are there already are kept up to last_step: a resumed run writes the rest
+        anew."""
+        self.folder = folder
+        self.rows = []
+        with suppress(OSError, ValueError, csv.Error):  # up to where the file is damaged
+            text = (folder / 'log.csv').read_text(encoding='utf-8', errors='replace')
+            reader = csv.reader(text.splitlines())
+            next(reader, None)  # the header
+            for row in reader:
+                numbers = [float(cell) for cell in row]
+                if len(numbers) == len(self.COLUMNS) and int(row[0]) <= last_step:
+                    self.rows.append(row)
+
+    def add(self, state, seconds, train_loss, lr, tokens_per_second):
+        """Remember an evaluation. state: the TrainState after it."""
+        self.rows.append([
+            state.step, state.tokens, f'{seconds:.2f}', f'{train_loss:.5f}',
+            f'{state.val_loss:.5f}', f'{lr:.3e}', f'{state.grad_norm:.4f}',
+            f'{tokens_per_second:.0f}',
+        ])
+
+    def write(self):
+        """Write log.csv."""
+        lines = [','.join(map(str, row)) for row in [self.COLUMNS, *self.rows]]
+        text = '\n'.join(lines) + '\n'
+        atomic_write(self.folder / 'log.csv', lambda f: f.write(text.encode('utf-8')))
+
+    def draw(self):
+        """Draw loss.png if there is a curve to see. No picture is worth a run: errors are
+        printed."""
+        if len(self.rows) < 2:
+            return
+        try:
+            plot.draw([plot.read(self.folder)], self.folder / 'loss.png')
+        except Exception as e:  # of a library, too
+            print(f'no loss.png: {e}')
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals, and what processes have to agree on
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM, or a terminal that is closed: finish this step, save, and leave.
+
+    received: the name of the signal that this process got. agreed: one that all processes know of;
+    the loop acts on that alone, so that all of them stop at the same step.
+    """
+
+    def __init__(self):
+        self.names = ['SIGINT', 'SIGTERM']
+        if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            self.names.append('SIGHUP')  # the terminal has gone; nohup ignores that, and so do we
+        self.received = None
+        self.received_at = None
+        self.agreed = None
+
+    def install(self):
+        for name in self.names:
+            signal.signal(getattr(signal, name), self.handle)
+
+    def handle(self, number, frame):
+        """The first signal asks for a stop, the second stops at once.
+
+        Within a second of the first it is no second: torchrun passes on what the terminal has sent
+        to us as well.
+        """
+        now = time.monotonic()
+        if self.received_at is not None and now > self.received_at + 1:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            self.received_at = now
+
+    def exit_status(self):
+        """128 and the signal's number, as shells have it."""
+        return 128 + getattr(signal, self.agreed)
+
+
+def synchronize(signals, seconds, loss=0.0):
+    """One all-reduce: (loss summed over processes, seconds of the master process), and stop
+    signals."""
+    flags = [signals.received == name for name in signals.names]
+    if not distributed.master_process:
+        seconds = 0.0
+    loss, seconds, *flags = distributed.all_reduce_sum(loss, seconds, *flags)
+    for name, is_set in zip(signals.names, flags):
+        if is_set and signals.agreed is None:
+            signals.agreed = name
+    return loss, seconds
+
+
+def seed_step(seed, step):
+    """Seed the dropout of one step of one process: it depends on nothing that came before."""
+    torch.manual_seed((seed * 1_000_003 + step + distributed.rank * 7_919_000_021) % 2**63)
+
+
+def share_of_time_left(max_minutes, seconds, eval_seconds):
+    """How much of --max_minutes is left after so many seconds, from 1 to 0; None without that
+    option.
+
+    eval_seconds: what an evaluation takes, for the one at the end.
+    """
+    if max_minutes is None:
+        return None
+    budget = max(1.0, 60 * max_minutes - eval_seconds)
+    return max(0.0, 1 - seconds / budget)
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-up
+
+
+def load_pretrained(name, config, explicit):
+    """A GPT with other people's weights: a public name or a folder, see pocket/pretrained.py.
+
+    Its shape is its own. What options may change are dropout, gradient checkpointing and, if it is
+    typed, a smaller block_size. One process downloads, the others wait. Raises UserError.
+    """
+    from pocket import pretrained
+    if config['arch'] != 'gpt':
+        raise UserError(f'--init_from={name} is a GPT: omit --arch={config["arch"]}')
+    overrides = {option: config[option] for option in CHANGEABLE_IN_MODEL}
+    if 'block_size' in explicit:
+        overrides['block_size'] = config['block_size']
+    with distributed.master_first():
+        model, _ = pretrained.load(name, **overrides)
+    wrong = [option for option in model_options(config)
+             if option in explicit and config[option] != getattr(model.config, option)]
+    if wrong:
+        raise UserError(f'{name} has a shape of its own: omit {", ".join(wrong)}')
+    return model
+
+
+def take_shape(config, model):
+    """config, with the shape of a pretrained model in the place of the options for one."""
+    return config | {option: getattr(model.config, option) for option in model_options(config)}
+
+
+def fit_vocabulary(model, name, tok, data_folder):
+    """A pretrained model, with room for the special tokens of a dataset. Raises UserError."""
+    from pocket import pretrained
+    model_tok = pretrained.load_tokenizer(name)
+    pretrained.resize_token_embeddings(model, tok, model_tok, data_folder)
+    return model
+
+
+def checked(config):
+    """A model's config, once it is sure that it makes sense. Raises UserError.
+
+    Of what options alone can't tell, that is adaptive softmax with cutoffs beyond the vocabulary.
+    """
+    try:
+        check_config(config)
+        return config
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def load_dataset_tokenizer(meta, folder):
+    """The tokenizer in a dataset's meta.json. Raises UserError."""
+    try:
+        tok = tokenizer_from_dict(meta['tokenizer'])
+        if tok.vocab_size != meta['vocab_size']:
+            raise ValueError(f'vocab_size is {meta["vocab_size"]}, but the tokenizer has '
+                             f'{tok.vocab_size}')
+        return tok
+    except UserError:  # an encoding that has to be downloaded
+        raise
+    except ValueError as e:
+        raise UserError(f'{folder / "meta.json"}: {e}; prepare the dataset again') from None
+
+
+def encode_sample_start(tok, text):
+    """The ids that samples begin with. Raises UserError if the tokenizer does not know them."""
+    try:
+        return tok.encode_prompt(text)
+    except UnknownCharacters as e:
+        raise UserError(f'--sample_start: {e}') from None
+
+
+def rank_ids_by_frequency(model, train_data):
+    """Tell an adaptive softmax which ids are frequent, and which rare."""
+    counts = torch.from_numpy(train_data.token_counts())
+    order = counts.argsort(descending=True, stable=True)
+    model.lm_head.rank[order] = torch.arange(len(order))
+
+
+def compile_or_stay_eager(model, mode, device, try_step):
+    """(model, description): compiled by torch.compile if mode asks for it and it works here.
+
+    mode: True, False or 'auto', which is for CUDA alone. try_step(model): a forward and backward
+    pass, at which compilation happens: here it can still be done without.
+    """
+    if mode is False:
+        return model, 'eager'
+    if mode == 'auto' and device.type != 'cuda':
+        reason = f'compilation takes long to pay off on {device.type}'
+        return model, f'eager ({reason}; --compile tries it)'
+    try:
+        compiled = torch.compile(model)
+        try_step(compiled)
+        return compiled, 'compiled'
+    except Exception as e:
+        if mode is True:
+            reason = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
+            raise UserError(f'--compile does not work here ({reason}); omit it') from None
+        return model, f'eager (compiling failed: {type(e).__name__})'
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def largest_micro_batch(config, train_data):
+    """Tokens of the largest micro-batch of one process."""
+    if isinstance(train_data, Pairs):
+        return config['batch_tokens']
+    rows = config['batch_size'] * config['gradient_accumulation_steps']
+    rows_per_rank = math.ceil(rows / distributed.world_size)
+    return min(config['batch_size'], rows_per_rank) * config['block_size']
+
+
+def describe_run(model, matrices, others, train_data, config, device, amp_dtype):
+    """Two lines: how large the model is and how much memory it needs, and what it is trained on."""
+    parts = memory.estimate(
+        model.config, sum(p.numel() for p in others), sum(p.numel() for p in matrices),
+        largest_micro_batch(config, train_data), amp_dtype, device.type, distributed.world_size)
+    return (f'model: {model.num_params() / 1e6:.2f} M parameters, {memory.format_estimate(parts)}\n'
+            f'data: {describe_data(train_data, config)}')
+
+
+def describe_data(train_data, config):
+    """How much there is to train on, and how much of it a step takes."""
+    if isinstance(train_data, Pairs):
+        cut_sources, cut_targets = train_data.truncated
+        text = (f'{len(train_data.source_lengths):,} training pairs, {train_data.padding:.1%} '
+                f'padding; {cut_sources:,} sources and {cut_targets:,} targets truncated')
+    else:
+        windows = config['batch_size'] * config['gradient_accumulation_steps']
+        text = (f'{train_data.num_tokens:,} training tokens, '
+                f'{windows * config["block_size"]:,} tokens per step')
+    if distributed.world_size > 1:
+        text += f', shared by {distributed.world_size} processes'
+    return text
+
+
+def describe_goal(state, config, out_dir, epochs):
+    """Where a run stands and how far it goes; with advice if its text is too little for that."""
+    goal = f'{config["max_iters"]}'
+    if config['max_minutes'] is not None:
+        goal = f'what fits into {config["max_minutes"]:g} minutes'
+    text = f'step {state.step} of {goal}; checkpoints go to {out_dir}'
+    if config['max_minutes'] is None and 0 < state.step and state.step >= config['max_iters']:
+        text += f'; that is all of it: --max_iters={2 * state.step} would continue'
+    advice = advise_before(epochs, config)
+    if advice:
+        text = f'advice: {advice}\n{text}'
+    return text
+
+
+def sample_command(out_dir):
+    """What to type to talk with a run."""
+    script = shlex.quote(str(short_path(ROOT / 'sample.py')))
+    return f'python {script} --out_dir={shlex.quote(str(out_dir))} --chat'
+
+
+def resume_command(arguments):
+    """What to type to continue a run that was started with these arguments."""
+    typed = shlex.join(argument for argument in arguments if argument != '--resume')
+    return f'{distributed.launcher} train.py {typed} --resume'
+
+
+# --------------------------------------------------------------------------------------------------
+# Advice
+
+
+def advise_before(epochs, config):
+    """Advice before a run starts, or None. epochs: passes over the training data."""
+    if epochs > 20 and config['max_minutes'] is None and config['dropout'] < 0.1:
+        return (f'this is little text, each token will be seen {epochs:.0f} times: more of it, '
+                f'fewer steps or --dropout=0.2 keep the model from memorizing it')
+    return None
+
+
+def advise(state, train_loss, config, vocab_size):
+    """Advice for a run that goes wrong, as an evaluation shows it; None if it does not."""
+    chance_level = math.log(vocab_size)
+    if train_loss > 0.95 * chance_level and state.step >= 2 * config['warmup_iters']:
+        return ('the loss is still at chance level: the learning rates are far too low or too '
+                'high; the defaults of train.py are --learning_rate=1e-2 --muon_lr=0.015')
+    if state.bad_evals == 3 and train_loss < state.best:
+        dropout = max(0.2, config['dropout'] + 0.1)
+        return ('val has not fallen for 3 evaluations while train has: the model is memorizing its '
+                f'text. best.pt keeps the best; --patience=3 would stop here; more text, a smaller '
+                f'model or --dropout={dropout:.1g} help')
+    return None
+
+
+def check_finite(name, value, lr, state, log):
+    """Raise UserError if a loss or gradient is no longer a number: the run has diverged.
+
+    Nothing after that is worth saving; the curve up to there is drawn.
+    """
+    if math.isfinite(value):
+        return
+    if distributed.master_process:
+        log.draw()
+    kept = 'there is no checkpoint yet'
+    if state.evaluated:
+        kept = f'the checkpoints in {log.folder} are from before this'
+    raise UserError(f'training diverged at step {state.step} ({name} {value}, learning rate '
+                    f'{lr:.3e}): lower --learning_rate and --muon_lr or raise --warmup_iters; '
+                    f'{kept}')

@@ -1,0 +1,211 @@
+"""
+prepare/text.py: every form of input, what goes to val, and input that is wrong.
+
+Run it alone: pytest -n 0 tests/test_prepare_text.py
+"""
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import tiktoken
+from conftest import SHARED, Project, toy_text
+from prepared import pair_texts, read_dataset, read_documents, read_pairs
+
+from pocket.files import lock
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path / 'clone')
+
+
+# --- Documents ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def novel(tmp_path):
+    """A file of 5,000 characters with a byte order mark and Windows line ends."""
+    path = tmp_path / 'novel.txt'
+    path.write_bytes(b'\xef\xbb\xbf' + toy_text(5000).replace('\n', '\r\n').encode())
+    return path
+
+
+def test_one_document_is_split_by_characters(project, novel):
+    out, err = project.run('prepare/text.py', f'--input={novel}', '--tokenizer=char')
+    assert '1 document of 5,000' in out and 'first 90% / last 10%' in out
+    assert out.endswith('next: python train.py --dataset=mine\n') and not err
+
+    _, tok, ids = read_dataset(project.root / 'data' / 'mine')
+    assert tok.decode(ids['train'].tolist()) == toy_text(5000)[:4500]
+    assert tok.decode(ids['val'].tolist()) == toy_text(5000)[4500:]
+
+
+def test_options_choose_vocabulary_split_and_folder(project, novel):
+    out, _ = project.run('prepare/text.py', f'--input={novel}', '--vocab_size=280', '--val=0.2',
+                         '--data_dir=there', '--name=b')
+    assert out.endswith('--dataset=b --data_dir=there\n') and 'bpe, uint16' in out
+
+    meta, tok, ids = read_dataset(project.root / 'there' / 'b')
+    assert meta['vocab_size'] == tok.vocab_size == 280
+    assert ids['train'].tolist() == tok.encode(toy_text(5000)[:4000])
+    assert ids['val'].tolist() == [*tok.encode(toy_text(5000)[4000:]), tok.eos_id]
+
+
+def make_folder_of_documents(root):
+    """120 documents in files of every kind, 10 of them twice, among files to ignore. Returns their texts."""
+    rng = random.Random(2)
+    texts = [f'{i} ' + toy_text(rng.randint(50, 300), seed=i) for i in range(120)]
+    (root / 'deep' / '.git').mkdir(parents=True)
+    for i in range(30):
+        folder = root / 'deep' if i % 2 else root
+        suffix = ('.txt', '.md', '.py')[i % 3]
+        (folder / f'{i}{suffix}').write_text(texts[i], encoding='utf-8', newline='')
+    lines = [json.dumps({'n': i, 'text': texts[i]}) for i in range(30, 80)] + ['{"text": " "}']
+    (root / 'a.jsonl').write_text('\n\n'.join(lines), encoding='utf-8')
+    rows = [f'{i},"{texts[i]}"\n' for i in range(70, 120)]
+    (root / 'b.CSV').write_text('n,text\n' + ''.join(rows), encoding='utf-8')
+
+    (root / '.hidden.txt').write_text('no', encoding='utf-8')
+    (root / 'deep' / '.git' / 'no.txt').write_text('no', encoding='utf-8')
+    (root / 'image.png').write_bytes(b'\0\xff')
+    return texts
+
+
+def test_whole_documents_go_to_one_split_and_duplicates_are_dropped(project, tmp_path):
+    texts = make_folder_of_documents(tmp_path / 'in')
+    out, _ = project.run('prepare/text.py', '--input=in', f'--input={tmp_path / "in" / "*.CSV"}',
+                         '--tokenizer=byte', cwd=tmp_path)
+    assert '120 documents' in out and '10 duplicates dropped' in out
+    documents = read_documents(project.root / 'data' / 'mine')
+    assert sorted(documents['train'] + documents['val']) == sorted(texts)
+    assert 0.05 < sum(map(len, documents['val'])) / sum(map(len, texts)) <= 0.1
+
+    # Which split a document goes to depends on no name and no order
+    shutil.move(tmp_path / 'in', tmp_path / 'in2')
+    (tmp_path / 'in2' / 'a.jsonl').rename(tmp_path / 'in2' / 'z.jsonl')
+    project.run('prepare/text.py', f'--input={tmp_path / "in2"}', '--tokenizer=byte', '--name=again')
+    again = read_documents(project.root / 'data' / 'again')
+    assert sorted(again['val']) == sorted(documents['val'])
+
+
+def test_char_tokenizer_knows_what_only_val_has(project, tmp_path):
+    (tmp_path / 'x.txt').write_text('abc ' * 50 + 'xyz', encoding='utf-8')
+    project.run('prepare/text.py', f'--input={tmp_path / "x.txt"}', '--tokenizer=char')
+    _, tok, _ = read_dataset(project.root / 'data' / 'mine')
+    assert tok.chars == ' abcxyz'
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason='the encodings are not beside this checkout')
+def test_vocabularies_over_65536_take_four_bytes(project, tmp_path, monkeypatch):
+    shutil.copytree(SHARED / 'tiktoken_cache', tmp_path / 'cache')   # tiktoken may delete from it
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+    text = toy_text(2000) + ' <|endoftext|> przykład 日本語 ' * 20
+    (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
+    out, _ = project.run('prepare/text.py', f'--input={tmp_path / "x.txt"}',
+                         '--tokenizer=cl100k_base')
+    assert 'uint32: more than 65,536 take 4 bytes per id' in out
+
+    folder = project.root / 'data' / 'mine'
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    train = np.fromfile(folder / 'train.bin', dtype='<u4').tolist()
+    *val, last = np.fromfile(folder / 'val.bin', dtype='<u4').tolist()
+    encoding = tiktoken.get_encoding('cl100k_base')
+    assert meta['dtype'] == 'uint32' and max(train + val) > 65535
+    assert encoding.decode(train) + encoding.decode(val) == text
+    assert last == encoding.eot_token == 100257
+
+
+# --- Pairs ----------------------------------------------------------------------------------------
+
+def test_pairs_from_every_kind_of_table(project, tmp_path):
+    rows = [(f'question {i // 2}', f'answer, {i} "well"') for i in range(60)]
+    duplicate = ('question 3', 'answer, 6 "well"')
+    no_source = ('', 'nobody asked')
+    csv_lines = ['no,target,source']
+    for source, target in rows[:20]:
+        quoted = target.replace('"', '""')
+        csv_lines.append(f'1,"{quoted}",{source}')
+    tsv_lines = ['\t'.join(row) for row in rows[20:40]]   # without a header
+    jsonl_lines = []
+    for source, target in [*rows[40:], duplicate, no_source]:
+        jsonl_lines.append(json.dumps({'source': source, 'target': target}))
+    inputs = []
+    for name, lines in (('a.csv', csv_lines), ('b.tsv', tsv_lines), ('c.jsonl', jsonl_lines)):
+        (tmp_path / name).write_text('\n'.join(lines) + '\n', encoding='utf-8')
+        inputs.append(f'--input={tmp_path / name}')
+
+    out, _ = project.run('prepare/text.py', *inputs, '--pairs', '--tokenizer=byte', '--name=talk')
+    assert '60 pairs; 2 were duplicates or had an empty side' in out
+    assert 'b.tsv does not name source and target' in out
+    _, tok, pairs = read_pairs(project.root / 'data' / 'talk')
+    assert list(tok.special_tokens) == ['pad', 'bos', 'eos']
+    train = pair_texts(tok, pairs['train'])
+    val = pair_texts(tok, pairs['val'])
+    assert sorted(train + val) == sorted(rows) and 4 <= len(val) <= 6
+    assert not {source for source, _ in train} & {source for source, _ in val}
+
+
+@pytest.mark.parametrize('name, content, options, message', [
+    ('a.csv', 'target,source\nx,y\n', ['--field=q,target'], 'line 2 has no text in q and target'),
+    ('b.tsv', 'hello\tyou\n\nhello\n', [], 'line 3 has no text in source and target'),
+    ('c.tsv', 'hello\tyou\n', ['--tokenizer=byte'], 'too few'),
+])
+def test_bad_tables_of_pairs(project, tmp_path, name, content, options, message):
+    (tmp_path / name).write_text(content, encoding='utf-8')
+    err = project.fails('prepare/text.py', f'--input={tmp_path / name}', '--pairs', *options)
+    assert message in err and name in err
+
+
+# --- What is wrong --------------------------------------------------------------------------------
+
+BAD_FILES = {
+    'void.txt': b' \n',
+    'binary.txt': b'ab\n\0\0',
+    'latin.txt': b'caf\xe9',
+    'json.jsonl': b'{"text": "x"}\n\n{"text": \n',
+    'field.jsonl': b'{"text": "x"}\n{"words": "x"}\n',
+    'table.csv': b'a,b\n1,2\n',
+    'quote.csv': b'text\nx\n"abc',
+    'good.txt': b'good text ' * 30,
+}
+
+
+@pytest.mark.parametrize('options, message', [
+    ('', 'say what to read: --input=FILE'),
+    ('--input=nowhere.txt', 'there is no file nowhere.txt'),
+    ('--input=*.foo', 'there is no file *.foo'),
+    ('--input=empty', 'there is no .txt, .md, .py, .jsonl, .csv, .tsv file in empty'),
+    ('--input=void.txt', 'only 0 characters'),
+    ('--input=binary.txt', 'binary.txt looks binary: byte 0x00 at position 3'),
+    ('--input=latin.txt', 'latin.txt is not UTF-8 text: byte 0xe9 at position 3'),
+    ('--input=json.jsonl', 'json.jsonl, line 3 is not JSON'),
+    ('--input=field.jsonl',
+     "field.jsonl, line 2 has no text in text: {'words': 'x'}; name what to read with --field"),
+    ('--input=field.jsonl --field=text,words', 'field must be one name'),
+    ('--input=good.txt --pairs --field=q', 'field must be two names'),
+    ('--input=table.csv', "table.csv, line 2 has no text in text: {'a': '1', 'b': '2'}; name what"),
+    ('--input=quote.csv', 'quote.csv, line 3 is not .csv'),
+    ('--input=good.txt --vocab_size=256', '256'),
+    ('--input=good.txt --tokenizer=gpt5', 'sentencepiece'),
+    ('--input=good.txt --val=1', 'val must be in (0, 1), got 1.0'),
+    ('--input=good.txt --name=a/b', "got 'a/b'"),
+    ('--input=good.txt --pairs', 'good.txt'),
+])
+def test_bad_input_ends_in_one_sentence(project, tmp_path, options, message):
+    (tmp_path / 'empty').mkdir()
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
+    err = project.fails('prepare/text.py', *options.split(), cwd=tmp_path)
+    assert message in err
+    assert not list((project.root / 'data').glob('*/*'))
+
+
+def test_dataset_is_locked_while_it_is_prepared(project, tmp_path):
+    (tmp_path / 'x.txt').write_text(toy_text(100), encoding='utf-8')
+    args = ['prepare/text.py', f'--input={tmp_path / "x.txt"}', '--tokenizer=byte']
+    folder = project.root / 'data' / 'mine'
+    folder.mkdir(parents=True)
+    with lock(folder):
+        assert 'another process is preparing' in project.fails(*args)
+    project.run(*args)

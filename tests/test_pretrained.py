@@ -1,0 +1,642 @@
+"""
+GPT-2 in and out: pocket/pretrained.py and pocket/export.py. transformers is the reference, and a
+local server plays Hugging Face.
+
+Run it alone: pytest -n 0 tests/test_pretrained.py
+"""
+import copy
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from conftest import SHARED, Project, toy_text
+from safetensors.torch import load_file, save_file
+
+from model import GPT, GPTConfig
+from pocket import checkpoint, pretrained
+from pocket.errors import UserError
+from pocket.tokenizer import BpeTokenizer, make_tokenizer
+
+IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
+
+
+def make_reference(folder, seed=0, **config):
+    """Save a random GPT-2 of transformers: odd sizes, weights so large that each part matters."""
+    transformers = pytest.importorskip('transformers')  # here: it is slow to import
+    torch.manual_seed(seed)
+    shape = {'vocab_size': 997, 'n_positions': 48, 'n_embd': 24, 'n_layer': 2, 'n_head': 3,
+             'initializer_range': 0.3, 'bos_token_id': 60, 'eos_token_id': 60}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **config})).eval()
+    for name, parameter in model.named_parameters():
+        if 'bias' in name or 'ln_' in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """For models this small, more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """(folder, its model): to look at, not to change."""
+    folder = tmp_path_factory.mktemp('small') / 'modell ü'
+    return folder, make_reference(folder)
+
+
+def assert_same_model(ours, theirs, tolerance=1e-5):
+    """The same logits, and the same greedy continuation, ours with its cache."""
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(IDX)[0], theirs(IDX).logits, atol=tolerance, rtol=tolerance)
+        idx = IDX
+        for _ in range(25):
+            next_id = theirs(idx).logits[:, -1:].argmax(-1)
+            idx = torch.cat((idx, next_id), dim=1)
+    assert ours.generate(IDX, 25, temperature=0).tolist() == idx.tolist()
+
+
+def copy_of(folder, new_folder):
+    """A copy of a model's folder, to be changed."""
+    shutil.copytree(folder, new_folder, dirs_exist_ok=True)
+    return new_folder
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights in
+
+def test_a_gpt2_is_loaded_as_transformers_computes_it(small):
+    folder, theirs = small
+    ours, args = pretrained.load(folder)
+    assert_same_model(ours, theirs)
+    expected = GPTConfig(48, 997, 2, 3, 24, dropout=0.1, attn_dropout=0.1)
+    assert args == expected.__dict__
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert not ours.training
+    for parameter in ours.parameters():
+        assert parameter.is_contiguous()
+        assert parameter.requires_grad
+        assert parameter.dtype == torch.float32
+
+    loss = ours.train()(IDX, IDX)[1]
+    loss.backward()
+
+
+@pytest.mark.parametrize('config', [
+    {'n_inner': 40, 'tie_word_embeddings': False},
+    {'activation_function': 'gelu', 'n_head': 1, 'n_layer': 3},
+    {'activation_function': 'relu'},
+], ids=str)
+def test_a_gpt2_with_other_switches_is_loaded(tmp_path, config):
+    theirs = make_reference(tmp_path, **config)
+    ours, _ = pretrained.load(tmp_path)
+    assert_same_model(ours, theirs)
+
+
+def test_weights_in_several_files_are_loaded(tmp_path, small):
+    _, theirs = small
+    theirs.save_pretrained(tmp_path, max_shard_size='20KB')
+    assert len(list(tmp_path.glob('*.safetensors'))) > 2
+    ours, _ = pretrained.load(tmp_path)
+    assert_same_model(ours, theirs)
+
+
+def test_names_without_prefix_and_saved_masks_are_understood(tmp_path, small):
+    """As in openai-community/gpt2."""
+    _, theirs = small
+    theirs.transformer.save_pretrained(tmp_path)
+    path = tmp_path / 'model.safetensors'
+    tensors = load_file(path)
+    assert 'wte.weight' in tensors
+    for layer in range(2):
+        tensors[f'h.{layer}.attn.bias'] = torch.ones(1, 1, 48, 48)
+        tensors[f'h.{layer}.attn.masked_bias'] = torch.ones(1, 1, 48, 48)
+    tensors['lm_head.weight'] = tensors['wte.weight'].clone()
+    save_file(tensors, path)
+    ours, _ = pretrained.load(tmp_path)
+    assert_same_model(ours, theirs)
+
+
+def test_overrides_reach_the_model(small):
+    folder, theirs = small
+    ours, args = pretrained.load(folder, block_size=12, dropout=0.0, gradient_checkpointing=True)
+    assert ours.config.block_size == args['block_size'] == 12
+    assert args['dropout'] == 0
+    assert args['gradient_checkpointing']
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(IDX)[0], theirs(IDX).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match='48 positions, too few for --block_size=49'):
+        pretrained.load(folder, block_size=49)
+
+
+def test_parameters_have_the_dtype_asked_for(small, tmp_path):
+    folder, theirs = small
+    in_bfloat16, _ = pretrained.load(folder, torch.bfloat16)
+    assert {parameter.dtype for parameter in in_bfloat16.parameters()} == {torch.bfloat16}
+
+    copy.deepcopy(theirs).half().save_pretrained(tmp_path)  # a file in float16
+    from_half, _ = pretrained.load(tmp_path)
+    assert from_half.lm_head.weight.dtype == torch.float32
+    assert torch.equal(from_half.lm_head.weight, theirs.lm_head.weight.half().float())
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'model_type': 'llama'}, "model_type is 'llama', only 'gpt2'"),
+    ({'activation_function': 'silu'}, "'silu', only 'gelu_new' or 'gelu' or 'relu'"),
+    ({'activation_function': ['x']}, 'activation_function is'),
+    ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon is 1e-06, only 1e-05'),
+    ({'scale_attn_weights': False}, 'scale_attn_weights is False'),
+    ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by'),
+    ({'reorder_and_upcast_attn': True}, 'reorder_and_upcast'),
+    ({'add_cross_attention': True}, 'add_cross_attention'),
+    ({'n_layer': '2'}, "n_layer is '2', not a whole number"),
+    ({'n_embd': None}, 'n_embd is None'),
+    ({'n_head': 5}, 'divisible by n_head'),
+    ({'n_layer': 10**9}, 'n_layer must be from 1 to 1,024, got 1000000000'),
+    ({'n_layer': 1}, 'h.1.[a-z_1.]* is surplus'),
+    ({'n_inner': 'x'}, 'config.json'),
+    ({'vocab_size': 998}, r'wte.weight makes \(997, 24\) of torch.float32, not \(998, 24\)'),
+    ({'tie_word_embeddings': False}, 'lm_head.weight is missing'),
+    ({'resid_pdrop': 3}, 'dropout must be'),
+])
+def test_models_that_ours_cannot_be_are_refused(small, tmp_path, change, message):
+    folder = copy_of(small[0], tmp_path)
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    (folder / 'config.json').write_text(json.dumps({**config, **change}), encoding='utf-8')
+    with pytest.raises(UserError, match=message):
+        pretrained.load(folder)
+
+
+@pytest.mark.parametrize('key, tensor, message', [
+    ('transformer.h.1.mlp.c_fc.bias', None, 'c_fc.bias is missing'),
+    ('score.weight', torch.ones(3), 'score.weight is surplus'),
+    ('transformer.wpe.weight', torch.ones(48), r'not \(48, 24\)'),
+    ('transformer.wpe.weight', torch.ones(()), r'not \(48, 24\)'),
+    ('transformer.h.0.attn.c_attn.weight', torch.ones(72, 24),
+     r'\(24, 72\) of torch.float32, not \(72, 24\)'),
+    ('transformer.h.0.mlp.c_fc.weight', torch.ones(24, 96, dtype=torch.int8), 'torch.int8'),
+])
+def test_weights_that_do_not_fit_are_refused(small, tmp_path, key, tensor, message):
+    folder = copy_of(small[0], tmp_path)
+    tensors = load_file(folder / 'model.safetensors')
+    if tensor is None:
+        del tensors[key]
+    else:
+        tensors[key] = tensor
+    save_file(tensors, folder / 'model.safetensors')
+    with pytest.raises(UserError, match=message):
+        pretrained.load(folder)
+
+
+def test_a_name_that_is_neither_known_nor_a_folder_is_refused():
+    message = "'nowhere' is neither one of gpt2, gpt2-medium.* nor a folder"
+    with pytest.raises(UserError, match=message):
+        pretrained.load('nowhere')
+
+
+def test_damaged_safetensors_are_refused(small, tmp_path):
+    folder = copy_of(small[0], tmp_path)
+    path = folder / 'model.safetensors'
+    whole = path.read_bytes()
+    huge_header = (2**62).to_bytes(8, 'little') + whole[8:]
+    for content in (whole[:-1], whole[:100], b'', b'\xff' * 100, huge_header, whole + b'more'):
+        path.write_bytes(content)
+        message = 'cannot read .*model.safetensors as a safetensors file'
+        with pytest.raises(UserError, match=message):
+            pretrained.load(folder)
+
+
+@pytest.mark.parametrize('index, message', [
+    (b'{"weight_map": {"a": "../x.safetensors"}}', 'names files beside it'),
+    (b'{"weight_map": ["a"]}', 'names files beside it'),
+    (b'{"weight_map": {}}', 'names files beside it'),
+    (b'{"weight_map": {"a": "\\ud800"}}', 'as a safetensors file'),
+    (b'{', 'not a JSON object'),
+    (b'{"weight_map": {"a": "x.safetensors"}}',
+     'x.safetensors as a safetensors file: it is not there'),
+    (None, 'model.safetensors as a safetensors file: it is not there'),
+])
+def test_missing_weights_and_wrong_indexes_are_refused(small, tmp_path, index, message):
+    folder = copy_of(small[0], tmp_path)
+    (folder / 'model.safetensors').unlink()
+    if index is not None:
+        (folder / 'model.safetensors.index.json').write_bytes(index)
+    with pytest.raises(UserError, match=message):
+        pretrained.load(folder)
+
+
+def test_a_config_that_is_no_json_object_is_refused(small, tmp_path):
+    folder = copy_of(small[0], tmp_path)
+    (folder / 'config.json').write_bytes(b'[1]')
+    with pytest.raises(UserError, match='config.json is not a JSON object'):
+        pretrained.load(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Downloads and the cache
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Plays huggingface.co, which redirects requests for weights; misbehaves on request."""
+    files = {}  # {name: content}
+    seen = []  # (path, first byte) of each request
+    trouble = ''
+
+    def do_GET(self):
+        first = int(self.headers.get('Range', 'bytes=0-')[6:-1])
+        name = self.path.split('/')[-1]
+        self.seen.append((self.path, first))
+        if self.trouble == '404':
+            self.send_error(404)
+            return
+        if name == 'model.safetensors' and not self.path.startswith('/cdn/'):
+            self.send_response(302)
+            self.send_header('Location', '/cdn' + self.path)
+            self.end_headers()
+            return
+
+        body = self.files[name]
+        if self.trouble == 'wrong':
+            body = body[::-1]
+        if self.trouble == 'proxy' and name == 'config.json':
+            body = b'<html>please log in</html>'
+        self.send_response(206 if first else 200)
+        self.send_header('Content-Length', str(len(body) - first))
+        self.end_headers()
+
+        is_cut = self.trouble == 'cut' or (self.trouble == 'cut once' and first == 0)
+        end = len(body)
+        if is_cut and len(body) > 100_000:
+            end = first + 70_000
+        self.wfile.write(body[first:end])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(small, tmp_path, monkeypatch):
+    """Serve the small model as 'gpt2', the cache empty; its folder in the cache."""
+    folder, _ = small
+    Hub.files = {}
+    for name in ('config.json', 'model.safetensors'):
+        Hub.files[name] = (folder / name).read_bytes()
+    Hub.seen = []
+    Hub.trouble = ''
+
+    commit = 'c0ffee' * 6 + 'cafe'
+    sha256 = hashlib.sha256(Hub.files['model.safetensors']).hexdigest()
+    pinned = pretrained.NAMES['gpt2']._replace(commit=commit, sha256=sha256)
+    monkeypatch.setitem(pretrained.NAMES, 'gpt2', pinned)
+
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    for name in ('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{httpd.server_port}/')
+    yield tmp_path / 'hf' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / commit
+    httpd.shutdown()
+    httpd.server_close()
+
+
+NO_NETWORK = 'http://127.0.0.1:9'
+
+
+def test_a_model_is_downloaded_once_and_found_by_hugging_faces_tools(hub, small, monkeypatch):
+    from huggingface_hub import try_to_load_from_cache
+
+    # Cut once, the download resumes
+    Hub.trouble = 'cut once'
+    ours, _ = pretrained.load('gpt2', block_size=16)
+    assert torch.equal(ours.lm_head.weight, small[1].lm_head.weight)
+    weights = f'/cdn/openai-community/gpt2/resolve/{hub.name}/model.safetensors'
+    first_bytes = [first for path, first in Hub.seen if path == weights]
+    assert len(first_bytes) == 2
+    assert first_bytes[0] == 0 < first_bytes[1] <= 70_000
+
+    # Both of us find it
+    assert sorted(path.name for path in hub.iterdir()) == ['config.json', 'model.safetensors']
+    for name in ('config.json', 'model.safetensors'):
+        found = try_to_load_from_cache('openai-community/gpt2', name, cache_dir=hub.parents[2])
+        assert found == str(hub / name)
+    monkeypatch.setenv('HF_ENDPOINT', NO_NETWORK)
+    assert pretrained.fetch('gpt2') == hub
+
+    # A file that was damaged since is not taken for complete
+    path = hub / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-9])
+    message = 'could not download model.safetensors .*ConnectionError.*--init_from=FOLDER'
+    with pytest.raises(UserError, match=message):
+        pretrained.fetch('gpt2')
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='links need a privilege on Windows')
+@pytest.mark.parametrize('repository', ['openai-community--gpt2', 'gpt2'])
+def test_what_hugging_faces_tools_downloaded_is_used(hub, monkeypatch, tmp_path, repository):
+    """Links to blobs, a snapshot of another commit, the former name of the repository."""
+    monkeypatch.setenv('HF_ENDPOINT', NO_NETWORK)
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'elsewhere'))
+    cache = tmp_path / 'elsewhere' / f'models--{repository}'
+    for folder in ('blobs', 'refs', 'snapshots/abc'):
+        (cache / folder).mkdir(parents=True)
+    (cache / 'refs' / 'main').write_text('abc', encoding='utf-8')
+    for name, content in Hub.files.items():
+        (cache / 'blobs' / name).write_bytes(content)
+        (cache / 'snapshots' / 'abc' / name).symlink_to(f'../../blobs/{name}')
+    assert pretrained.fetch('gpt2') == cache / 'snapshots' / 'abc'
+    assert not Hub.seen
+
+
+@pytest.fixture
+def small_file_limit():
+    """No file of this process may become larger than 20,000 bytes, as if the disk were full."""
+    resource = pytest.importorskip('resource')
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+
+    def lift():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    yield lift
+    lift()
+
+
+def assert_fetched(folder):
+    assert pretrained.fetch('gpt2') == folder
+    assert (folder / 'model.safetensors').read_bytes() == Hub.files['model.safetensors']
+
+
+@pytest.mark.parametrize('trouble, message', [
+    ('cut', 'could not download model.safetensors'),
+    ('404', 'status 404'),
+    ('wrong', 'wrong sha256'),
+    ('proxy', 'config.json is not a JSON object'),
+])
+def test_a_failed_download_is_not_taken_for_complete(hub, trouble, message):
+    Hub.trouble = trouble
+    with pytest.raises(UserError, match=message) as caught:
+        pretrained.fetch('gpt2')
+    assert '\n' not in str(caught.value)
+    if trouble != 'proxy':  # there the weights are good
+        assert not (hub / 'model.safetensors').exists()
+
+    Hub.trouble = ''  # and the next try succeeds
+    assert_fetched(hub)
+
+
+def test_a_download_onto_a_full_disk_is_not_taken_for_complete(hub, small_file_limit):
+    with pytest.raises(UserError, match='cannot write .*File too large') as caught:
+        pretrained.fetch('gpt2')
+    assert '\n' not in str(caught.value)
+    assert not (hub / 'model.safetensors').exists()
+
+    small_file_limit()  # lifted
+    assert_fetched(hub)
+
+
+def test_public_models_are_pinned():
+    for name, repository in pretrained.NAMES.items():
+        assert repository.name.endswith(f'/{name}')
+        assert len(repository.commit) == 40
+        assert len(repository.sha256) == 64
+        assert set(repository.commit + repository.sha256) <= set('0123456789abcdef')
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+@pytest.fixture
+def gpt2_tokenizer_cached(tmp_path, monkeypatch):
+    """The files of tiktoken's gpt2, in a copy, as tiktoken deletes what it does not like."""
+    if not SHARED.is_dir():
+        pytest.skip('GPT-2\'s tokenizer is not beside this checkout')
+    shutil.copytree(SHARED / 'tiktoken_cache', tmp_path / 'cache')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+
+
+def make_tokenizer_folder(folder, file=None, content=None):
+    """A folder with the config.json of a GPT-2 and, beside it, one JSON file."""
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"vocab_size": 50257}', encoding='utf-8')
+    if file is not None:
+        (folder / file).write_text(json.dumps(content), encoding='utf-8')
+    return folder
+
+
+def test_gpt2s_tokenizer_is_recognized(tmp_path, gpt2_tokenizer_cached):
+    tok = pretrained.load_tokenizer(make_tokenizer_folder(tmp_path / 'bare'))
+    assert tok.encode('Hello world') == [15496, 995]
+    assert tok.eos_id == 50256
+
+    content = json.loads(tok.tokenizer_json())
+    vocab = content['model']['vocab']
+    for file, described in (('tokenizer.json', content), ('vocab.json', vocab)):
+        folder = make_tokenizer_folder(tmp_path / file, file, described)
+        assert pretrained.load_tokenizer(folder).to_dict() == tok.to_dict()
+
+    # As large, but for another language
+    assert vocab['Ġthe'] == 262
+    vocab['Ġthe'] = 257
+    vocab['Ġ t'] = 262
+    no_vocabulary = {'model': {'vocab': [1], 'merges': 5}}
+    wrong = [('tokenizer.json', content), ('tokenizer.json', no_vocabulary),
+             ('tokenizer.json', {'model': 5}), ('vocab.json', vocab)]
+    for number, (file, described) in enumerate(wrong):
+        folder = make_tokenizer_folder(tmp_path / f'wrong {number}', file, described)
+        with pytest.raises(UserError, match='vocabulary of 50257 of its own: only GPT-2\'s'):
+            pretrained.load_tokenizer(folder)
+
+
+def test_shakespeare_in_gpt2s_tokens_is_as_long_as_nanogpts(tmp_path, gpt2_tokenizer_cached):
+    project = Project(tmp_path / 'pocket')
+    text = SHARED / 'tinyshakespeare.txt'
+    out, _ = project.run('prepare/shakespeare_gpt2.py', f'--input={text}')
+    assert '301,966 train and 36,059 val ids' in out  # nanoGPT's data/shakespeare
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_new_special_tokens_leave_the_logits_of_the_old_ones_alone(tied):
+    """Pairs need some that GPT-2 lacks."""
+    torch.manual_seed(0)
+    model_tok = BpeTokenizer(['b a', 'd o'])
+    tok = BpeTokenizer(['b a', 'd o'], ('eot', 'pad', 'bos', 'eos'))
+    config = GPTConfig(vocab_size=model_tok.vocab_size, block_size=8, n_layer=1, n_head=2,
+                       n_embd=8, tie_weights=tied)
+    model = GPT(config).eval()
+    idx = torch.randint(model_tok.vocab_size, (2, 8))
+    before = model(idx)[0]
+    pretrained.resize_token_embeddings(model, tok, model_tok, 'data/x')
+    after = model(idx)[0]
+
+    assert after.shape[-1] == tok.vocab_size == model.config.vocab_size
+    assert torch.equal(after[..., :model_tok.vocab_size], before)
+    mean = before.mean(-1, keepdim=True).expand(2, 8, 3)
+    torch.testing.assert_close(after[..., -3:], mean)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+
+    new_ids = torch.full((1, 2), tok.eos_id)  # they can be trained
+    loss = model(new_ids, new_ids)[1]
+    loss.backward()
+    with pytest.raises(UserError, match='another tokenizer'):
+        pretrained.resize_token_embeddings(model, BpeTokenizer(['d o', 'b a']), model_tok, 'data/x')
+
+
+# --------------------------------------------------------------------------------------------------
+# Export
+
+def random_gpt(vocab_size, **switches):
+    """A small GPT with weights so large that every part matters."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(48, vocab_size, 2, 3, 24, **switches)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize('switches', [
+    {'bias': False, 'tie_weights': False, 'n_inner': 40, 'act': 'gelu_erf'},
+    {'act': 'relu', 'dropout': 0.1},
+], ids=str)
+def test_transformers_computes_what_an_exported_model_does(tmp_path, switches):
+    transformers = pytest.importorskip('transformers')
+    tok = make_tokenizer('bpe', [toy_text(3000)], 300, ('eot', 'sep'))
+    ours = random_gpt(tok.vocab_size, **switches)
+    folder = tmp_path / 'modell ü'
+    pretrained.export_folder(ours, tok, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json']
+
+    # The model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(theirs).__name__ == 'GPT2LMHeadModel'
+    assert theirs.generation_config.eos_token_id == tok.eos_id
+    assert_same_model(ours, theirs)
+
+    # The tokenizer
+    text = 'gimme  ein Bär 🐻 fu dodo'
+    their_tok = transformers.AutoTokenizer.from_pretrained(folder)
+    assert their_tok.encode(text + '<|sep|>') == [*tok.encode(text), tok.special_tokens['sep']]
+    assert their_tok.vocab_size <= tok.vocab_size == len(their_tok)
+
+    # And back
+    back, _ = pretrained.load(folder)
+    assert torch.equal(back(IDX)[0], ours(IDX)[0])
+    assert pretrained.load_tokenizer(folder).to_dict() == tok.to_dict()
+    with pytest.raises(UserError, match='is there already'):
+        pretrained.export_folder(ours, tok, folder)
+
+
+def test_a_model_with_a_char_tokenizer_is_exported_without_it(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    project = Project(tmp_path / 'pocket')
+    tok = make_tokenizer('char', ['abc'])
+    run = project.root / 'out' / 'run'
+    run.mkdir(parents=True)
+    model = GPT(GPTConfig(48, 61, 2, 3, 24))
+    checkpoint.save(run / 'best.pt', checkpoint.model_state(model, tok, {}))
+
+    out, _ = project.run('-m', 'pocket.export', '--out_dir=out/run', '--to=new')
+    assert 'no tokenizer.json, which can\'t describe a char tokenizer' in out
+    folder = project.root / 'new'
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'config.json', 'generation_config.json', 'model.safetensors']
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.config.eos_token_id is None
+    with pytest.raises(UserError, match='vocabulary of 61'):
+        pretrained.load_tokenizer(folder)
+
+
+def test_parts_that_gpt2_lacks_are_listed(tmp_path):
+    modern = GPT(GPTConfig(48, 61, 2, 3, 24, pos='rotary', norm='rmsnorm', act='swiglu',
+                           qk_norm=True, softcap=15.0))
+    message = 'GPT-2 has no pos=rotary, norm=rmsnorm, act=swiglu, qk_norm=True, softcap=15.0: '
+    with pytest.raises(UserError, match=message):
+        pretrained.export_folder(modern, make_tokenizer('byte'), tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+
+
+def test_export_says_how_it_is_run(tmp_path):
+    project = Project(tmp_path / 'pocket')
+    command = 'python -m pocket.export --out_dir=out/RUN --to=FOLDER'
+    out, _ = project.run('-m', 'pocket.export', '--help')
+    assert command in out
+    assert 'usage: python -m pocket.export' in out
+    assert command in project.fails('-m', 'pocket.export', '--to=x')
+    assert 'there is no checkpoint' in project.fails('-m', 'pocket.export', '--out_dir=x', '--to=x')
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole way: prepare, train, export, sample from the folder, train on from it
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """A Project with a GPT-2-shaped run out/mine on a made-up text, exported to the folder hf."""
+    project = Project(tmp_path_factory.mktemp('exported'))
+    (project.root / 'my text.txt').write_text(toy_text(20_000), encoding='utf-8')
+    project.run('prepare/text.py', '--input=my text.txt', '--tokenizer=bpe', '--vocab_size=300')
+    gpt2_shape = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=16', '--pos=learned',
+                  '--act=gelu', '--norm=layernorm', '--qk_norm=False', '--token_shift=False',
+                  '--zero_init=False', '--bias=True']
+    project.run('train.py', '--dataset=mine', *gpt2_shape, '--batch_size=8', '--max_iters=60',
+                '--eval_interval=60', '--log_interval=50', '--optimizer=adamw', '--device=cpu',
+                '--dtype=float32', '--out_dir=out/mine')
+    project.out, _ = project.run('-m', 'pocket.export', '--out_dir=out/mine', '--to=hf')
+    return project
+
+
+def test_an_exported_folder_generates_the_same_text(exported):
+    assert 'tokenizer.json' in exported.out and 'model.safetensors' in exported.out
+    greedy = ['--start=ba do', '--max_new_tokens=20', '--temperature=0']
+    from_run, _ = exported.run('sample.py', '--out_dir=out/mine', *greedy)
+    from_folder, _ = exported.run('sample.py', '--init_from=hf', *greedy)
+    assert from_run == from_folder
+    assert from_run.startswith('ba do')
+
+
+FROM_FOLDER = ['--init_from=hf', '--dataset=mine', '--batch_size=8', '--device=cpu']
+FROM_FOLDER_ADAMW = [*FROM_FOLDER, '--dtype=float32', '--optimizer=adamw', '--dropout=0']
+
+
+def test_training_starts_from_an_exported_folder_and_resumes_from_its_own_checkpoint(exported):
+    # A step with learning rate 0: the same loss as before
+    exported.run('train.py', *FROM_FOLDER_ADAMW, '--max_iters=1', '--learning_rate=0',
+                 '--out_dir=out/on')
+    before = exported.checkpoint('mine', 'best.pt')
+    after = exported.checkpoint('on', 'best.pt')
+    assert abs(before['best'] - after['best']) < 1e-5
+    assert after['model_args']['n_embd'] == 32
+    assert after['model_args']['pos'] == 'learned'
+
+    # --eval_only evaluates the folder as it is
+    out, _ = exported.run('train.py', '--eval_only', *FROM_FOLDER)
+    last_line = out.splitlines()[-1]
+    assert last_line.startswith('hf (step 0): val loss ')
+    assert abs(float(last_line.split()[5]) - before['best']) < 1e-3
+
+    # --resume takes last.pt, not the folder again
+    exported.run('train.py', '--resume', '--out_dir=out/on', '--max_iters=2')
+    assert exported.checkpoint('on')['step'] == 2
+
+
+def test_options_that_contradict_an_exported_folder_are_refused(exported):
+    error = exported.fails('train.py', *FROM_FOLDER_ADAMW, '--n_layer=3', '--out_dir=out/no')
+    assert 'n_layer' in error and 'shape' in error
+    error = exported.fails('train.py', *FROM_FOLDER_ADAMW, '--arch=seq2seq', '--out_dir=out/no')
+    assert 'is a GPT' in error and '--arch=seq2seq' in error
+
+    exported.run('prepare/text.py', '--input=my text.txt', '--tokenizer=byte', '--name=bytes')
+    error = exported.fails('train.py', '--init_from=hf', '--dataset=bytes', '--out_dir=out/no')
+    assert 'has another tokenizer than this model' in error

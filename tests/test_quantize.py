@@ -1,0 +1,139 @@
+"""
+pocket/quantize.py: linear layers for decoding against the plain ones that they replace.
+
+Run it alone: pytest -n 0 tests/test_quantize.py
+"""
+import copy
+import math
+
+import pytest
+import torch
+from conftest import toy_text
+from torch import nn
+
+from model import GPT, GPTConfig, Head
+from pocket.generate import new_cache
+from pocket.quantize import Int8Linear, PackedLinear, prepare_for_decoding
+from pocket.tokenizer import make_tokenizer
+
+cpu_has_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bool)()
+needs_bfloat16 = pytest.mark.skipif(not cpu_has_bfloat16, reason='this CPU has no bfloat16')
+
+
+@pytest.fixture(scope='module')
+def token_ids():
+    """Ids of made-up sentences for training and, of others, for testing: (N,) int64 each."""
+    text = toy_text(20_000)
+    tok = make_tokenizer('bpe', [text], vocab_size=300)
+    return torch.tensor(tok.encode(text)), torch.tensor(tok.encode(toy_text(3000, seed=1)))
+
+
+@pytest.fixture(scope='module')
+def trained_gpt(token_ids):
+    """A small GPT-2, trained for a few seconds: its predictions are far from uniform."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids, _ = token_ids
+    for _ in range(200):
+        starts = torch.randint(len(ids) - 17, (16, 1))
+        windows = ids[starts + torch.arange(17)]  # (16, 17)
+        loss = model(windows[:, :-1], windows[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 3  # chance is ln(300) = 5.7
+    return model.eval()
+
+
+@pytest.fixture
+def gpt(trained_gpt):
+    """A copy of it that a test may change."""
+    return copy.deepcopy(trained_gpt)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize('linear', [
+    nn.Linear(64, 48),
+    nn.Linear(64, 48, bias=False),
+    Head(GPTConfig(vocab_size=48, n_head=2, n_embd=64, softcap=0.5)),
+])
+def test_packed_equals_plain(linear):
+    linear = linear.to(torch.bfloat16)
+    packed = PackedLinear(linear)
+    with torch.no_grad():
+        for shape in ((1, 64), (3, 1, 64), (2, 40, 64)):
+            x = torch.randn(shape).bfloat16()
+            torch.testing.assert_close(packed(x), linear(x), atol=0.02, rtol=0.02)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize('bits, limit', [(None, 0.02), (8, 0.05)])
+def test_model_in_bfloat16_with_its_float32_cache(gpt, token_ids, bits, limit):
+    """Logits, read in pieces, are those of the plain model, to what bfloat16 and 8 bits hold."""
+    idx = token_ids[1][:24].view(2, 12)
+    with torch.inference_mode():
+        want = gpt(idx)[0]
+        prepare_for_decoding(gpt.to(torch.bfloat16), bits)
+        cache = new_cache(gpt, 2, 12)
+        assert cache.k.dtype == torch.float32
+        pieces = idx.split((5, 1, 1, 5), dim=1)
+        got = torch.cat([gpt(piece, cache=cache)[0] for piece in pieces], dim=1)
+    assert (got - want).norm() < limit * want.norm()
+
+
+def test_only_bfloat16_on_a_cpu_is_packed():
+    linear = nn.Sequential(nn.Linear(8, 8))
+    assert type(prepare_for_decoding(linear)[0]) is nn.Linear
+    linear.to(torch.bfloat16)
+    expected = PackedLinear if cpu_has_bfloat16 else nn.Linear
+    assert type(prepare_for_decoding(linear)[0]) is expected
+
+
+@pytest.mark.parametrize('fbgemm', [True, False])
+def test_int8_is_within_its_rounding(fbgemm, monkeypatch):
+    """Outputs are off by no more than what rounding weights (and with FBGEMM inputs) explains."""
+    if not fbgemm:
+        monkeypatch.delattr(torch, 'quantize_per_channel')
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48).requires_grad_(False)
+    int8 = Int8Linear(linear)
+    assert int8.fbgemm == fbgemm or 'fbgemm' not in torch.backends.quantized.supported_engines
+
+    step = linear.weight.abs().amax(dim=1) / 127  # (48,): between two values of int8
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 64) * torch.logspace(-2, 2, rows)[:, None]  # of very different size
+        want = linear(x)
+        error = int8(x) - want
+
+        # Half a step for each weight. With FBGEMM also half a step of 1/127 of the range of a row;
+        # twice that without VNNI.
+        limit = 0.5 * x.abs().sum(1, keepdim=True) * step
+        if int8.fbgemm:
+            largest_sum = linear.weight.abs().sum(1) + 64 * step / 2
+            limit = limit + 2.1 / 127 * x.abs().amax(1, keepdim=True) * largest_sum
+        assert (error.abs() <= limit + 1e-5).all()
+        assert error.norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize('fbgemm', [True, False])
+def test_int8_keeps_the_perplexity(gpt, token_ids, fbgemm, monkeypatch):
+    """To a percent."""
+    if not fbgemm:
+        monkeypatch.delattr(torch, 'quantize_per_channel')
+    ids = token_ids[1][:640].view(40, 16)
+    inputs = ids[:, :-1]
+    targets = ids[:, 1:]
+    with torch.no_grad():
+        before = gpt(inputs, targets)[1]
+        prepare_for_decoding(gpt, bits=8)
+        assert sum(isinstance(module, Int8Linear) for module in gpt.modules()) == 5
+        logits = gpt(inputs)[0]
+        after = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert abs(math.exp(after - before) - 1) < 0.01
+
+
+def test_sample_with_int8(trained):
+    out, _ = trained.run('sample.py', '--out_dir=out/toy', '--quantize=int8', '--start=ba',
+                         '--max_new_tokens=5')
+    assert out.startswith('ba')
