@@ -5,12 +5,12 @@ How fast this machine trains, encodes and generates, and how much of its peak sp
     python bench.py --rows=decode         only the rows with this in their name
     python bench.py --peers --rounds=3    three repeats, with baselines: torch.nn.Transformer and,
                                           if installed, transformers, ctranslate2, tokenizers
-    python bench.py --nanogpt=FOLDER      with nanoGPT, too: a clone of github.com/karpathy/nanoGPT
+    python bench.py --nanogpt=FOLDER      and with nanoGPT: a clone of github.com/karpathy/nanoGPT
     python bench.py --profile             also write a trace of each row to out/bench, for
                                           chrome://tracing or ui.perfetto.dev
 
-Each measurement runs in a process of its own, and baselines take turns with us: A B A B. They get
-the same shapes, data and number of threads. Prints medians, with minimum and maximum if there are
+Each measurement runs in its own process, and baselines take turns with us: A B A B. They get the
+same shapes, data, and number of threads. Prints medians, with minimum and maximum if there are
 several repeats, and all figures as JSON in the last line.
 """
 from typing import Literal
@@ -18,14 +18,14 @@ from typing import Literal
 from pocket.configurator import configure
 
 rows = ''                    # only the rows with this in their name
-peers = False                # measure baselines too, those that are installed
-nanogpt: str | None = None   # a folder with nanoGPT's model.py, another baseline; implies --peers
-rounds = 1                   # how often each measurement is repeated
-seconds = 2.0                # for how long each measurement is timed
+peers = False                # measure the baselines that are installed, too
+nanogpt: str | None = None   # a folder with nanoGPT's model.py, one more baseline; implies --peers
+rounds = 1                   # [1, inf) repeats of each measurement
+seconds = 2.0                # (0, inf) how long each measurement is timed
 profile = False              # write traces to out/bench
 device = 'auto'              # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # ours; baselines use their own
-worker = ''                  # internal: what this process is to measure
+worker = ''                  # for internal use: what this process measures
 configure(__file__, globals())
 
 import importlib.util
@@ -700,9 +700,6 @@ OPTIONAL_PACKAGES = ('transformers', 'ctranslate2', 'tokenizers')  # baselines o
 # Running them
 
 def main():
-    if rounds < 1 or seconds <= 0:
-        got = f'{rounds} and {seconds}'
-        raise UserError(f'rounds must be at least 1 and seconds above 0, got {got}')
     if nanogpt and not (Path(nanogpt) / 'model.py').is_file():
         raise UserError(f'--nanogpt={nanogpt} has no model.py: name the folder of a nanoGPT clone')
 

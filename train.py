@@ -135,7 +135,7 @@ if state is None and init_from != 'scratch':
 data_folder = training.prepare_data(dataset, data_dir)
 meta = load_meta(data_folder)
 tok = training.load_dataset_tokenizer(meta, data_folder)
-training.check_dataset_fits(meta, data_folder, config, explicit, state)
+training.check_dataset_fits(meta, tok, data_folder, config, explicit, state)
 template = ChatTemplate.from_dict(meta.get('chat')) if meta['kind'] == 'pairs' else None
 train_data = training.open_split(data_folder, meta, 'train', config, tok, template)
 val_split = eval_split if eval_only else 'val'
@@ -210,7 +210,7 @@ next_command = f'next: {training.sample_command(run_dir)}'
 if eval_only:
     print_evaluation(raw_model, tok, template, val_data, val_bytes, device, amp_dtype, config,
                      title=f'{state_path} (step {train_state.step}): {eval_split}')
-    if pretrained_model is None:
+    if pretrained_model is None and eval_protocol == 'tokens':
         print(next_command)
     sys.exit()
 
@@ -279,7 +279,8 @@ def is_finished():
 signals = training.StopSignals()
 signals.install()
 log = training.RunLog(run_dir, last_step=train_state.evaluated)
-print(training.describe_goal(train_state, config, run_dir, epochs=max_iters / steps_per_epoch))
+goal = training.describe_goal(train_state, config, run_dir, epochs=max_iters / steps_per_epoch)
+print(goal, flush=True)
 
 step = first_step = train_state.step
 t_start = t_log = time.perf_counter()

@@ -1,4 +1,5 @@
-# The Verdict, 5,145 tokens of GPT-2's BPE, on the shape of GPT-2 124M: the smallest example of overfitting there is.
+# The smallest example of overfitting: a GPT of GPT-2 124M's shape on The Verdict, 5,145 tokens of
+# GPT-2's BPE.
 dataset = 'verdict'
 block_size = 256
 n_layer = 12

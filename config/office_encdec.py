@@ -1,4 +1,5 @@
-# The Office, 8,863 pairs (prepare/office.py): what was said, and what Michael Scott answered. An encoder-decoder for a laptop.
+# An encoder-decoder for a laptop, on 8,863 pairs from The Office (prepare/office.py): what somebody
+# said, and what Michael Scott answered.
 dataset = 'office'
 arch = 'seq2seq'
 block_size = 64

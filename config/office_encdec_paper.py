@@ -1,4 +1,5 @@
-# The same pairs for the base model of "Attention Is All You Need", with GPT-2's BPE: 121,353,300 parameters.
+# The base model of "Attention Is All You Need" on the same pairs, with GPT-2's BPE: 121,353,300
+# parameters.
 dataset = 'office_gpt2'
 arch = 'seq2seq'
 block_size = 128

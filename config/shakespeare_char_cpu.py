@@ -1,4 +1,5 @@
-# Tiny Shakespeare by characters, what two CPU cores do in 70 to 90 seconds: 0.94 M parameters, val 1.4998.
+# Character-level Tiny Shakespeare in 70 to 90 seconds on two CPU cores: 0.94 M parameters,
+# val 1.4998.
 dataset = 'shakespeare_char'
 block_size = 128
 n_layer = 3

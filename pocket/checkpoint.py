@@ -214,8 +214,12 @@ def resume_config(state, path, config, explicit, options, resuming=True):
 
     config, explicit: what configure() returned now. options: read_options() of train.py.
     resuming: False if the run is only evaluated. Prints what is kept although a config file says
-    otherwise, and what changes. Raises UserError if something changes that can't.
+    otherwise, and what changes. Raises UserError if something changes that can't, or if the
+    checkpoint is one to evaluate only.
     """
+    if resuming and 'optimizers' not in state:
+        raise UserError(f'{path} was exported, without the optimizer\'s state that --resume needs: '
+                        f'evaluate it with --eval_only')
     saved = saved_options(state, path, config, options)
     merged = dict(config)
     changed = []

@@ -278,7 +278,7 @@ def choose_val_by_blocks(sources, units, seed):
     """Choose a tenth of the units of some pairs, in blocks from all over, as validation.
 
     sources: text of each pair. units: number of what each pair belongs to, such as a scene: a unit
-    is never divided. A unit moves back to train if one of its sources begins, continues or equals
+    is never divided. A chosen unit moves to train if one of its sources begins, continues or equals
     one there, word for word. Returns (set of val units, number of pairs that moved to train).
     """
     chosen = random_blocks(sorted(set(units)), Random(seed))
@@ -376,8 +376,8 @@ def write_dataset(folder, tokenizer, shards, source, how_split, kind='stream',
     size: characters in all pieces, for the progress bar. For the other arguments see
     write_stream(), write_pairs() and write_corpus().
     """
-    key = json.dumps([tokenizer.to_dict(), source, how_split])
-    key = hashlib.sha256(key.encode()).hexdigest()
+    call = json.dumps([tokenizer.to_dict(), source, how_split])
+    key = hashlib.sha256(call.encode()).hexdigest()   # what can be resumed has the same key
     try:
         with lock_dataset(folder):
             # A folder without meta.json is no dataset: so it goes first and comes back last
@@ -459,10 +459,13 @@ def encode_piece(tokenizer, text, ends, dtype):
     """Ids of a text, then the end id if its document ends there. Ids are taken as they are."""
     if not isinstance(text, str):
         return np.asarray(text).astype(dtype)
-    ids = tokenizer.encode_to_numpy(text).astype(dtype)
-    if ends and tokenizer.eos_id is not None:
-        ids = np.append(ids, dtype.type(tokenizer.eos_id))
-    return ids
+    ids = tokenizer.encode_to_numpy(text)
+    if not ends or tokenizer.eos_id is None:
+        return ids.astype(dtype)
+    document = np.empty(len(ids) + 1, dtype)   # faster than np.append(): there can be millions
+    document[:-1] = ids
+    document[-1] = tokenizer.eos_id
+    return document
 
 
 def chunks(pieces):
@@ -520,6 +523,8 @@ class TokenFiles:
         self.offsets = {split: array.array('q', [0]) for split in splits}
 
     def __enter__(self):
+        if self.total_ids() == 0:
+            self.progress_path.unlink(missing_ok=True)   # it describes files that now go
         self.files = {split: open(path, 'ab') for split, path in self.parts.items()}
         for split, file in self.files.items():
             file.truncate(self.counts[split] * self.dtype.itemsize)   # what follows is not counted

@@ -2,13 +2,12 @@
 Faster versions of what model.py states plainly, for CPUs above all. tests/test_kernels.py holds
 each of them against the plain formula.
 
-    Dropout           nn.Dropout, from random bytes instead of one Bernoulli number per element
-    attention         softmax(q kᵀ / √D) v: plain_attention in model.py
-    cross_entropy     loss and gradient in slices, without all logits: plain_cross_entropy in
-    model.py loss_and_correct  the same slices for validation, with the number of correct
-    predictions
+    Dropout           nn.Dropout, from random bytes instead of a Bernoulli number per element
+    attention         softmax(q kᵀ / √D) v: plain_attention() in model.py
+    cross_entropy     loss and gradient in slices of rows: plain_cross_entropy() in model.py
+    loss_and_correct  such slices for validation, which also count correct predictions
 
-What each of them gained is measured in docs/LOG.md.
+docs/LOG.md has what each of them gained.
 """
 import math
 from functools import lru_cache

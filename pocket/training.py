@@ -111,12 +111,12 @@ def prepare_data(dataset, data_dir):
         return ensure_prepared(dataset, data_dir, make=distributed.master_process)
 
 
-def check_dataset_fits(meta, folder, config, explicit, state):
+def check_dataset_fits(meta, tok, folder, config, explicit, state):
     """Raise UserError if a dataset is not what the model and the options are for.
 
-    state: the checkpoint that is resumed or evaluated, or None.
+    tok: its tokenizer. state: the checkpoint that is resumed or evaluated, or None.
     """
-    if state is not None and state['tokenizer'] != meta['tokenizer']:
+    if state is not None and state['tokenizer'] != tok.to_dict():
         raise UserError(f'the tokenizer of this run is not that of {folder}: start a new run with '
                         f'another --out_dir, or restore the dataset')
     is_pairs = meta['kind'] == 'pairs'

@@ -15,21 +15,18 @@ Tests import the most common ones from here, for example `from conftest import T
 from project import CHECKOUT, SHARED, TINY, Project, ranks  # isort: skip
 
 import pytest
-from fork_server import start_python
 from runs import assert_same_run, read_log, same, same_run
 from toy import make_pairs, make_toy, toy_text
 
 __all__ = [
-    'CHECKOUT', 'SHARED', 'TINY', 'Project', 'ranks', 'start_python', 'assert_same_run', 'read_log',
+    'CHECKOUT', 'SHARED', 'TINY', 'Project', 'ranks', 'assert_same_run', 'read_log',
     'same', 'same_run', 'make_pairs', 'make_toy', 'toy_text',
 ]
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A fresh Project with the dataset data/toy. Its folder has a space and an umlaut in its name,
-    as people's folders do.
-    """
+    """A fresh Project with the dataset data/toy. Its folder's name has a space and an umlaut."""
     project = Project(tmp_path / 'pocket übung')
     make_toy(project.root)
     return project
@@ -37,14 +34,11 @@ def project(tmp_path):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """A Project with a finished run out/toy, to look at, not to change. Its attributes stdout and
-    stderr: what train.py said.
+    """A Project with a finished run out/toy: look at it, don't change it.
+
+    Its attributes stdout and stderr hold what train.py printed.
     """
     project = Project(tmp_path_factory.mktemp('trained'))
     make_toy(project.root)
     project.stdout, project.stderr = project.train()
     return project
-
-
-class Zygote:  # the old name, until test_modal.py uses start_python
-    start = staticmethod(start_python)

@@ -1,11 +1,13 @@
 """
-A stand-in for Modal's servers, on 127.0.0.1: as much of their protocol as `modal run` of one function at a time needs.
+A stand-in for Modal's servers, on 127.0.0.1: as much of their protocol as `modal run` needs for one
+function at a time.
 
-The client and the container are Modal's own code. A container is a process of Modal's own entrypoint, and starts with
-nothing but the files that the client has sent. A volume is a folder. The server records what the platform is asked for.
+The client and the container are Modal's own code. A container is a process of Modal's entrypoint,
+and starts with nothing but the files that the client has sent. A volume is a folder. The server
+records what the platform is asked for.
 
-What makes it like Modal: a container that ends without a result was preempted, so the next container gets the same input.
-A failed input is given out again as often as the function's retry policy says.
+What makes it like Modal: a container that ends without a result was preempted, so the next one gets
+the same input. A failed input is given out again as often as the function's retry policy says.
 
 test_modal.py uses this, see there: pytest -n 0 tests/test_modal.py
 """
@@ -36,12 +38,13 @@ class QuietFiles(SimpleHTTPRequestHandler):
 
 class Server:
     """
-    A context manager: inside it the server runs, and processes with the environment `env` use it as Modal.
+    A context manager: inside it the server runs, and processes with the environment `env` use it.
 
-    project: the folder of modal_train.py. volume: the folder that is the volume. path: PATH of client and containers.
+    project: the folder of modal_train.py. volume: the folder that is the volume. path: PATH of the
+    client and the containers. on_commit(server) is called at each commit of the volume.
 
-    What tests look at: requests(method), containers (processes), commits ({file: modification time} of the volume at each).
-    on_commit(server) is called at each commit.
+    What tests look at: requests(method); containers, which are processes; commits, each of them
+    {file on the volume: when it was modified}.
     """
 
     def __init__(self, project, volume, path=None, on_commit=None):
@@ -65,7 +68,7 @@ class Server:
         self.disconnected = False
         self.container_root = project / 'container'  # stands for / in containers
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Starting and stopping
 
     def __enter__(self):
@@ -76,7 +79,8 @@ class Server:
         self.ready = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
         self.thread.start()
-        self.http = ThreadingHTTPServer(('127.0.0.1', 0), partial(QuietFiles, directory=str(self.volume)))
+        files = partial(QuietFiles, directory=str(self.volume))
+        self.http = ThreadingHTTPServer(('127.0.0.1', 0), files)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.ready.wait()
         return self
@@ -88,7 +92,8 @@ class Server:
 
         # A class with a handler for each method of Modal's protocol
         methods = [name for name in dir(ModalClientBase) if name[0].isupper()]
-        Servicer = type('Servicer', (ModalClientBase,), {name: self.handler(name) for name in methods})
+        handlers = {name: self.handler(name) for name in methods}
+        Servicer = type('Servicer', (ModalClientBase,), handlers)
         server = grpclib.server.Server([Servicer()])
         await server.start('127.0.0.1', 0)
         self.url = f'http://127.0.0.1:{server._server.sockets[0].getsockname()[1]}'
@@ -114,7 +119,7 @@ class Server:
             'OMP_NUM_THREADS': '1', 'NO_COLOR': '1', 'COLUMNS': '200',
         }
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Requests
 
     def requests(self, method):
@@ -149,7 +154,7 @@ class Server:
         async with self.changed:
             await self.changed.wait_for(condition)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # The client sets up its app
 
     def ClientHello(self, request):
@@ -235,7 +240,7 @@ class Server:
         self.functions[function_id] = definition
         return pb.FunctionCreateResponse(
             function_id=function_id, function=request.function, function_data=data,
-            handle_metadata=self.function_metadata(definition.function_name, definition.function_type))
+            handle_metadata=self.metadata_of(definition))
 
     def FunctionBindParams(self, request):
         definition = pb.Function()
@@ -243,14 +248,16 @@ class Server:
         bound_id = f'{request.function_id}-bound'
         self.functions[bound_id] = definition
         return pb.FunctionBindParamsResponse(
-            bound_function_id=bound_id,
-            handle_metadata=self.function_metadata(definition.function_name, definition.function_type))
+            bound_function_id=bound_id, handle_metadata=self.metadata_of(definition))
+
+    def metadata_of(self, definition):
+        return self.function_metadata(definition.function_name, definition.function_type)
 
     def function_metadata(self, name, kind):
         return pb.FunctionHandleMetadata(
             function_name=name, function_type=kind, definition_id='de-1', app_id='ap-1')
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # The client calls a function, containers run it
 
     async def FunctionMap(self, request):
@@ -273,8 +280,9 @@ class Server:
         task_id = f'ta-{len(self.containers)}'
 
         # What a container is told: its function, and the objects that the function uses
-        metadata = self.function_metadata(definition.function_name, definition.function_type)
-        objects = [pb.Object(object_id=function_id, function_handle_metadata=metadata)]
+        function = pb.Object(
+            object_id=function_id, function_handle_metadata=self.metadata_of(definition))
+        objects = [function]
         for dependency in definition.object_dependencies:
             used = pb.Object(object_id=dependency.object_id)
             if dependency.object_id.startswith('vo'):
@@ -282,15 +290,15 @@ class Server:
             objects.append(used)
         layout = pb.AppLayout(function_ids={definition.function_name: function_id}, objects=objects)
         arguments = pb.ContainerArguments(
-            task_id=task_id, function_id=function_id, app_id='ap-1', function_def=definition, app_layout=layout,
-            environment_name='main')
+            task_id=task_id, function_id=function_id, app_id='ap-1', function_def=definition,
+            app_layout=layout, environment_name='main')
         arguments_file = self.container_root / f'arguments-{task_id}'
         arguments_file.write_bytes(arguments.SerializeToString())
 
         root = self.container_root / 'root'
         env = {
-            **self.env, 'MODAL_CONTAINER_ARGUMENTS_PATH': str(arguments_file), 'MODAL_TASK_ID': task_id,
-            'MODAL_IS_REMOTE': '1', 'PYTHONPATH': str(root), 'PYTHONUNBUFFERED': '1',
+            **self.env, 'PYTHONPATH': str(root), 'PYTHONUNBUFFERED': '1', 'MODAL_IS_REMOTE': '1',
+            'MODAL_CONTAINER_ARGUMENTS_PATH': str(arguments_file), 'MODAL_TASK_ID': task_id,
         }
         del env['MODAL_TOKEN_ID'], env['MODAL_TOKEN_SECRET']
         container = subprocess.Popen(
@@ -300,7 +308,7 @@ class Server:
         threading.Thread(target=self.watch, args=(container, call), daemon=True).start()
 
     def watch(self, container, call):
-        """In a thread: collect a container's log; if it ends without a result, start the next one."""
+        """In a thread: collect a container's log. If it ends without a result, start another."""
         for line in container.stdout:
             self.logs.append(line.decode('utf-8', 'replace'))
             if not self.over.is_set():
@@ -317,10 +325,12 @@ class Server:
 
     async def FunctionGetInputs(self, request):
         for name, call in self.calls.items():
-            if call['function'] == request.function_id and not call['taken'] and name not in self.outputs:
+            waiting = not call['taken'] and name not in self.outputs
+            if waiting and call['function'] == request.function_id:
                 call['taken'] = True
                 item = pb.FunctionGetInputsItem(
-                    input_id=f'in-{name}', input=call['input'], function_call_id=name, retry_count=call['attempts'])
+                    input_id=f'in-{name}', input=call['input'], function_call_id=name,
+                    retry_count=call['attempts'])
                 return pb.FunctionGetInputsResponse(inputs=[item])
         stop = pb.FunctionGetInputsItem(kill_switch=True)
         return pb.FunctionGetInputsResponse(inputs=[stop])
@@ -332,7 +342,7 @@ class Server:
             retries = self.functions[call['function']].retry_policy.retries
             failed = item.result.status != pb.GenericResult.GENERIC_STATUS_SUCCESS
             if failed and call['attempts'] < retries:
-                call['attempts'] += 1  # its container ends now, without a result: watch() starts the next one
+                call['attempts'] += 1  # its container ends now, and watch() starts another one
             else:
                 self.outputs[name] = item
         await self.notify()
@@ -365,7 +375,7 @@ class Server:
                 sent += 1
                 yield chunk
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # The volume, and a queue
 
     def VolumeCommit(self, request):
@@ -381,7 +391,8 @@ class Server:
     async def VolumeListFiles(self, request):
         folder = self.volume / request.path.strip('/')
         if not folder.is_dir():
-            raise grpclib.GRPCError(grpclib.Status.NOT_FOUND, f'No such file or directory: {request.path}')
+            message = f'No such file or directory: {request.path}'
+            raise grpclib.GRPCError(grpclib.Status.NOT_FOUND, message)
         entries = []
         for path in folder.rglob('*') if request.recursive else folder.iterdir():
             kind = 2 if path.is_dir() else 1

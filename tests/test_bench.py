@@ -74,7 +74,7 @@ def test_row_shows_rates_ratio_and_utilization(project):
     ratio = line_of('nanogpt', out).split('ours is ')[1].split()[0]
     assert float(ratio) == pytest.approx(ours / theirs, abs=0.006)
 
-    # FLOP per token: forward and backward take 6 per weight, and attention 6 per layer, channel and position
+    # FLOP per token: 6 per weight, and for attention 6 per layer, channel and position
     weights_per_layer = 12 * 128**2 + 2 * 128
     weights = 4 * weights_per_layer + 128 + 65 * 128
     flop = 6 * weights + 6 * 4 * 128 * 64
@@ -85,7 +85,8 @@ def test_row_shows_rates_ratio_and_utilization(project):
 def test_range_is_shown_for_several_repeats_only(bench, capsys):
     row = bench.Row('some work', 'tok/s', ours=None, baselines={})
     bench.print_row(row, {'ours': [[1234.5, None, 10**9]]}, {})
-    assert capsys.readouterr().out.splitlines()[1].split() == ['ours', '1,234.5', 'tok/s', '1.00', 'GB']
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == ['ours', '1,234.5', 'tok/s', '1.00', 'GB']
     bench.print_row(row, {'ours': [[3.0, None, 10**9], [1.0, None, 10**9], [2.0, None, 10**9]]}, {})
     assert '2.0 tok/s    (1.0 - 3.0) 1.00 GB' in capsys.readouterr().out
 
@@ -107,7 +108,8 @@ def test_batches_of_different_sizes_are_timed_in_whole_passes(bench, monkeypatch
 
 @pytest.mark.parametrize('args, message', [
     (['--rows=xyz'], "no row has 'xyz' in its name: there are train nanoGPT"),
-    (['--rounds=0'], 'rounds must be at least 1'),
+    (['--rounds=0'], 'rounds must be in [1, inf), got 0'),
+    (['--seconds=0'], 'seconds must be in (0, inf), got 0'),
     (['--nanogpt=nowhere'], 'nowhere has no model.py'),
 ])
 def test_bad_options_are_refused_in_one_sentence(project, args, message):
@@ -116,7 +118,7 @@ def test_bad_options_are_refused_in_one_sentence(project, args, message):
 
 @pytest.mark.slow
 def test_every_row_runs(project):
-    """Ours and every baseline that is installed; GPT-2 124M is among them, so this takes minutes."""
+    """With every baseline that is installed. GPT-2 124M is among the models: this takes minutes."""
     out, _ = project.run('bench.py', '--peers', '--seconds=0.01', '--device=cpu', timeout=1200)
     work = json.loads(out.splitlines()[-1])['work']
     assert len(work) == 16

@@ -238,6 +238,19 @@ def test_interrupted_corpus_starts_over_for_another_source(corpus, tmp_path, cap
     assert 'resuming' not in capsys.readouterr().out
 
 
+def test_interrupted_corpus_starts_over_after_another_in_its_folder(corpus, tmp_path, monkeypatch):
+    """The other one was interrupted, too: before it saved its progress, but after it wrote enough."""
+    whole = corpus.write(tmp_path / 'whole', {})
+    folder = tmp_path / 'interrupted'
+    corpus.interrupt(folder, {'source': 'a text'}, 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, 'SAVE_EVERY', 1000)
+        other = Corpus()
+        other.pieces = [(split, text.upper(), ends) for split, text, ends in other.pieces]
+        other.interrupt(folder, {'source': 'another text'}, 89)
+    assert corpus.write(folder, {'source': 'a text'}) == whole
+
+
 @pytest.mark.parametrize('damaged', ['', '[]', '{"key": 1}', '{"counts": 5'])
 def test_damaged_progress_is_ignored(corpus, tmp_path, capsys, damaged):
     whole = corpus.write(tmp_path / 'whole', {})

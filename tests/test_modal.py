@@ -1,10 +1,9 @@
 """
-modal_train.py, without an account: against a stand-in for Modal's servers (modal_server.py), with Modal's own client and
-container code; and its functions on their own, as an imported module.
+modal_train.py, without an account: against a stand-in for Modal's servers (modal_server.py), with
+Modal's own client and container code; and its functions on their own, as an imported module.
 
     pytest -n 0 tests/test_modal.py
 """
-import csv
 import importlib
 import json
 import os
@@ -22,10 +21,12 @@ from modal_server import Server
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='Modal\'s containers are Linux')
 MODAL_RUN = [sys.executable, '-m', 'modal', 'run']
 
-# Stands for train.py: does what modal_train.py relies on, without torch. steps.txt has every step that was taken. Options:
-# --bad: bad input; --crash: crashes at step 40; --wait: waits there until it is told to stop (both only if not resumed).
+# Stands for train.py: does what modal_train.py relies on, without torch. steps.txt has every step
+# that was taken. --bad is bad input. --crash crashes at step 40, --wait waits there to be stopped,
+# unless the run has been resumed.
 TRAIN = '''
 import fcntl, os, signal, sys, time
+from pathlib import Path
 
 args = {}
 for arg in sys.argv[1:]:
@@ -63,7 +64,8 @@ while step < 60 and not stopped:
     with open(out / 'steps.txt', 'a') as f:
         print(step, file=f)
     if step % 20 == 0:
-        (out / 'log.csv').write_text(f'step,seconds,val_loss,tokens_per_s\\n{step},{step * 36},1.5,4321\\n')
+        row = f'{step},{step * 36},1.5,4321'
+        (out / 'log.csv').write_text(f'step,seconds,val_loss,tokens_per_s\\n{row}\\n')
         save()
     if step == 40 and 'resume' not in args:
         if 'crash' in args:
@@ -86,7 +88,8 @@ if '--chat' in sys.argv:
             break
         print('you said', line, end='', flush=True)
 '''
-# Stands for torchrun: runs the script once. If that fails, the exit status is 1, and the script's only in the output.
+# Stands for torchrun: runs the script once. If that fails, its own exit status is 1, and the
+# script's is only in the output.
 TORCHRUN = f'''#!/bin/sh
 echo torchrun "$1" "$2"
 shift 2
@@ -102,11 +105,11 @@ def steps(out):
     return [int(line) for line in (out / 'steps.txt').read_text().split()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against the stand-in for Modal's servers
 
 class Cloud(Project):
-    """A project whose scripts are stand-ins, and a stand-in for Modal to run them on. volume: the folder of its volume."""
+    """A project whose scripts are stand-ins, run on a stand-in for Modal. volume: a folder."""
 
     def __init__(self, root):
         super().__init__(root)
@@ -132,12 +135,17 @@ class Cloud(Project):
         path.write_text(text, encoding='utf-8')
 
     def modal_run(self, entrypoint, *args, status=0, typed=None, on_commit=None):
-        """`modal run modal_train.py[::COMMAND] ARGS`, from another folder. Returns the Server, with .out and .err."""
+        """Do `modal run modal_train.py[::COMMAND] ARGS` from another folder.
+
+        Returns the Server, with the output as .out and .err.
+        """
         path = f'{self.root / "bin"}:{os.environ["PATH"]}'
         with Server(self.root, self.volume, path, on_commit) as server:
             command = [*MODAL_RUN, f'{self.root / "modal_train.py"}{entrypoint}', *args]
             done = subprocess.run(
-                command, env=server.env, cwd='/', input=typed, capture_output=True, text=True, timeout=60)
+                command, env=server.env, cwd='/', input=typed, capture_output=True, text=True,
+                timeout=60,
+            )
         assert done.returncode == status, done.stdout + done.stderr
         assert 'Traceback' not in done.stderr
         server.out = done.stdout
@@ -186,9 +194,10 @@ def test_modal_is_asked_for_the_right_image_gpus_volume_and_retries(cloud):
         assert not function.secret_ids
         assert (function.retry_policy.retries, function.retry_policy.initial_delay_ms) == (10, 0)
         assert [mount.mount_path for mount in function.volume_mounts] == [str(cloud.volume)]
+    wanted_volume = server.requests('VolumeGetOrCreate')[0]
     create_if_missing = 1
-    asked_volume = server.requests('VolumeGetOrCreate')[0]
-    assert (asked_volume.deployment_name, asked_volume.object_creation_type) == ('pocketgpt', create_if_missing)
+    assert wanted_volume.deployment_name == 'pocketgpt'
+    assert wanted_volume.object_creation_type == create_if_missing
 
     # The image has our requirements
     images = [request.image for request in server.requests('ImageGetOrCreate')]
@@ -203,7 +212,9 @@ def test_modal_is_asked_for_the_right_image_gpus_volume_and_retries(cloud):
         assert re.search(rf'^{name}\b', files['/.requirements.txt'], re.M)
 
     # Containers get our Python files, and nothing else
-    sent = {file.filename for request in server.requests('MountGetOrCreate') for file in request.files}
+    sent = set()
+    for request in server.requests('MountGetOrCreate'):
+        sent.update(file.filename for file in request.files)
     ours = set()
     for pattern in ('*.py', 'pocket/*.py', 'prepare/*.py', 'config/*.py'):
         for path in cloud.root.glob(pattern):
@@ -223,7 +234,8 @@ def test_crash_is_retried_but_bad_input_is_not(cloud):
     assert server.requests('SecretGetOrCreate')[0].deployment_name == 'mine'
     assert list(server.requests('FunctionBindParams')[0].function_options.secret_ids) == ['st-1']
 
-    server = cloud.modal_run('', '--gpus', '2', '--overrides=--bad', '--name=shakespeare_char', status=2)
+    server = cloud.modal_run('', '--gpus', '2', '--overrides=--bad', '--name=shakespeare_char',
+                             status=2)
     assert server.err.strip() == 'train.py: unknown option'
     assert len(server.containers) == 1
     assert os.listdir(cloud.volume / 'out') == ['shakespeare_char']  # nothing was renamed
@@ -252,7 +264,8 @@ def test_runs_and_datasets_are_listed(cloud):
     lines = cloud.modal_run('::ls', '--steps=200').out.splitlines()
     assert 'datasets: stdlib' in lines
     row = next(line for line in lines if line.startswith('toy'))
-    assert row.split()[1:] == ['20', 'of', '100', '1.5000', '4321', '2.00', '?', 'NVIDIA', 'L4,', 'NVIDIA', 'L4']
+    columns = re.split(r'\s\s+', row)
+    assert columns == ['toy', '20 of 100', '1.5000', '4321', '2.00', '?', 'NVIDIA L4, NVIDIA L4']
 
 
 def make_run(out):
@@ -287,19 +300,26 @@ def test_prepare_sample_and_chat(cloud):
     ('::download', ['--name']),
 ])
 def test_help_needs_no_account_and_no_network(tmp_path, command, options):
-    env = {**os.environ, 'MODAL_CONFIG_PATH': str(tmp_path / 'none'), 'MODAL_SERVER_URL': 'http://127.0.0.1:9'}
-    done = subprocess.run([*MODAL_RUN, f'{CHECKOUT / "modal_train.py"}{command}', '--help'], env=env, cwd=tmp_path,
-                          capture_output=True, text=True, check=True)
+    no_server = 'http://127.0.0.1:9'
+    no_account = str(tmp_path / 'none')
+    env = {**os.environ, 'MODAL_CONFIG_PATH': no_account, 'MODAL_SERVER_URL': no_server}
+    done = subprocess.run(
+        [*MODAL_RUN, f'{CHECKOUT / "modal_train.py"}{command}', '--help'], env=env, cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    )
     for option in options:
         assert option in done.stdout
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # As an imported module
 
 class FakeVolume:
-    """Stands for a modal.Volume. The first commit after the file `interrupt_at` exists raises KeyboardInterrupt, as a
-    signal that arrives at that moment does."""
+    """Stands for a modal.Volume.
+
+    The first commit after the file `interrupt_at` exists raises KeyboardInterrupt, as a signal does
+    that arrives at that moment.
+    """
 
     def __init__(self, interrupt_at=None):
         self.interrupt_at = interrupt_at
@@ -312,7 +332,7 @@ class FakeVolume:
 
 @pytest.fixture
 def modal_train(monkeypatch):
-    """modal_train.py as a module. Afterwards signals and exceptions are handled as they were before."""
+    """modal_train.py as a module. Afterwards signals and exceptions are handled as before."""
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     monkeypatch.syspath_prepend(str(CHECKOUT))
     sigterm = signal.getsignal(signal.SIGTERM)
@@ -322,7 +342,7 @@ def modal_train(monkeypatch):
 
 @pytest.fixture
 def in_container(modal_train, tmp_path, monkeypatch):
-    """modal_train.py as in a container, but with the stand-in for train.py in tmp_path, which is the volume, too."""
+    """modal_train.py as in a container, with tmp_path as the volume, and TRAIN as train.py."""
     (tmp_path / 'train.py').write_text(TRAIN, encoding='utf-8')
     monkeypatch.setattr(modal_train, 'HERE', tmp_path)
     monkeypatch.setattr(modal_train, 'VOLUME', str(tmp_path))
@@ -359,7 +379,8 @@ def test_interrupted_run_resumes_to_the_same_weights(in_container, project, monk
 
     monkeypatch.setattr(in_container, 'VOLUME', str(project.root))
     monkeypatch.setattr(in_container, 'Popen', popen)
-    monkeypatch.setattr(in_container, 'volume', FakeVolume(interrupt_at=project.root / 'out/half/last.pt'))
+    volume = FakeVolume(interrupt_at=project.root / 'out/half/last.pt')
+    monkeypatch.setattr(in_container, 'volume', volume)
     args = [*TINY, '--max_iters=60', '--eval_interval=5', '--log_interval=50']
     with pytest.raises(KeyboardInterrupt):
         in_container.train.local(' '.join(args), 'half')
@@ -382,7 +403,7 @@ def test_what_is_resumed_and_what_starts_over(in_container, tmp_path, monkeypatc
 
     out = tmp_path / 'out' / 'x'
 
-    # An interrupted run is resumed by the same command. A command that is refused in between changes nothing.
+    # An interrupted run is resumed by the same command. One that is refused changes nothing
     monkeypatch.setattr(in_container, 'volume', FakeVolume(interrupt_at=out / 'last.pt'))
     with pytest.raises(KeyboardInterrupt):
         train('--a=1')
@@ -435,10 +456,18 @@ def test_bad_names_and_configs_are_refused(modal_train, tmp_path):
 def test_cost_is_hours_times_price_times_gpus(modal_train, monkeypatch):
     monkeypatch.setitem(modal_train.PRICES, 'L4', 0.5)
     monkeypatch.setitem(modal_train.PRICES, 'A10', 1.0)
-    log = list(csv.DictReader(['step,seconds,val_loss,tokens_per_s', '10,360,1.2,4000', '20,720,1.5,4321']))
-    line = modal_train.format_run('toy', log, ['NVIDIA L4', 'NVIDIA L4'], max_iters=100, steps=200)
-    assert line.split() == ['toy', '20', 'of', '100', '1.2000', '4321', '2.00', '2.00', 'NVIDIA', 'L4,', 'NVIDIA', 'L4']
-    line = modal_train.format_run('toy', log, ['NVIDIA A10G'], max_iters=100)
-    assert line.split() == ['toy', '20', 'of', '100', '1.2000', '4321', '1.00', '1.00', 'NVIDIA', 'A10G']
+    log = [
+        {'step': '10', 'seconds': '360', 'val_loss': '1.2', 'tokens_per_s': '4000'},
+        {'step': '20', 'seconds': '720', 'val_loss': '1.5', 'tokens_per_s': '4321'},
+    ]
+
+    def columns(cards, **lengths):
+        return re.split(r'\s\s+', modal_train.format_run('toy', log, cards, **lengths))
+
+    figures = ['toy', '20 of 100', '1.2000', '4321']
+    two_cards = ['NVIDIA L4', 'NVIDIA L4']
+    expected = [*figures, '2.00', '2.00', 'NVIDIA L4, NVIDIA L4']
+    assert columns(two_cards, max_iters=100, steps=200) == expected
+    assert columns(['NVIDIA A10G'], max_iters=100) == [*figures, '1.00', '1.00', 'NVIDIA A10G']
     assert modal_train.price_per_hour(['NVIDIA A100-SXM4-80GB']) is None  # which is no A10
     assert modal_train.price_per_hour([]) is None
