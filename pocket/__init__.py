@@ -1,1 +1,4 @@
-"""What the scripts share. Nothing is imported here, so that each script loads only what it needs."""
+"""
+What the scripts share, in small files. Nothing is imported here, so that each script loads only
+what it needs.
+"""

@@ -84,8 +84,8 @@ class Process:
 
     def __init__(self, stdin, stdout, stderr, status):
         self.stdin = open(stdin, 'w', encoding='utf-8')
-        self.stdout = open(stdout, encoding='utf-8')
-        self.stderr = open(stderr, encoding='utf-8')
+        self.stdout = open(stdout, encoding='utf-8', errors='replace')
+        self.stderr = open(stderr, encoding='utf-8', errors='replace')
         self.status = open(status)
         self.pid = int(self.status.readline())
         self.returncode = None

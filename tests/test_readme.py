@@ -207,7 +207,7 @@ TESTED_ELSEWHERE = {
     'modal setup': 'needs an account',
     'modal run modal_train.py': 'needs an account; against a stand-in in test_modal.py',
     'torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py':
-        'needs GPUs; small ones in test_parallel.py',
+        'needs GPUs; small ones in test_distributed.py',
 }
 SMALL = [
     '--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16', '--device=cpu',

@@ -50,6 +50,8 @@ def check_resume_is_exact(project, whole, stop_after, recipe):
     out, _ = project.run(script, *TINY, *recipe, '--out_dir=parts', status=130)
     assert f'stopped by SIGINT at step {stop_after}; resume with: python train.py' in out
     assert '--out_dir=parts --resume' in out
+    path = project.root / 'parts' / 'last.pt'
+    assert torch.load(path, weights_only=True)['step'] == stop_after
 
     project.run('train.py', '--resume', '--out_dir=parts')
     same_run(whole, project.root / 'parts')
