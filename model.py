@@ -36,19 +36,20 @@ class RMSNorm(nn.Module):
     Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
 
-    def __init__(self, size):
+    def __init__(self, size, eps=1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps  # keeps the division finite
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-5)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=self.eps)
 
 
 def make_norm(config):
     """The norm that a config asks for, n_embd wide."""
     if config.norm == 'rmsnorm':
-        return RMSNorm(config.n_embd)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,11 +59,16 @@ def make_norm(config):
 def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
     """softmax(q kᵀ / √D) v: for each query a mean of the values, weighted by how well keys match.
 
-    q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D).
+    q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D). k and v may have fewer heads than q:
+    then each of them serves a group of H / n_kv_head queries.
     mask: bool, broadcastable to (B, H, T, S), True = may attend; no row is all False.
     is_causal: no token sees a later one (needs T == S and no mask).
     dropout: a Dropout for the weights, or None.
     """
+    group = q.size(1) // k.size(1)
+    if group > 1:  # grouped-query attention: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
 
@@ -83,14 +89,34 @@ attention = kernels.attention
 # attention = plain_attention
 
 
-def position_angles(length, size):
-    """(length, size / 2) float32 angles t * 10000^(-2i / size) of positions t.
+def position_angles(length, size, theta=10000.0, scaling=None):
+    """(length, size / 2) float32 angles t * theta^(-2i / size) of positions t.
 
     Each pair of channels is a clock hand that turns at a speed of its own: together they tell any
-    position from any other. Sinusoidal and rotary positions both use them.
+    position from any other. Sinusoidal and rotary positions both use them. theta: larger for longer
+    texts, as the slowest hand should not go around twice. scaling: see scale_frequencies(), or
+    None.
     """
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2).float() / size)
+    frequencies = theta ** (-torch.arange(0, size, 2).float() / size)
+    if scaling is not None:
+        frequencies = scale_frequencies(frequencies, scaling)
     return torch.outer(torch.arange(length).float(), frequencies)
+
+
+def scale_frequencies(frequencies, scaling):
+    """Slow the hands down, for texts longer than a model was first trained on.
+
+    scaling: Hugging Face's dict. rope_type 'linear' slows all hands by `factor`. 'llama3' only
+    those that turn less than high_freq_factor times within the original length: fast ones tell
+    neighbors apart, and have to stay as they are.
+    """
+    slowed = frequencies / scaling['factor']
+    if scaling['rope_type'] == 'linear':
+        return slowed
+    turns = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)
+    low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed, 1: as it is, smooth in between
+    return (1 - keep) * slowed + keep * frequencies
 
 
 def rotate(x, cos, sin):
@@ -114,16 +140,23 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         bias = config.bias if config.attn_bias is None else config.attn_bias
+        qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
         self.layer = layer  # where a cache keeps this layer's keys and values
         self.is_cross = cross
-        self.n_head = config.n_head
+        self.head_dim = config.head_size
         self.qk_norm = config.qk_norm
+        self.norm_eps = config.norm_eps
+        self.q_width = config.n_head * self.head_dim
+        self.kv_width = config.num_kv_heads * self.head_dim
         if cross:
-            self.c_q = nn.Linear(C, C, bias=bias)  # queries from the decoder,
-            self.c_kv = nn.Linear(C, 2 * C, bias=bias)  # keys and values from the encoder
-        else:
-            self.c_attn = nn.Linear(C, 3 * C, bias=bias)  # all three from the same text
-        self.c_proj = nn.Linear(C, C, bias=bias)
+            self.c_q = nn.Linear(C, self.q_width, bias=qkv_bias)  # queries from the decoder,
+            self.c_kv = nn.Linear(C, 2 * self.kv_width, bias=qkv_bias)  # the rest from the encoder
+        else:  # queries, keys and values from the same text
+            self.c_attn = nn.Linear(C, self.q_width + 2 * self.kv_width, bias=qkv_bias)
+        self.c_proj = nn.Linear(self.q_width, C, bias=bias)
+        if self.qk_norm == 'rmsnorm':
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.attn_dropout = Dropout(config.attn_dropout)
         self.resid_dropout = Dropout(config.dropout)
 
@@ -133,65 +166,85 @@ class Attention(nn.Module):
         rope: (cos, sin) for rotate(), or None. cache: a KVCache that holds the keys and values of
         earlier tokens, or None. memory: (B, S, C) to attend to instead of x.
         """
-        B, T, C = x.shape
+        B, T, _ = x.shape
         if memory is None:
             q, k, v = self.project_self(x, rope, cache)
         else:
             q, k, v = self.project_cross(x, memory, cache)
         q = q.to(k.dtype)  # a cache may keep its keys in another precision
         y = attention(q, k, v, mask, is_causal, self.attn_dropout)  # (B, H, T, D)
-        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, self.q_width)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
     def project_self(self, x, rope, cache):
-        """Queries (B, H, T, D), and keys and values (B, H, S, D) of all tokens so far."""
-        C = x.size(-1)
-        qk, v = self.c_attn(x).split((2 * C, C), dim=2)
-        qk = self.normalize(self.split_heads(qk))  # (B, T, 2H, D): queries, then keys
+        """Queries (B, H, T, D), and keys and values (B, n_kv_head, S, D) of all tokens so far."""
+        qk, v = self.c_attn(x).split((self.q_width + self.kv_width, self.kv_width), dim=2)
+        qk = self.split_heads(qk)  # (B, T, H + n_kv_head, D): queries, then keys
+        n_kv_head = self.kv_width // self.head_dim
+        n_head = self.q_width // self.head_dim
+        if self.qk_norm:
+            qk = self.normalize(qk, n_head)
         if rope is not None:
             qk = rotate(qk, *rope)
-        q, k = qk.transpose(1, 2).chunk(2, dim=1)  # (B, H, T, D) each
-        v = self.split_heads(v).transpose(1, 2)  # (B, H, T, D)
+        q, k = qk.transpose(1, 2).split((n_head, n_kv_head), dim=1)
+        v = self.split_heads(v).transpose(1, 2)  # (B, n_kv_head, T, D)
         if cache is None:
             return q, k, v
 
         cache_was_empty = cache.length == 0
-        all_k, all_v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        all_k, all_v = cache.append(self.layer, k, v)  # (B, n_kv_head, S, D)
         if cache_was_empty:  # then these keys are all there is, and still in the precision of x
             return q, k, v
         return q, all_k, all_v
 
     def project_cross(self, x, memory, cache):
-        """Queries (B, H, T, D) of x, and keys and values (B, H, S, D) of memory."""
-        q = self.normalize(self.split_heads(self.c_q(x))).transpose(1, 2)  # (B, H, T, D)
+        """Queries (B, H, T, D) of x, and keys and values (B, n_kv_head, S, D) of memory."""
+        q = self.split_heads(self.c_q(x))
+        if self.qk_norm:
+            q = self.normalize(q, q.size(2))
+        q = q.transpose(1, 2)  # (B, H, T, D)
         if cache is not None and self.layer in cache.cross:  # the source does not change
             k, v = cache.cross[self.layer]
             return q, k, v
 
-        k, v = self.c_kv(memory).chunk(2, dim=2)  # (B, S, C) each
-        k = self.normalize(self.split_heads(k)).transpose(1, 2)  # (B, H, S, D)
-        v = self.split_heads(v).transpose(1, 2)  # (B, H, S, D)
+        k, v = self.c_kv(memory).chunk(2, dim=2)
+        k = self.split_heads(k)
+        if self.qk_norm:
+            k = self.normalize(k, 0)
+        k = k.transpose(1, 2)  # (B, n_kv_head, S, D)
+        v = self.split_heads(v).transpose(1, 2)
         if cache is not None:
             k = k.to(cache.k.dtype)
             v = v.to(cache.v.dtype)
             cache.cross[self.layer] = k, v
         return q, k, v
 
+    def widths_of(self, linear):
+        """The widths of the matrices that lie in one of the linear layers for q, k and v."""
+        if linear.out_features == self.q_width:
+            return [self.q_width]
+        if linear.out_features == 2 * self.kv_width:
+            return [self.kv_width] * 2
+        return [self.q_width, self.kv_width, self.kv_width]
+
     def split_heads(self, x):
         """(B, T, n * D) to (B, T, n, D)."""
         B, T, width = x.shape
-        D = self.c_proj.in_features // self.n_head
-        return x.view(B, T, width // D, D)
+        return x.view(B, T, width // self.head_dim, self.head_dim)
 
-    def normalize(self, x):
-        """QK-norm, if it is on: the queries and keys of each head all get the same length.
+    def normalize(self, x, num_queries):
+        """QK-norm: the queries and keys of each head all get the same length.
 
         Then only their directions count, and no score exceeds √D however large the weights grow.
-        x: (B, T, n, D). Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
+        x: (B, T, n, D), num_queries queries, then keys. Dehghani et al. 2023,
+        https://arxiv.org/abs/2302.05442
         """
-        if not self.qk_norm:
-            return x
-        return F.layer_norm(x, x.shape[-1:])
+        if self.qk_norm != 'rmsnorm':
+            return F.layer_norm(x, x.shape[-1:])
+        num_keys = x.size(2) - num_queries
+        weight = torch.cat((self.q_norm.weight.expand(num_queries, -1),
+                            self.k_norm.weight.expand(num_keys, -1)))  # (n, D)
+        return F.rms_norm(x, x.shape[-1:], eps=self.norm_eps) * weight.to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,7 +409,8 @@ class Transformer(nn.Module):
             table = torch.cat((angles.sin(), angles.cos()), dim=1)[:, :C]  # (block_size, C)
             self.register_buffer('sinusoid', table, persistent=False)
         if config.pos == 'rotary':
-            angles = position_angles(block_size, C // config.n_head)
+            angles = position_angles(block_size, config.head_size, config.rope_theta,
+                                     config.rope_scaling)
             angles = angles[:, None]  # (block_size, 1, D/2): the same for all heads
             self.register_buffer('cos', angles.cos(), persistent=False)
             self.register_buffer('sin', angles.sin(), persistent=False)
@@ -507,17 +561,23 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    n_kv_head: int | None = None  # heads of keys and values; None: n_head
+    head_dim: int | None = None  # channels of a head; None: n_embd / n_head
     n_inner: int | None = None  # width of the MLP's hidden layer; None: 4 * n_embd
     dropout: float = 0.0  # on embeddings and on what each block adds to the residual stream
     attn_dropout: float = 0.0  # on attention weights
     bias: bool = True  # biases in Linear and LayerNorm, but for these two:
     attn_bias: bool | None = None  # in the projections of attention; None: as bias
+    qkv_bias: bool | None = None  # … to queries, keys and values alone (Qwen2); None: as attn_bias
     head_bias: bool = False  # in the head
     pos: str = 'learned'  # learned, sinusoidal or rotary positions
+    rope_theta: float = 10000.0  # rotary: the larger, the slower the slowest pair of channels turns
+    rope_scaling: dict | None = None  # rotary, for longer texts: see scale_frequencies()
     norm: str = 'layernorm'  # layernorm or rmsnorm
+    norm_eps: float = 1e-5  # what norms add to the variance
     norm_position: str = 'pre'  # pre (GPT-2) or post (the 2017 paper): see Block.forward()
     act: str = 'gelu'  # gelu (tanh form, GPT-2's), gelu_erf (nanoGPT's), relu, relu2 or swiglu
-    qk_norm: bool = False  # normalize queries and keys in each head
+    qk_norm: bool | str = False  # normalize queries and keys; 'rmsnorm': with weights, Qwen3's
     token_shift: bool = False  # attention and MLP take half of their channels from the token before
     tie_weights: bool = True  # the head shares the token embedding
     init: str = 'gpt2'  # initial weights, gpt2 or xavier: see the table in LanguageModel
@@ -526,6 +586,16 @@ class GPTConfig:
     cutoffs: tuple = ()  # adaptive softmax: each cluster but the last ends at this frequency rank
     div_value: float = 4.0  # … and each next cluster is that much narrower
     gradient_checkpointing: bool = False  # recompute blocks in backward: less memory
+
+    @property
+    def head_size(self):
+        """Channels of a head, D."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def num_kv_heads(self):
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
 
 
 @dataclass
@@ -550,7 +620,9 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, 'n_embd must be divisible by n_head'
+        if config.head_dim is None:
+            assert config.n_embd % config.n_head == 0, 'n_embd must be divisible by n_head'
+        assert config.n_head % config.num_kv_heads == 0, 'n_head must be divisible by n_kv_head'
         self.config = config
 
     def _init_weights(self, module):
@@ -583,7 +655,7 @@ class LanguageModel(nn.Module):
             # Queries, keys and values are matrices of their own, which happen to lie in one
             stacked = [module.c_q, module.c_kv] if module.is_cross else [module.c_attn]
             for linear in stacked:
-                for matrix in linear.weight.split(c.n_embd):
+                for matrix in linear.weight.split(module.widths_of(linear)):
                     nn.init.xavier_uniform_(matrix)
 
         if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):

@@ -16,9 +16,10 @@ from pocket.files import find_path
 
 out_dir: str | None = None         # the run to sample from (None: the newest in out/)
 weights: Literal['best', 'last'] = 'best'  # which of its checkpoints
-init_from: str | None = None       # instead: a GPT-2 (gpt2, …, distilgpt2), or a folder with one
+init_from: str | None = None       # instead: smollm2, gpt2, OWNER/NAME, or a folder with one
 start: tuple[str, ...] = ('',)     # the prompt, or FILE:prompt.txt; may be given several times
 num_samples = 1                    # [1, inf) samples per prompt
+system: str | None = None          # what a chat model is told first, such as "You are a pirate."
 chat = False                       # chat, or complete what you type, until /quit, Ctrl-D or Ctrl-C
 interactive = False                # the same as --chat
 # Sampling
@@ -49,6 +50,7 @@ import sys
 from dataclasses import asdict, replace
 
 from pocket.chat import PRESETS, SETTING_TYPES, Settings, load, update_settings
+from pocket.template import ChatTemplate
 
 # Mistakes in the options are reported before a model is loaded
 options = {name: config[name] for name in SETTING_TYPES}
@@ -58,7 +60,7 @@ if web:
     listening_socket = listen(host, port)
 
 model = load(out_dir, init_from, weights, device, dtype, quantize,
-             stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown)
+             stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown, system=system)
 model.settings = settings
 
 
@@ -224,8 +226,8 @@ def handle_command(line, turns):
 
 def speak_as(name):
     """/as NAME: what follows is said by somebody else."""
-    if not model.template:
-        raise UserError('/as NAME is for conversations: this is a model of plain text')
+    if not isinstance(model.template, ChatTemplate):
+        raise UserError('/as NAME is for conversations with names: this model has none')
     if not name:
         raise UserError('/as NAME is for conversations, and needs a name')
     model.template = replace(model.template, user=model.encodable(name))

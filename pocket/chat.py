@@ -27,7 +27,15 @@ from pocket.generate import (
     prepare_reply_prompts,
 )
 from pocket.quantize import prepare_for_decoding
-from pocket.template import ChatTemplate, banned_ids, encode_conversation, reply_start_ids
+from pocket.template import (
+    ChatTemplate,
+    JinjaTemplate,
+    banned_ids,
+    encode_conversation,
+    encode_messages,
+    reply_start_ids,
+    template_from_dict,
+)
 from pocket.tokenizer import UnknownCharacters
 
 RUNS = ROOT / 'out'
@@ -165,24 +173,27 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
     one, instead of a run. device, dtype, quantize: the options of sample.py. more: see ChatModel.
     """
     device = pick_device(device)
-    template = None     # a model of plain text
-    if init_from:
-        from pocket import pretrained
-        name = init_from
-        model, _ = pretrained.load(init_from)
-        tok = pretrained.load_tokenizer(init_from)
-    else:
-        name = find_checkpoint(out_dir, weights)
-        state = checkpoint.load(name)
-        model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
-        if state.get('chat') is not None:   # a model that was trained on pairs
-            template = ChatTemplate.from_dict(state['chat'])
-
     # With int8 this is the dtype of the little that is not quantized: float32 on a CPU, which saves
     # conversions around each product
     if dtype is None:
         dtype = 'auto' if quantize and device.type != 'cpu' else 'float32'
-    model = model.to(device, pick_dtype(device, dtype)[0])
+    dtype, _ = pick_dtype(device, dtype)
+
+    template = None     # a model of plain text
+    if init_from:
+        from pocket import pretrained
+        name = init_from
+        model, _ = pretrained.load(init_from, dtype)
+        tok = pretrained.load_tokenizer(init_from)
+        template = pretrained.load_template(init_from)
+    else:
+        name = find_checkpoint(out_dir, weights)
+        state = checkpoint.load(name)
+        model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
+        if state.get('chat') is not None:   # a model that was trained on conversations
+            template = template_from_dict(state['chat'])
+
+    model = model.to(device, dtype)
     model = prepare_for_decoding(model, bits=8 if quantize else None)
     return ChatModel(model, tok, template, name, **more)
 
@@ -193,13 +204,15 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
 class ChatModel:
     """A model that continues a text or, if it was trained on pairs, replies in a conversation.
 
-    template: its ChatTemplate, None for a model of plain text. stop: strings that end a generation
-    and are not part of it. ignore_eot: generate past the end-of-text token. drop_unknown: leave out
-    characters that the tokenizer does not know. settings: what differs from the default Settings.
+    template: its ChatTemplate or JinjaTemplate, None for a model of plain text. system: what a
+    conversation begins with, for templates that have such messages. stop: strings that end a
+    generation and are not part of it. ignore_eot: generate past the end-of-text token.
+    drop_unknown: leave out characters that the tokenizer does not know. settings: what differs from
+    the default Settings.
     """
 
     def __init__(self, model, tok, template=None, name='', stop=(), ignore_eot=False,
-                 drop_unknown=False, **settings):
+                 drop_unknown=False, system=None, **settings):
         self.model = model
         self.tok = tok
         self.template = template
@@ -208,10 +221,14 @@ class ChatModel:
         self.drop_unknown = drop_unknown
         self.settings = update_settings(Settings(), settings, chosen=())
 
-        self.eos_id = None if ignore_eot else tok.eos_id
-        self.banned = banned_ids(tok, model.config.vocab_size, keep=self.eos_id)
+        self.system = system
+        if system is not None and not isinstance(template, JinjaTemplate):
+            raise UserError(f'{name} has no system messages: omit --system')
+
+        self.eos_ids = [] if ignore_eot else tok.eos_ids
+        self.banned = banned_ids(tok, model.config.vocab_size, keep=self.eos_ids)
         self.reply_start = None
-        if template:
+        if isinstance(template, ChatTemplate):
             self.reply_start = reply_start_ids(tok, template)
 
     def __call__(self, text='', turns=(), seed=None, **settings):
@@ -256,12 +273,49 @@ class ChatModel:
                 ids = ids[-max(1, room):]
             return ids
 
+        if isinstance(self.template, JinjaTemplate):
+            return self.encode_messages(self.messages(turns, text), settings)
+
         turns = [*turns, (user or self.template.user, text)]
         turns = turns[-self.template.max_turns:]
         turns = [(self.encodable(speaker), self.encodable(said)) for speaker, said in turns]
         max_tokens = max_source_tokens(self.model, self.reply_start, max_new_tokens)
         source = encode_conversation(self.tok, self.template, turns, max_tokens)
         return prepare_reply_prompts(self.model, [source], self.reply_start, max_new_tokens)[0]
+
+    def messages(self, turns, text):
+        """A conversation as messages with roles: the turns [(speaker, text), …], then text."""
+        messages = []
+        if self.system is not None:
+            messages.append({'role': 'system', 'content': self.system})
+        for speaker, said in turns:
+            role = 'assistant' if speaker == self.template.assistant else 'user'
+            messages.append({'role': role, 'content': said})
+        return [*messages, {'role': 'user', 'content': text}]
+
+    def encode_messages(self, messages, settings):
+        """Ids of messages with roles, the newest of them, with room for a reply in the context."""
+        block_size = self.model.config.block_size
+        room = block_size - min(settings.max_new_tokens, block_size // 2)
+        return encode_messages(self.tok, self.template, messages, room)
+
+    def reply(self, messages, seed=None, **settings):
+        """Stream the assistant's reply to messages with roles, piece by piece.
+
+        messages: [{'role': 'system' | 'user' | 'assistant', 'content': str}]. A ChatTemplate knows
+        no system messages: they are left out. Raises UserError.
+        """
+        settings = update_settings(self.settings, settings)
+        if isinstance(self.template, JinjaTemplate):
+            prompt = self.encode_messages(messages, settings)
+            for _, piece in self.generate([prompt], settings, seed):
+                yield piece
+            return
+        names = {'user': self.template.user, 'assistant': self.template.assistant}
+        turns = [(names[message['role']], message['content']) for message in messages
+                 if message['role'] in names]
+        *earlier, (speaker, text) = turns
+        yield from self.stream(text, earlier, seed, user=speaker, **asdict(settings))
 
     def generate(self, prompts, settings, seed=None):
         """Generate after each of the prompts, lists of ids, in one batch.
@@ -287,7 +341,7 @@ class ChatModel:
 
     def next_tokens(self, prompts, settings, seed):
         """Yields the next id of every row, -1 for a row that has ended."""
-        special = {'eos_id': self.eos_id, 'decoder_start': self.reply_start, 'banned': self.banned}
+        special = {'eos_id': self.eos_ids, 'decoder_start': self.reply_start, 'banned': self.banned}
         if settings.num_beams > 1:
             found = beam_search(self.model, prompts, settings.max_new_tokens, settings.num_beams,
                                 length_penalty=settings.length_penalty, **special)

@@ -328,6 +328,8 @@ LARGEST = {
     'n_encoder_layer': 2**10,
     'n_head': 2**24,
     'n_embd': 2**24,
+    'n_kv_head': 2**24,
+    'head_dim': 2**24,
     'n_inner': 2**24,
 }
 LARGEST_TABLE = 2**26  # numbers in a table of positions
@@ -353,6 +355,14 @@ def check_config(config):
             problems.append(f'{name} must be at least 0 and below 1, got {value}')
     if not 0 <= config.softcap < math.inf:
         problems.append(f'softcap must be at least 0, got {config.softcap}')
+    for name in ('rope_theta', 'norm_eps'):
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            problems.append(f'{name} must be above 0, got {value}')
+    if config.qk_norm not in (True, False, 'rmsnorm'):
+        problems.append(f'qk_norm must be True, False or rmsnorm, got {config.qk_norm!r}')
+    if config.rope_scaling is not None:
+        problems += check_rope_scaling(config.rope_scaling)
 
     problems += check_widths(config)
     if config.cutoffs:
@@ -370,20 +380,44 @@ def check_type(name, value, kind):
         raise ValueError(f'{name} must be of type {expected}, got {type(value).__name__}')
 
 
+def check_rope_scaling(scaling):
+    """What is wrong with the rope_scaling of a config: sentences."""
+    needed = {
+        'linear': ('factor',),
+        'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
+                   'original_max_position_embeddings'),
+    }
+    kind = scaling.get('rope_type')
+    if kind not in needed:
+        return [f'rope_scaling must be of rope_type linear or llama3, got {kind!r}']
+    for key in needed[kind]:
+        value = scaling.get(key)
+        if type(value) not in (int, float) or not 0 < value < 2**40:
+            return [f'{key} of rope_scaling must be a number above 0, got {value!r}']
+    if kind == 'llama3' and scaling['low_freq_factor'] >= scaling['high_freq_factor']:
+        return ['low_freq_factor of rope_scaling must be below its high_freq_factor']
+    return []
+
+
 def check_widths(config):
     """What is wrong with a config's widths, and how large its tables of positions are:
     sentences."""
     problems = []
     n_embd = config.n_embd
     n_head = max(1, config.n_head)
-    if n_embd % n_head:
+    n_kv_head = max(1, config.num_kv_heads)
+    if config.head_dim is None and n_embd % n_head:
         problems.append(f'n_embd must be divisible by n_head, got {n_embd} and {n_head}')
-    elif config.pos == 'rotary' and n_embd // n_head % 2:
-        problems.append(f'rotary positions need an even n_embd / n_head, got {n_embd // n_head}')
+    elif config.pos == 'rotary' and max(1, config.head_size) % 2:
+        problems.append(f'rotary positions need an even n_embd / n_head (or head_dim), '
+                        f'got {config.head_size}')
+    if n_head % n_kv_head:
+        problems.append(f'n_head must be divisible by n_kv_head, got {n_head} and {n_kv_head}')
     if config.token_shift and n_embd % 2:
         problems.append(f'token_shift needs an even n_embd, got {n_embd}')
 
-    table_width = {'sinusoidal': n_embd, 'rotary': n_embd // n_head}.get(config.pos, 0)
+    table_width = {'sinusoidal': n_embd, 'rotary': config.head_dim or n_embd // n_head}
+    table_width = table_width.get(config.pos, 0)
     src_block_size = getattr(config, 'src_block_size', None) or 0
     table_length = max(config.block_size, src_block_size)
     if table_length * table_width > LARGEST_TABLE:
@@ -451,7 +485,7 @@ def build_on_meta(Model, config):
 
 def all_finite(tensor):
     """Whether a tensor has neither infinite numbers nor NaN."""
-    smallest, largest = tensor.float().aminmax()
+    smallest, largest = tensor.aminmax()
     return math.isfinite(smallest) and math.isfinite(largest)
 
 

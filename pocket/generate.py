@@ -178,8 +178,7 @@ class KVCache:
     """
 
     def __init__(self, config, B, size, device, dtype, pad=None, memory=None):
-        head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, B, config.n_head, size, head_dim)
+        shape = (config.n_layer, B, config.num_kv_heads, size, config.head_size)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.size = size
@@ -190,9 +189,9 @@ class KVCache:
         self.last = {}   # {module: (B, 1, C / 2)}: what token shift carries over to the next token
 
     def append(self, layer, k, v):
-        """Store k and v, (B, n_head, T, head_dim), in the next T columns of a layer.
+        """Store k and v, (B, n_kv_head, T, D), in the next T columns of a layer.
 
-        Returns all keys and values of the layer so far: (B, n_head, length + T, head_dim) each.
+        Returns all keys and values of the layer so far: (B, n_kv_head, length + T, D) each.
         """
         start = self.length
         end = start + k.size(2)
@@ -349,7 +348,7 @@ def generate_stream(model, prompts, max_new_tokens, params=None, eos_id=None, de
     prompts: B sequences of token ids, of any length but 0. For a Seq2Seq they are the sources, and
     decoder_start is the id (or the list of ids) that its targets begin with.
     params: SamplingParams; None: the defaults.
-    eos_id: the token that ends a row. It is yielded, then -1.
+    eos_id: the token that ends a row, or a list of them. It is yielded, then -1.
     banned: a collection of ids that are never chosen.
     seed: of the random numbers; None: PyTorch's global generator.
     use_cache=False: the same tokens, slowly.
@@ -409,11 +408,21 @@ def generate_stream(model, prompts, max_new_tokens, params=None, eos_id=None, de
         yield torch.where(done, -1, token)
 
         # Stop once all rows have ended. Looking makes Python wait for a GPU: there, do it rarely.
-        if eos_id is not None:
-            done |= token == eos_id
+        if ending_ids(eos_id):
+            for ending in ending_ids(eos_id):
+                done |= token == ending
             time_to_look = device.type == 'cpu' or step % 16 == 15
             if time_to_look and done.all():
                 return
+
+
+def ending_ids(eos_id):
+    """A list of the ids that end a row. eos_id: an int, a list, or None for none."""
+    if eos_id is None:
+        return []
+    if isinstance(eos_id, int):
+        return [eos_id]
+    return list(eos_id)
 
 
 def window_length(length, block_size):
@@ -458,8 +467,8 @@ def generate(model, idx, max_new_tokens, eos_id=None, decoder_start=None, banned
         new = torch.zeros(len(idx), 0, dtype=torch.long)
 
     if torch.is_tensor(idx) and not model.is_encoder_decoder:
-        if eos_id is not None:
-            new = torch.where(new < 0, eos_id, new)
+        if ending_ids(eos_id):
+            new = torch.where(new < 0, ending_ids(eos_id)[0], new)
         return torch.cat((idx, new.to(idx.device)), dim=1)
 
     texts = []
@@ -543,7 +552,8 @@ def beam_search(model, prompts, max_new_tokens, num_beams, eos_id=None, decoder_
         for i in range(B):
             extended = extend_beams(live[i], top_log_probs, top_tokens, limit=2 * num_beams)
             for beam in extended:
-                beam.done = beam.ids[-1] == eos_id or length == max_new_tokens
+                ended = beam.ids[-1] in ending_ids(eos_id)
+                beam.done = ended or length == max_new_tokens
 
             # A text may end only if that is among its num_beams best extensions. So a single beam
             # is greedy decoding.

@@ -73,6 +73,16 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     to a tenth of its time.
     """
     T, S = q.size(2), k.size(2)
+    group = q.size(1) // k.size(1)
+    if group > 1 and T == 1:
+        # Grouped-query attention, decoding: a group of queries attends to the same keys. So it
+        # takes the place of the T queries, and each key is read once
+        B, H, _, D = q.shape
+        y = F.scaled_dot_product_attention(q.view(B, H // group, group, D), k, v, mask)
+        return y.reshape(B, H, 1, D)
+    if group > 1:
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
     fused = q.device.type != 'cpu' or T * S > MAX_SCORES or (T == 1 and q.dtype == torch.float32)
     if fused:
         p = dropout.p if dropout is not None and dropout.training else 0.0

@@ -1,23 +1,27 @@
 """
-GPT-2's weights in, and a GPT of ours out, as a folder for Hugging Face's tools.
+Other people's weights in, and a GPT of ours out, as folders in Hugging Face's format.
 
-    fetch('gpt2')                     the folder of a public model, downloaded once
-    load('gpt2', block_size=512)      (GPT, model_args) from such a name, or from any GPT-2 folder
+    fetch('smollm2')                  the folder of a public model, downloaded once
+    load('gpt2', block_size=512)      (GPT, model_args) from such a name, OWNER/NAME, or any folder
     load_tokenizer('gpt2')            the tokenizer that belongs to it
+    load_template('smollm2')          its chat template, if it has one
     export_folder(model, tok, folder) the way out; see export.py
 
 A folder in Hugging Face's format has
 
-    config.json          shape and switches, under their names
-    model.safetensors    the weights, or several files of them and an index
-    tokenizer.json       optional: the tokenizer
+    config.json             shape and switches, under their names
+    model.safetensors       the weights, or several files of them and an index
+    tokenizer.json          the tokenizer
+    tokenizer_config.json   optional: its special tokens, and the chat template
+    generation_config.json  optional: the ids that end a reply
 
 The steps below come in this order: fetch the folder, read the config, read the tensors, read the
-tokenizer, make room for more tokens, export. What is particular to GPT-2 is in the tables and
-functions that begin with GPT2 or gpt2.
+tokenizer and the chat template, make room for more tokens, export. What is particular to an
+architecture is in a table of its own: GPT2, and LLAMA for Llama, Mistral, Qwen2 and Qwen3.
 """
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +36,14 @@ from model import GPT, GPTConfig
 from pocket.checkpoint import all_finite, build_on_meta, check_config
 from pocket.errors import UserError
 from pocket.files import atomic_write, download, find_path, make_folder
-from pocket.tokenizer import BpeTokenizer, make_tokenizer, printable, special_token_name
+from pocket.template import JinjaTemplate
+from pocket.tokenizer import (
+    BpeTokenizer,
+    HuggingFaceTokenizer,
+    make_tokenizer,
+    printable,
+    special_token_name,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Fetch: the folder of a model
@@ -40,11 +51,12 @@ from pocket.tokenizer import BpeTokenizer, make_tokenizer, printable, special_to
 class Repository(NamedTuple):
     """A model on huggingface.co, at one commit: everybody gets the same weights, later, too."""
     name: str
-    commit: str
-    sha256: str  # of model.safetensors
+    commit: str = 'main'  # the newest: for those whose weights we have never seen
+    sha256: str | None = None  # of model.safetensors
 
 
 NAMES = {
+    'smollm2': Repository(name='HuggingFaceTB/SmolLM2-135M-Instruct'),
     'gpt2': Repository(
         name='openai-community/gpt2',
         commit='607a30d783dfa663caf39e06633721c8d4cfcd7e',
@@ -74,26 +86,29 @@ NAMES = {
 
 
 def fetch(name):
-    """Return the folder of a model: one of NAMES, downloaded if it is not cached, or a path.
+    """The folder of a model: one of NAMES or OWNER/NAME, downloaded if it is not cached, or a path.
 
     The cache is that of Hugging Face's own tools: they find what we download, and we what they did.
     Raises UserError.
     """
+    name = str(name)
     if name not in NAMES:
         folder = find_path(name)
         if (folder / 'config.json').is_file():
             return folder
-        raise UserError(
-            f'{str(name)!r} is neither one of {", ".join(NAMES)} nor a folder with a GPT-2 in '
-            f'Hugging Face\'s format, which has a config.json and a model.safetensors')
+        if folder.exists() or not re.fullmatch(r'[\w-]+(\.[\w-]+)*/[\w-]+(\.[\w-]+)*', name):
+            raise UserError(
+                f'{name!r} is neither one of {", ".join(NAMES)}, nor OWNER/NAME of a model on '
+                f'huggingface.co, nor a folder in its format, with a config.json and a '
+                f'model.safetensors')
 
-    repository = NAMES[name]
+    repository = NAMES.get(name) or Repository(name)
     for folder in cached_folders(repository):
         try:
             read_json(folder / 'config.json')
             find_tensors(folder)
             return folder
-        except UserError:  # not there, or cut short
+        except UserError:  # not there, or truncated
             pass
     return download_model(repository)
 
@@ -119,6 +134,10 @@ def cached_folders(repository):
         yield cache / 'snapshots' / repository.commit
 
 
+OPTIONAL_FILES = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
+                  'chat_template.jinja')
+
+
 def download_model(repository):
     """Download a model into the cache and return its folder. Raises UserError.
 
@@ -133,17 +152,39 @@ def download_model(repository):
 
     endpoint = (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
     url = f'{endpoint}/{repository.name}/resolve/{repository.commit}'
-    advice = ('Without a network, name a folder with a GPT-2 in Hugging Face\'s format instead: '
-              '--init_from=FOLDER')
+    advice = ('Does it exist, and can anybody download it? Without a network, name a folder with a '
+              'model in Hugging Face\'s format: --init_from=FOLDER')
+    is_gpt2 = repository.sha256 is not None  # whose tokenizer we have from tiktoken
+    if not is_gpt2:
+        for file in OPTIONAL_FILES:
+            download_optional(f'{url}/{file}', folder / file, advice)
+    weights = ['model.safetensors']
+    if not is_gpt2:
+        index = folder / 'model.safetensors.index.json'
+        if download_optional(f'{url}/{index.name}', index, advice):  # a large model, in shards
+            weights = [path.name for path in weight_files(folder)]
     config = folder / 'config.json'
     config.unlink(missing_ok=True)  # its sha256 is not known: download() would keep a damaged one
-    download([f'{url}/model.safetensors'], folder / 'model.safetensors', repository.sha256, advice)
-    download([f'{url}/config.json'], config, None, advice)
+    for file in weights:
+        download([f'{url}/{file}'], folder / file, repository.sha256, advice)
+    download([f'{url}/config.json'], config, None, advice)  # last: now the folder is complete
     read_json(config)  # it may be the page of a proxy
 
     if not main.is_file():
         atomic_write(main, lambda f: f.write(repository.commit.encode()))
     return folder
+
+
+def download_optional(url, path, advice):
+    """Download a file that not every model has. Returns whether it is there. Raises UserError."""
+    import requests
+    try:
+        if requests.head(url, allow_redirects=True, timeout=30).status_code == 404:
+            return False
+    except requests.RequestException:
+        pass  # download() will say what is wrong
+    download([url], path, None, advice)
+    return True
 
 
 def read_json(path):
@@ -171,13 +212,13 @@ GPT2_SIZES = {  # their names: ours
 }
 GPT2_ACTIVATIONS = {  # their names: ours
     'gelu_new': 'gelu',
+    'gelu_pytorch_tanh': 'gelu',
     'gelu': 'gelu_erf',
     'relu': 'relu',
 }
 GPT2_SUPPORTED = {  # the values that our GPT can compute, the default first
     'model_type': ['gpt2'],
     'activation_function': list(GPT2_ACTIVATIONS),
-    'layer_norm_epsilon': [1e-5],
     'scale_attn_weights': [True],
     'scale_attn_by_inverse_layer_idx': [False],
     'reorder_and_upcast_attn': [False],
@@ -191,10 +232,11 @@ def read_config(path, overrides):
     overrides: fields of GPTConfig to replace; block_size may only become smaller.
     """
     theirs = read_json(path)
-    problems = gpt2_problems(theirs)
+    architecture = architecture_of(theirs, path)
+    problems = architecture.problems(theirs)
     if problems:
         raise UserError(f'{path}: {"; ".join(problems)}')
-    fields = gpt2_fields(theirs)
+    fields = architecture.fields(theirs)
 
     # Check their values first: a block_size that is not a number has no larger or smaller.
     try:
@@ -234,11 +276,100 @@ def gpt2_fields(theirs):
         'dropout': theirs.get('resid_pdrop', 0.1),
         'attn_dropout': theirs.get('attn_pdrop', 0.1),
         'tie_weights': theirs.get('tie_word_embeddings', True),
+        'norm_eps': theirs.get('layer_norm_epsilon', 1e-5),
     }
     for key, ours in GPT2_SIZES.items():
         if key in theirs:  # else the default, which is GPT-2 124M in both
             fields[ours] = theirs[key]
     return fields
+
+
+LLAMA_SIZES = {  # their names: ours
+    'vocab_size': 'vocab_size',
+    'max_position_embeddings': 'block_size',
+    'hidden_size': 'n_embd',
+    'intermediate_size': 'n_inner',
+    'num_hidden_layers': 'n_layer',
+    'num_attention_heads': 'n_head',
+    'num_key_value_heads': 'n_kv_head',
+    'head_dim': 'head_dim',
+}
+LLAMA_SUPPORTED = {  # the values that our GPT can compute, the default first
+    'hidden_act': ['silu'],
+    'mlp_bias': [False],
+    'pretraining_tp': [1],
+}
+
+
+def llama_problems(theirs):
+    """What the config.json of a Llama asks for that our GPT has no part for: a list of messages."""
+    problems = []
+    for key, supported in LLAMA_SUPPORTED.items():
+        value = theirs.get(key, supported[0])
+        if value not in supported:
+            problems.append(f'{key} is {value!r}, only {supported[0]!r} can be read')
+    for key in LLAMA_SIZES:
+        optional = key in ('num_key_value_heads', 'head_dim')
+        if type(theirs.get(key)) is not int and not (optional and theirs.get(key) is None):
+            problems.append(f'{key} is {theirs.get(key)!r}, not a whole number')
+    experts = theirs.get('num_local_experts') or theirs.get('num_experts')
+    if experts:
+        problems.append(f'it is a mixture of {experts} experts, which pocketGPT does not have')
+
+    # Sliding windows: attention to the latest tokens only. One that is as long as the context is
+    # none
+    window = theirs.get('sliding_window')
+    uses_window = theirs.get('use_sliding_window', theirs.get('model_type') == 'mistral')
+    length = theirs.get('max_position_embeddings')
+    if window and uses_window and isinstance(length, int) and window < length:
+        problems.append(f'sliding_window is {window} with {length} positions: pocketGPT attends to '
+                        f'all of them')
+    scaling = theirs.get('rope_scaling')
+    if scaling is not None and rope_type_of(scaling) not in ('default', 'linear', 'llama3'):
+        problems.append(f'rope_scaling is {rope_type_of(scaling)!r}, only linear and llama3 can be '
+                        f'read')
+    return problems
+
+
+def rope_type_of(scaling):
+    """The kind of a rope_scaling: 'rope_type', which was called 'type' in older configs."""
+    if not isinstance(scaling, dict):
+        return repr(scaling)
+    return scaling.get('rope_type', scaling.get('type'))
+
+
+def llama_fields(theirs):
+    """The fields of GPTConfig that describe the same model as the config.json of a Llama."""
+    model_type = theirs['model_type']
+    has_bias = theirs.get('attention_bias', False)
+    fields = {
+        'pos': 'rotary',
+        'rope_theta': float(theirs.get('rope_theta', 10000.0)),
+        'norm': 'rmsnorm',
+        'norm_eps': theirs.get('rms_norm_eps', 1e-6),
+        'act': 'swiglu',
+        'bias': False,
+        'attn_bias': has_bias,
+        'qkv_bias': True if model_type == 'qwen2' else has_bias,
+        'qk_norm': 'rmsnorm' if model_type == 'qwen3' else False,
+        'tie_weights': theirs.get('tie_word_embeddings', False),
+        'attn_dropout': theirs.get('attention_dropout', 0.0),
+    }
+    scaling = theirs.get('rope_scaling')
+    if scaling is not None and rope_type_of(scaling) != 'default':
+        fields['rope_scaling'] = {**scaling, 'rope_type': rope_type_of(scaling)}
+    for key, ours in LLAMA_SIZES.items():
+        fields[ours] = theirs.get(key)
+    return fields
+
+
+def architecture_of(theirs, path):
+    """The Architecture of a config.json. Raises UserError if it is none that we can compute."""
+    model_type = theirs.get('model_type', 'gpt2')
+    if model_type not in ARCHITECTURES:
+        known = ', '.join(ARCHITECTURES)
+        raise UserError(f'{path}: model_type is {model_type!r}, only {known} can be read')
+    return ARCHITECTURES[model_type]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,6 +387,7 @@ def load(name, dtype=torch.float32, **overrides):
     """
     folder = fetch(name)
     config = read_config(folder / 'config.json', overrides)
+    architecture = architecture_of(read_json(folder / 'config.json'), folder)
     tensors = find_tensors(folder)
 
     # Build the model without memory, to learn what it needs
@@ -266,18 +398,23 @@ def load(name, dtype=torch.float32, **overrides):
     needed = model.state_dict()
     if config.tie_weights:  # then the head is the token embedding, whether it was saved or not
         del needed['lm_head.weight']
-        tensors.pop('lm_head.weight', None)
-    missing = [f'{name} is missing' for name in needed if name not in tensors]
-    surplus = [f'{name} is surplus' for name in tensors if name not in needed]
+    sources = {name: architecture.sources(name, tensors) for name in needed}
+    used = {key for keys in sources.values() for key in keys}
+    missing = [f'{key} is missing' for key in sorted(used) if key not in tensors]
+    surplus = [f'{key} is surplus' for key in tensors
+               if key not in used and not architecture.is_no_weight(key)]
     if missing or surplus:
         raise does_not_fit(folder, missing + surplus)
 
     # Then copy tensor by tensor, so that never more than one is held twice
     state = {}
     for name, empty in needed.items():
-        path, key = tensors[name]
-        weight = gpt2_weight(name, read_tensor(path, key), config)
-        check_weight(weight, empty.shape, folder, path, key)
+        parts = []
+        for key in sources[name]:
+            tensor = read_tensor(tensors[key], key)
+            check_floats(tensor, folder, tensors[key], key)
+            parts.append(architecture.weight(name, tensor, config))
+        weight = join_parts(parts, empty.shape, folder, sources[name])
         state[name] = nn.Parameter(torch.empty(empty.shape, dtype=dtype).copy_(weight))
     if config.tie_weights:
         state['lm_head.weight'] = state['transformer.wte.weight']
@@ -286,9 +423,9 @@ def load(name, dtype=torch.float32, **overrides):
 
 
 def find_tensors(folder):
-    """Return {our name: (path, their key)} of the tensors in a folder, without reading them.
+    """{their key: path} of the tensors in a folder, without reading them.
 
-    A safetensors file states its length, so a file that is cut short is found here. Raises
+    A safetensors file states its length, so a file that is truncated is found here. Raises
     UserError.
     """
     tensors = {}
@@ -302,9 +439,7 @@ def find_tensors(folder):
         except (OSError, SafetensorError, ValueError) as e:  # ValueError: no file has such a name
             raise UserError(f'cannot read {path} as a safetensors file: {e}') from None
         for key in keys:
-            name = gpt2_name(key)
-            if name is not None:
-                tensors[name] = (path, key)
+            tensors[key] = path
     return tensors
 
 
@@ -325,13 +460,17 @@ def weight_files(folder):
     return [folder / file for file in sorted(files)]
 
 
-def gpt2_name(key):
-    """Our name for a tensor of GPT-2, or None for one that is no weight."""
-    if key.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks, saved with some models
-        return None
-    if key.startswith(('transformer.', 'lm_head.')):
-        return key
-    return f'transformer.{key}'  # saved without the head, as openai-community/gpt2 is
+def gpt2_sources(name, tensors):
+    """Their keys of the tensors that make our parameter of this name: one for a GPT-2."""
+    short = name.removeprefix('transformer.')  # openai-community/gpt2 was saved without the head
+    if name not in tensors and short in tensors:
+        return [short]
+    return [name]
+
+
+def gpt2_is_no_weight(key):
+    """Whether a tensor is a causal mask, saved with some models, or the head of a tied model."""
+    return key.endswith(('.attn.bias', '.attn.masked_bias')) or key == 'lm_head.weight'
 
 
 def gpt2_weight(name, tensor, config):
@@ -341,6 +480,56 @@ def gpt2_weight(name, tensor, config):
     if name.endswith('wpe.weight') and tensor.ndim == 2:
         return tensor[:config.block_size]  # positions beyond a smaller block_size
     return tensor
+
+
+# Our names in a block, and theirs. What they keep apart, we keep in one matrix: one product instead
+# of three, or two
+LLAMA_BLOCK = {
+    'ln_1.weight': ['input_layernorm.weight'],
+    'attn.c_attn.weight': ['self_attn.q_proj.weight', 'self_attn.k_proj.weight',
+                           'self_attn.v_proj.weight'],
+    'attn.c_attn.bias': ['self_attn.q_proj.bias', 'self_attn.k_proj.bias', 'self_attn.v_proj.bias'],
+    'attn.c_proj.weight': ['self_attn.o_proj.weight'],
+    'attn.c_proj.bias': ['self_attn.o_proj.bias'],
+    'attn.q_norm.weight': ['self_attn.q_norm.weight'],
+    'attn.k_norm.weight': ['self_attn.k_norm.weight'],
+    'ln_2.weight': ['post_attention_layernorm.weight'],
+    'mlp.c_fc.weight': ['mlp.gate_proj.weight', 'mlp.up_proj.weight'],
+    'mlp.c_proj.weight': ['mlp.down_proj.weight'],
+}
+LLAMA_TOP = {
+    'transformer.wte.weight': ['model.embed_tokens.weight'],
+    'transformer.ln_f.weight': ['model.norm.weight'],
+    'lm_head.weight': ['lm_head.weight'],
+}
+
+
+def llama_sources(name, tensors):
+    """Their keys of the tensors that make our parameter of this name, in the order of its rows."""
+    if name in LLAMA_TOP:
+        return LLAMA_TOP[name]
+    _, _, layer, rest = name.split('.', 3)  # transformer.h.0.attn.c_attn.weight
+    return [f'model.layers.{layer}.{key}' for key in LLAMA_BLOCK[rest]]
+
+
+def llama_is_no_weight(key):
+    """Whether a tensor is a table of frequencies, saved with old models, or a tied head."""
+    return key.endswith('.rotary_emb.inv_freq') or key == 'lm_head.weight'
+
+
+class Architecture(NamedTuple):
+    """What is particular to a family of models."""
+    problems: object  # config.json -> what we can't compute, a list of messages
+    fields: object  # config.json -> fields of GPTConfig
+    sources: object  # our parameter's name, {their key: path} -> their keys
+    is_no_weight: object  # their key -> whether it is to be passed over
+    weight: object  # our parameter's name, their tensor, config -> our tensor
+
+
+GPT2 = Architecture(gpt2_problems, gpt2_fields, gpt2_sources, gpt2_is_no_weight, gpt2_weight)
+LLAMA = Architecture(llama_problems, llama_fields, llama_sources, llama_is_no_weight,
+                     weight=lambda name, tensor, config: tensor)
+ARCHITECTURES = {'gpt2': GPT2, 'llama': LLAMA, 'mistral': LLAMA, 'qwen2': LLAMA, 'qwen3': LLAMA}
 
 
 def read_tensor(path, key):
@@ -355,15 +544,26 @@ def read_tensor(path, key):
         raise UserError(f'cannot read {key} in {path}: {e}') from None
 
 
-def check_weight(weight, shape, folder, path, key):
-    """Raise UserError if a tensor is not a floating-point weight of this shape, or not finite."""
-    is_float = weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if weight.shape != shape or not is_float:
-        problem = f'{key} makes {tuple(weight.shape)} of {weight.dtype}, not {tuple(shape)}'
-        raise does_not_fit(folder, [problem])
-    if not all_finite(weight):
+def check_floats(tensor, folder, path, key):
+    """Raise UserError if a tensor is not of floating-point numbers, or not finite."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise does_not_fit(folder, [f'{key} is of {tensor.dtype}'])
+    if not all_finite(tensor):
         raise UserError(f'{key} in {path} has values that are infinite or no numbers (NaN): '
                         f'download it anew')
+
+
+def join_parts(parts, shape, folder, keys):
+    """The rows of some tensors below each other, of this shape. Raises UserError if they are
+    not."""
+    same_width = {part.shape[1:] for part in parts}
+    if len(same_width) != 1 or any(part.ndim == 0 for part in parts):
+        raise does_not_fit(folder, [f'{" and ".join(keys)} are of different widths'])
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if weight.shape != shape:
+        problem = f'{" and ".join(keys)} makes {tuple(weight.shape)}, not {tuple(shape)}'
+        raise does_not_fit(folder, [problem])
+    return weight
 
 
 def does_not_fit(folder, problems):
@@ -376,14 +576,14 @@ def does_not_fit(folder, problems):
 # Tokenizer
 
 def load_tokenizer(name):
-    """Load the tokenizer of a model: GPT-2's, or a BPE of ours that export_folder() wrote.
+    """The tokenizer of a model: GPT-2's, a BPE that export_folder() wrote, or theirs as it is.
 
-    Raises UserError if the folder has another one.
+    Raises UserError if the folder has none that can be read.
     """
     folder = fetch(name)
     vocab_size = read_json(folder / 'config.json').get('vocab_size', 50257)
     candidates = []
-    if vocab_size == 50257:
+    if vocab_size == 50257 and not (folder / 'vocab.txt').is_file():
         candidates.append(make_tokenizer('gpt2'))
 
     # What the folder itself says of its tokens, if anything. The older vocab.json has no merges,
@@ -405,8 +605,63 @@ def load_tokenizer(name):
         ids = {printable(token): i for i, token in enumerate(tok.tokens) if token}
         if vocab is None or ids.items() <= vocab.items():
             return tok
-    raise UserError(f'{folder} has a vocabulary of {vocab_size} of its own: only GPT-2\'s, and a '
-                    f'BPE that pocketGPT wrote, can be read')
+    if (folder / 'tokenizer.json').is_file():
+        return huggingface_tokenizer(folder, vocab_size)
+    raise UserError(f'{folder} has a vocabulary of {vocab_size} of its own, but no tokenizer.json '
+                    f'that says what its ids mean')
+
+
+def huggingface_tokenizer(folder, vocab_size):
+    """The HuggingFaceTokenizer of a folder. Raises UserError if it doesn't fit the model."""
+    path = folder / 'tokenizer.json'
+    try:
+        text = path.read_text(encoding='utf-8')
+        tok = HuggingFaceTokenizer(text, eos_ids=eos_ids_of(folder))
+    except (OSError, ValueError) as e:
+        raise UserError(f'cannot read {path}: {e}') from None
+    if tok.vocab_size > vocab_size:
+        raise UserError(f'{path} has {tok.vocab_size} ids, but the model\'s embedding only '
+                        f'{vocab_size}')
+    return tok
+
+
+def eos_ids_of(folder):
+    """The ids that end a reply: a list of int, from generation_config.json or else config.json."""
+    for name in ('generation_config.json', 'config.json'):
+        if (folder / name).is_file():
+            ids = read_json(folder / name).get('eos_token_id')
+            if isinstance(ids, int):
+                return [ids]
+            if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
+                return ids
+    return []
+
+
+def load_template(name):
+    """The chat template of a model: a JinjaTemplate, or None if it has none. Raises UserError."""
+    folder = fetch(name)
+    path = folder / 'tokenizer_config.json'
+    settings = read_json(path) if path.is_file() else {}
+    source = settings.get('chat_template')
+    if isinstance(source, list):  # several by name: the default is for chat
+        named = {entry.get('name'): entry.get('template') for entry in source
+                 if isinstance(entry, dict)}
+        source = named.get('default')
+    if (folder / 'chat_template.jinja').is_file():  # where newer folders have it
+        source = (folder / 'chat_template.jinja').read_text(encoding='utf-8', errors='replace')
+    if not isinstance(source, str):
+        return None
+    special = {}
+    for role in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
+        token = settings.get(role)
+        if isinstance(token, dict):  # with its flags
+            token = token.get('content')
+        if isinstance(token, str):
+            special[role] = token
+    try:
+        return JinjaTemplate(source, special)
+    except ValueError as e:
+        raise UserError(f'cannot use the chat template in {folder}: {e}') from None
 
 
 def vocab_of(tokenizer_json):

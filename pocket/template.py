@@ -13,8 +13,11 @@ JSON in meta.json, as a dict in every checkpoint.
     model: Hi!
     you: Bye.
 """
+import json
 import re
+import time
 from dataclasses import dataclass
+from datetime import datetime
 
 from pocket.errors import UserError
 
@@ -71,6 +74,110 @@ class ChatTemplate:
     def to_dict(self):
         """The template as meta.json and checkpoints hold it."""
         return {key: getattr(self, field) for field, key in JSON_KEYS.items()}
+
+
+class JinjaTemplate:
+    """The chat template of somebody else's model: a program in Jinja that writes a conversation.
+
+    It runs in Jinja's immutable sandbox, where it can compute text and nothing else. source: the
+    template. special: {role: text} such as {'eos_token': '<|im_end|>'}, which templates refer to.
+    Raises ValueError if the source is not a template, UserError if jinja2 is missing.
+    """
+    user = 'user'  # what the roles are called when a chat is shown
+    assistant = 'assistant'
+    max_turns = 1000  # in a conversation; what does not fit the context is left out before that
+
+    def __init__(self, source, special=None):
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise UserError('this model\'s chat template needs one more package: '
+                            'pip install jinja2') from None
+        self.source = source
+        self.special = dict(special or {})
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+        environment.filters['tojson'] = lambda value, **options: json.dumps(
+            value, ensure_ascii=False, **options)
+        environment.globals['raise_exception'] = raise_exception
+        environment.globals['strftime_now'] = lambda form: datetime.now().strftime(form)
+        try:
+            self.template = environment.from_string(source)
+        except (TemplateError, RecursionError, ValueError) as e:
+            raise ValueError(f'it is not a Jinja template: {str(e)[:200]}') from None
+
+    def render(self, messages, add_generation_prompt=True):
+        """The text of a conversation. messages: [{'role': …, 'content': …}].
+
+        add_generation_prompt: end with what every reply begins with. Raises ValueError if the
+        template refuses the messages, fails, or takes more than RENDER_SECONDS.
+        """
+        pieces = []
+        length = 0
+        deadline = time.monotonic() + RENDER_SECONDS
+        try:
+            for piece in self.template.generate(
+                    messages=messages, add_generation_prompt=add_generation_prompt,
+                    tools=None, documents=None, **self.special):
+                pieces.append(piece)
+                length += len(piece)
+                if length > MAX_RENDERED or time.monotonic() > deadline:
+                    raise ValueError('it does not come to an end')
+            return ''.join(pieces)
+        except Exception as e:  # it is a program, in which anything can go wrong
+            raise ValueError(f'the chat template failed: {str(e)[:200]}') from None
+
+    def to_dict(self):
+        """The template as meta.json and checkpoints hold it."""
+        return {'jinja': self.source, 'special': self.special}
+
+    @classmethod
+    def from_dict(cls, d):
+        """The template that to_dict() described. Raises ValueError."""
+        special = d.get('special', {})
+        if not isinstance(d.get('jinja'), str) or not isinstance(special, dict):
+            raise ValueError('a Jinja chat template must have the keys jinja and special')
+        return cls(d['jinja'], {str(role): str(text) for role, text in special.items()})
+
+
+def encode_messages(tok, template, messages, max_tokens=None):
+    """Ids of a conversation as a JinjaTemplate writes it, ready for the assistant's reply.
+
+    messages: [{'role': 'system' | 'user' | 'assistant', 'content': str}], the newest last. The
+    oldest turns are left out until at most max_tokens remain; a system message stays. Raises
+    UserError if the template refuses the messages, or the newest alone is too long.
+    """
+    system = [message for message in messages[:1] if message['role'] == 'system']
+    turns = messages[len(system):]
+    while True:
+        try:
+            text = template.render([*system, *turns])
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        ids = tok.encode_with_specials(text)
+        if max_tokens is None or len(ids) <= max_tokens:
+            return ids
+        if len(turns) <= 1:
+            raise UserError(f'this message is {len(ids):,} tokens long, but there is room for '
+                            f'{max_tokens:,}: shorten it, or lower max_new_tokens')
+        turns = turns[2:] if len(turns) > 2 else turns[1:]  # a question and its answer
+
+
+RENDER_SECONDS = 5
+MAX_RENDERED = 2**24  # characters
+
+
+def raise_exception(message):
+    """What templates call to refuse messages."""
+    raise ValueError(message)
+
+
+def template_from_dict(d):
+    """The ChatTemplate or JinjaTemplate that to_dict() described. Raises ValueError."""
+    if isinstance(d, dict) and 'jinja' in d:
+        return JinjaTemplate.from_dict(d)
+    return ChatTemplate.from_dict(d)
 
 
 def check_template(template, tok):
@@ -153,11 +260,12 @@ def decode_reply(tok, template, ids):
 
 
 def banned_ids(tok, vocab_size, keep):
-    """The set of ids that must never be generated.
+    """The ids that a generation never contains: a set.
 
-    These are the special tokens, except for the one with the id `keep` (None: no exception), and
-    the ids that only the model has, where its vocabulary was rounded up.
+    These are the special tokens but for those in `keep` (an id, a list of ids, or None), and the
+    ids that the model has and the tokenizer has not.
     """
-    special = set(tok.special_tokens.values()) - {keep}
-    unused = set(range(tok.vocab_size, vocab_size))
-    return special | unused
+    special = set(tok.special_tokens.values())
+    if keep is not None:
+        special -= {keep} if isinstance(keep, int) else set(keep)
+    return special | set(range(tok.vocab_size, vocab_size))

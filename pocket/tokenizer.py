@@ -247,6 +247,11 @@ class Tokenizer:
         return self.special_token_id('eos')
 
     @property
+    def eos_ids(self):
+        """All ids that end a reply; some models have several."""
+        return [] if self.eos_id is None else [self.eos_id]
+
+    @property
     def decoder_start_id(self):
         """The id between a source and its target, which a decoder starts from, or None."""
         return self.special_token_id('decoder_start')
@@ -946,6 +951,128 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 # -----------------------------------------------------------------------------
+# Tokenizers of other people's models, by Hugging Face's library
+
+class HuggingFaceTokenizer(Tokenizer):
+    """What a tokenizer.json says, whatever it is. The whole file travels in the dict.
+
+    Special tokens are those that it marks as special. encode() takes them for plain text, as all
+    our tokenizers do; encode_with_specials() is for text that a chat template has made.
+    """
+    kind = 'huggingface'
+
+    def __init__(self, tokenizer_json, eos_ids=()):
+        """tokenizer_json: the content of the file, str. eos_ids: the ids that end a reply.
+
+        Raises ValueError if it is not a tokenizer, UserError if the library is missing.
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError('this model\'s tokenizer needs one more package: '
+                            'pip install tokenizers') from None
+        try:
+            self.library = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as e:  # of the library, which knows no other
+            raise ValueError(f'it is not a tokenizer.json: {str(e)[:200]}') from None
+        self.library.no_padding()
+        self.library.no_truncation()
+        self.library.encode_special_tokens = True  # take them for plain text
+        self.tokenizer_json = tokenizer_json
+
+        added = self.library.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special}
+        vocab = self.library.get_vocab(with_added_tokens=True)
+        size = max(vocab.values()) + 1
+        if size > 2**24:
+            raise ValueError(f'it has ids up to {size - 1:,}')
+        is_byte_level = 'ByteLevel' in json.dumps(json.loads(tokenizer_json).get('decoder'))
+        tokens = [b''] * size
+        for token, token_id in vocab.items():
+            if token_id not in special:
+                tokens[token_id] = bytes_of_piece(token, is_byte_level and token_id not in added)
+        super().__init__(tokens)
+        for token_id in special:
+            self.special_tokens[special_token_name(added[token_id].content)] = token_id
+        self.reply_ends = [token_id for token_id in eos_ids if 0 <= token_id < size]
+
+    @property
+    def eos_id(self):
+        """The first of the ids that end a reply, or None."""
+        return self.reply_ends[0] if self.reply_ends else super().eos_id
+
+    @property
+    def eos_ids(self):
+        """All ids that end a reply."""
+        return self.reply_ends or super().eos_ids
+
+    def encode_to_numpy(self, text):
+        """str to (T,) uint32 array."""
+        text = replace_lone_surrogates(text)
+        ids = self.library.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
+
+    def encode_with_specials(self, text):
+        """str to list of ids, in which the text of a special token becomes its id."""
+        self.library.encode_special_tokens = False
+        try:
+            return self.library.encode(text, add_special_tokens=False).ids
+        finally:
+            self.library.encode_special_tokens = True
+
+    def encode_prompt(self, text):
+        """str to the list of ids to generate from: with a start token, if the model wants one."""
+        ids = self.library.encode(replace_lone_surrogates(text), add_special_tokens=True).ids
+        if ids:
+            return ids
+        return [self.eos_id or 0]  # an empty prompt is the start of a document
+
+    def decode(self, ids):
+        """ids to str. Special tokens become nothing."""
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def stream_decoder(self):
+        """See Tokenizer.stream_decoder()."""
+        from tokenizers.decoders import DecodeStream
+        stream = DecodeStream(skip_special_tokens=True)
+
+        def decode_next(token_id):
+            if token_id is None:
+                return ''
+            return stream.step(self.library, int(token_id)) or ''
+
+        return decode_next
+
+    def to_dict(self):
+        return {'kind': self.kind, 'json': self.tokenizer_json, 'eos_ids': self.eos_ids}
+
+    @classmethod
+    def from_dict(cls, d):
+        if not isinstance(d['json'], str):
+            raise ValueError('the tokenizer.json of a huggingface tokenizer must be text')
+        eos_ids = d.get('eos_ids', [])
+        if not all(type(token_id) is int for token_id in eos_ids):
+            raise ValueError('the eos_ids of a huggingface tokenizer must be numbers')
+        return cls(d['json'], eos_ids)
+
+
+UNICODE_TO_BYTES = {character: byte for byte, character in BYTES_TO_UNICODE.items()}
+
+
+def bytes_of_piece(piece, is_byte_level):
+    """The bytes behind a token as tokenizer.json writes it.
+
+        >>> bytes_of_piece('Ġthe', True), bytes_of_piece('▁the', False), bytes_of_piece('<0x0A>',
+        False) (b' the', b' the', b'\\n')
+    """
+    if is_byte_level:
+        return bytes(UNICODE_TO_BYTES.get(c, 63) for c in piece)
+    if re.fullmatch('<0x[0-9A-F]{2}>', piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace('▁', ' ').encode('utf-8', 'replace')
+
+
+# -----------------------------------------------------------------------------
 # Making a tokenizer by name, or from its dict
 
 TOKENIZER_KINDS = {
@@ -954,6 +1081,7 @@ TOKENIZER_KINDS = {
     'bpe': BpeTokenizer,
     'tiktoken': TiktokenTokenizer,
     'sentencepiece': SentencePieceTokenizer,
+    'huggingface': HuggingFaceTokenizer,
 }
 
 
