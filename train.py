@@ -109,15 +109,15 @@ from pocket.evaluate import evaluate, format_loss, print_evaluation, sample_text
 from pocket.template import ChatTemplate
 
 # Which run is this? A new one, one that is resumed, or one that is only evaluated
-resume = resume or init_from == 'resume'
-run_dir = training.run_folder(out_dir, dataset, sys.argv[1:], must_exist=resume or eval_only)
+resuming = resume or init_from == 'resume'
+run_dir = training.run_folder(out_dir, dataset, sys.argv[1:], must_exist=resuming or eval_only)
 state = None
 state_path = init_from
-if resume or (eval_only and init_from == 'scratch'):
-    state_path = training.run_checkpoint(run_dir, resume, eval_only)
+if resuming or (eval_only and init_from == 'scratch'):
+    state_path = training.run_checkpoint(run_dir, resuming, eval_only)
     state = checkpoint.load(state_path)
 options = read_options(open(__file__, encoding='utf-8').read())
-config = training.settle_options(config, explicit, options, state, state_path, resume)
+config = training.settle_options(config, explicit, options, state, state_path, resuming)
 globals().update(config)  # the options above, as they are from here on
 
 # Device and precision
@@ -182,7 +182,7 @@ scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 # How far the run is
 train_state = checkpoint.TrainState()
 if state is not None:
-    train_state = checkpoint.restore(state, state_path, model, optimizers if resume else [], scaler)
+    train_state = checkpoint.restore(state, state_path, model, optimizers if resuming else [], scaler)
     del state  # its tensors have been copied
 
 
