@@ -394,10 +394,13 @@ def configure(script_file, namespace, argv=None):
     installs show_user_errors(), which shows it.
     """
     show_user_errors(Path(script_file).name)
-    if argv is None:
-        argv = sys.argv[1:]
     command = command_for(script_file)
     options = read_options(Path(script_file).read_text(encoding='utf-8'))
+    if argv is None:
+        sys.argv[1:] = join_values(sys.argv[1:], options)  # for all who look at them later, too
+        argv = sys.argv[1:]
+    else:
+        argv = join_values(argv, options)
 
     for argument in argv:
         name, _, word = argument.partition('=')
@@ -419,6 +422,55 @@ def configure(script_file, namespace, argv=None):
     return config, overrides.explicit
 
 
+def join_values(argv, options):
+    """Arguments in which '--key value', as other programs have it, has become '--key=value'.
+
+    >>> options = [Option('device', str), Option('resume', bool)]
+    >>> join_values(['--device', 'cpu', '--resume', 'config/mine.py'], options)
+    ['--device=cpu', '--resume', 'config/mine.py']
+    """
+    types = {option.name: option.type for option in options if option.name is not None}
+    joined = []
+    for argument in argv:
+        previous = joined[-1] if joined else ''
+        name = previous.removeprefix('--').replace('-', '_')
+        lacks_value = previous.startswith('--') and '=' not in previous and name in types
+        if lacks_value and not argument.startswith('--') and is_value(argument, types[name]):
+            joined[-1] = f'{previous}={argument}'
+        else:
+            joined.append(argument)
+    return joined
+
+
+def is_value(argument, kind):
+    """Whether an argument after an option is its value. After one that can be True, few are."""
+    if kind is not bool and bool not in get_args(kind):
+        return True
+    try:
+        convert(argument, kind)
+        return True
+    except ValueError:
+        return False
+
+
+# What other programs call our options
+SYNONYMS = {
+    'lr': 'learning_rate',
+    'epochs': 'max_epochs',
+    'steps': 'max_iters',
+    'prompt': 'start',
+    'max_tokens': 'max_new_tokens',
+    'length': 'max_new_tokens',
+    'model': 'init_from',
+    'output_dir': 'out_dir',
+    'output': 'to',
+    'grad_accum': 'gradient_accumulation_steps',
+    'context': 'block_size',
+    'beams': 'num_beams',
+    'file': 'input',
+}
+
+
 class Overrides:
     """Sets options in a script's namespace, and collects the problems with what it is given."""
 
@@ -435,6 +487,8 @@ class Overrides:
         if name not in self.options:
             advice = f'{self.command} --help lists them'
             similar = difflib.get_close_matches(name, self.options, 1)
+            if SYNONYMS.get(name) in self.options:
+                similar = [SYNONYMS[name]]
             if similar:
                 advice = f'did you mean {similar[0]}?'
             self.problems.append(f'unknown option {name!r} ({source}): {advice}')
@@ -474,10 +528,17 @@ class Overrides:
         self.typed.add(name)
 
     def read_config_file(self, argument):
-        """Execute a config file and set the options that it assigns to."""
+        """Execute a config file and set the options that it assigns to.
+
+        The bare name of one in config/ will do.
+        """
+        if re.fullmatch(r'\w+', argument) and (ROOT / 'config' / f'{argument}.py').is_file():
+            argument = f'config/{argument}.py'
         if argument.startswith('-') or not argument.endswith('.py'):
-            self.problems.append(f'cannot read {argument!r}: write --key=value, '
-                                 'or the path of a config file that ends in .py')
+            advice = 'write --key=value, or the path of a config file that ends in .py'
+            if 'run' in self.options:  # pocket.plot
+                advice = f'write --run={argument}'
+            self.problems.append(f'cannot read {argument!r}: {advice}')
             return
         try:
             path = find_path(argument)

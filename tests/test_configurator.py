@@ -133,7 +133,7 @@ def test_a_config_file_may_compute(run):
 
 def test_all_problems_are_reported_at_once(run):
     message = problem_with(run, '--batch_sise=3', '--rate=fast', '--kind=c', 'bad.py', 'gone.py',
-                           '--name', 'word', bad='toq_k = 3\nflag = 1\n')
+                           'word', '--name', bad='toq_k = 3\nflag = 1\n')
     for part in (
         "unknown option 'batch_sise' (command line): did you mean batch_size?",
         "rate must be a number, got 'fast' (command line)",
@@ -318,3 +318,44 @@ def test_nothing_heavy_is_imported():
     code = 'import sys, pocket.configurator; print([name for name in ("torch", "numpy", "requests") if name in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], cwd=configurator.ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == '[]'
+
+
+# --------------------------------------------------------------------------------------------------
+# What people type who come from other programs
+
+
+@pytest.mark.parametrize('typed, expected', [
+    (['--batch_size', '32'], {'batch_size': 32}),
+    (['--batch-size', '32', '--flag'], {'batch_size': 32, 'flag': True}),
+    (['--flag', 'False', '--name', 'y'], {'flag': False, 'name': 'y'}),
+    (['--either', 'auto', '--top_k', 'None'], {'either': 'auto', 'top_k': None}),
+    (['--many', 'a', '--many', 'b'], {'many': ('a', 'b')}),
+])
+def test_a_value_may_follow_after_a_space(run, typed, expected):
+    config, _ = run(*typed)
+    for name, value in expected.items():
+        assert config[name] == value
+
+
+def test_a_flag_does_not_swallow_the_config_file_behind_it(run):
+    config, explicit = run('--flag', 'mine.py', mine='batch_size = 3\n')
+    assert config['flag'] is True
+    assert config['batch_size'] == 3
+
+
+def test_options_of_other_programs_are_told_their_name_here(run):
+    with pytest.raises(UserError, match='did you mean learning_rate?'):
+        run('--lr=0.1', options=OPTIONS + 'learning_rate = 0.1\n')
+
+
+def test_the_bare_name_of_a_config_will_do(project):
+    config = project.root / 'config' / 'mine.py'
+    config.write_text('dataset = "toy"\nmax_iters = 1\nblock_size = 8\n', encoding='utf-8')
+    out, _ = project.run('train.py', 'mine', '--device', 'cpu', '--n_layer', '1')
+    assert 'out/mine' in out.replace('\\', '/')
+    assert (project.root / 'out' / 'mine' / 'last.pt').is_file()
+
+
+def test_plot_says_how_a_run_is_named(project):
+    err = project.fails('-m', 'pocket.plot', 'out/stdlib')
+    assert 'write --run=out/stdlib' in err
