@@ -19,12 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from pocket import kernels
 from pocket.generate import generate
-from pocket.kernels import Dropout
+from pocket.kernels import Dropout  # nn.Dropout, but faster on a CPU
 
-# The letters of shapes, which are written behind the lines that make them:
-#   B  rows in a batch         T  tokens in a row         C  channels of a token (n_embd)
+# The letters of shapes, which stand at the ends of lines:
+#   B  sequences in a batch    T  tokens in a sequence    C  channels of a token (n_embd)
 #   H  attention heads         S  tokens attended to      D  channels of a head (C / H)
-#   V  ids in the vocabulary
+#   V  tokens in the vocabulary                           N  tokens of all sequences together
+#
+# Names of parameters (wte, c_attn, ln_1, …) are GPT-2's, so that its weights load: w is for weight,
+# te and pe for token and position embeddings, c for the 1-D convolution that GPT-2 calls a linear
+# layer, ln for layer norm, h for hidden layers.
 
 # --------------------------------------------------------------------------------------------------
 # Norms keep the numbers that flow through the layers at the same scale
@@ -84,7 +88,8 @@ def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
     return weights @ v  # (B, H, T, D)
 
 
-# The same numbers, sooner. To experiment with the formula above, swap these two lines
+# The same numbers, faster. To experiment with the formula above, comment out the first line and
+# uncomment the second
 attention = kernels.attention
 # attention = plain_attention
 
@@ -122,8 +127,8 @@ def scale_frequencies(frequencies, scaling):
 def rotate(x, cos, sin):
     """Rotary positions: turn each pair of channels (i, i + D/2) of a head by its position's angle.
 
-    x: (B, T, H, D); cos, sin: (T, 1, D/2) or (B, T, 1, D/2). The product of a query and a key that
-    are turned so depends on the distance between them alone. Su et al. 2021,
+    x: (B, T, H, D); cos, sin: (T, 1, D/2) or (B, T, 1, D/2). The product of a rotated query and a
+    rotated key depends on their positions only through the distance between them. Su et al. 2021,
     https://arxiv.org/abs/2104.09864
     """
     a, b = x.chunk(2, dim=-1)
@@ -191,9 +196,11 @@ class Attention(nn.Module):
         if cache is None:
             return q, k, v
 
-        cache_was_empty = cache.length == 0
+        # The cache may keep its keys in another precision. Those of a prompt, which are all there
+        # is at first, are still at hand in the precision of x, in which products are fast
+        is_prompt = cache.length == 0
         all_k, all_v = cache.append(self.layer, k, v)  # (B, n_kv_head, S, D)
-        if cache_was_empty:  # then these keys are all there is, and still in the precision of x
+        if is_prompt:
             return q, k, v
         return q, all_k, all_v
 
@@ -285,13 +292,13 @@ class MLP(nn.Module):
 # A block is one layer: attention, then MLP, each added to the residual stream
 
 
-def shift_tokens(x, cache=None, key=None, first=None):
+def shift_tokens(x, cache=None, key=None, is_first=None):
     """Token shift: the first half of each token's channels is taken from the token before it.
 
     So a layer sees pairs of tokens before any attention, at the price of one copy. RWKV's idea:
     Peng et al. 2023, https://arxiv.org/abs/2305.13048. x: (B, T, C); the first token of a row gets
-    zeros. cache: keeps the last token's half under `key`. first: (B, T, 1) bool: where padded rows
-    begin, or None.
+    zeros. cache: keeps the last token's half under `key`, the module that asks. is_first: (B, T, 1)
+    bool, True at the first real token of a padded row, or None.
     """
     half, rest = x.chunk(2, dim=-1)  # (B, T, C/2) each
     before = half.new_zeros(half[:, :1].shape)  # (B, 1, C/2)
@@ -299,8 +306,8 @@ def shift_tokens(x, cache=None, key=None, first=None):
         before = cache.last.get(key, before)
         cache.last[key] = half[:, -1:]
     shifted = torch.cat((before, half[:, :-1]), dim=1)  # (B, T, C/2)
-    if first is not None:
-        shifted = shifted.masked_fill(first, 0)
+    if is_first is not None:
+        shifted = shifted.masked_fill(is_first, 0)
     return torch.cat((shifted, rest), dim=2)
 
 
@@ -309,7 +316,7 @@ class Context(NamedTuple):
     mask: torch.Tensor | None = None  # (B, 1, T, S) bool, True = may attend
     is_causal: bool = False  # plain causal attention, which needs no mask
     rope: tuple | None = None  # (cos, sin) of the tokens' positions
-    first: torch.Tensor | None = None  # (B, T, 1) bool: where padded rows begin
+    is_first: torch.Tensor | None = None  # (B, T, 1) bool: first real token of padded rows
 
 
 class Block(nn.Module):
@@ -346,7 +353,7 @@ class Block(nn.Module):
     def self_attention(self, x, context, cache):
         """Tokens look at each other."""
         if self.token_shift:
-            x = shift_tokens(x, cache, self.attn, context.first)
+            x = shift_tokens(x, cache, self.attn, context.is_first)
         return self.attn(x, context.mask, context.is_causal, context.rope, cache)
 
     def cross_attention(self, x, cache, memory):
@@ -357,7 +364,7 @@ class Block(nn.Module):
     def feed_forward(self, x, context, cache):
         """Each token by itself."""
         if self.token_shift:
-            x = shift_tokens(x, cache, self.mlp, context.first)
+            x = shift_tokens(x, cache, self.mlp, context.is_first)
         return self.mlp(x)
 
 
@@ -376,6 +383,11 @@ def causal_mask(column, pad, past):
     """(B or 1, 1, T, past + T) bool, True = may attend: no token sees later ones, nor padding.
 
     column: (T,) columns of the new tokens, which come after `past` others. pad: as above, or None.
+    With T = 3, past = 1 and pad = 1 (a column of padding, then three tokens):
+
+        0 1 0 0
+        0 1 1 0
+        0 1 1 1
     """
     key = torch.arange(past + len(column), device=column.device)  # (S,)
     mask = key <= column[:, None]  # (T, S)
@@ -436,7 +448,7 @@ class Transformer(nn.Module):
         x = self.drop(self.embed(idx, position))
         context = self.make_context(column, position, pad, past, x.dtype)
         for block in self.h:
-            if self.config.gradient_checkpointing and self.training:
+            if self.config.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, context, None, memory, use_reentrant=False)
             else:
                 x = block(x, context, cache, memory)
@@ -466,20 +478,21 @@ class Transformer(nn.Module):
         mask = None
         if not self.causal:
             mask = padding_mask(pad, T)
-        elif pad is not None or (past > 0 and T > 1):
+        elif pad is not None or (past > 0 and T > 1):  # a single new token may see all others
             mask = causal_mask(column, pad, past)
         rope = None
         if self.config.pos == 'rotary':
             rope = self.cos[position].to(dtype), self.sin[position].to(dtype)
-        first = None
+        is_first = None
         if self.config.token_shift and pad is not None:
-            first = (column == pad[:, None])[..., None]
+            is_first = (column == pad[:, None])[..., None]
         is_causal = self.causal and mask is None and T > 1
-        return Context(mask, is_causal, rope, first)
+        return Context(mask, is_causal, rope, is_first)
 
 
 # --------------------------------------------------------------------------------------------------
-# Heads: from the last layer to a score for each id of the vocabulary, and to the loss
+# Output heads: from the last layer to logits, a score for each token of the vocabulary, and the
+# loss
 
 
 def plain_cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0.0):
@@ -620,6 +633,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert not (config.cutoffs and config.tie_weights), 'adaptive softmax can\'t share weights'
         if config.head_dim is None:
             assert config.n_embd % config.n_head == 0, 'n_embd must be divisible by n_head'
         assert config.n_head % config.num_kv_heads == 0, 'n_head must be divisible by n_kv_head'
@@ -637,7 +651,8 @@ class LanguageModel(nn.Module):
             untied head with zero_init  zero                         zero
 
         c_proj starts small because 2 n_layer of them add up in the residual stream. With zero_init
-        all blocks start as the identity, and the first loss is exactly ln(vocab_size).
+        and pre-norm all blocks start as the identity; with an untied head, too, all tokens start
+        equally probable, and the first loss is ln(vocab_size).
         """
         c = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -689,6 +704,8 @@ class LanguageModel(nn.Module):
     def generate(self, idx, max_new_tokens, **options):
         """Continue idx: a (B, T) tensor gives (B, T + max_new_tokens), lists of ids give lists.
 
+        Call model.eval() before, for dropout has no place here.
+
             model.generate(torch.tensor([[1, 2, 3]]), 20, temperature=0.8, top_k=50)
 
         The loop and its options are in pocket/generate.py: read it next.
@@ -727,7 +744,7 @@ class GPT(LanguageModel):
     def next_token_logits(self, idx, cache):
         """(B, V) logits of the token that follows idx (B, T), which continues a KVCache."""
         x = self.hidden(idx, cache)
-        return self.lm_head(x[:, -1:])[:, -1]
+        return self.lm_head(x[:, -1])
 
 
 class Seq2Seq(LanguageModel):
@@ -778,4 +795,4 @@ class Seq2Seq(LanguageModel):
         """(B, V) logits of the token that follows idx (B, T), which continues a KVCache with a
         memory."""
         x = self.hidden(idx, cache, cache.memory)
-        return self.lm_head(x[:, -1:])[:, -1]
+        return self.lm_head(x[:, -1])

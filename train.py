@@ -11,6 +11,8 @@ from typing import Literal
 
 from pocket.configurator import configure, read_options
 
+# The options. An interval that opens a comment, such as [0, 1), is checked: see configurator.py
+
 # Where things are
 out_dir: str | None = None         # checkpoints and log (None: out/NAME of the config or dataset)
 data_dir: str | None = None        # where datasets live (None: data/ beside this file)
@@ -47,7 +49,7 @@ cutoffs: tuple[int, ...] = ()      # adaptive softmax: --cutoffs=2000,10000 make
 div_value = 4.0                    # … each of them so many times narrower than the one before
 gradient_checkpointing = False     # less memory, for about a third more time
 
-# Batches and length
+# Batches and length; of the three lengths, the one that is typed counts, else minutes, else epochs
 batch_size = 16                    # [1, inf) windows of a stream per micro-batch
 batch_tokens = 4096                # [1, inf) for datasets of pairs: tokens, with padding
 gradient_accumulation_steps = 1    # [1, inf) micro-batches per step
@@ -93,7 +95,7 @@ config, explicit = configure(__file__, globals())
 # --------------------------------------------------------------------------------------------------
 # Set-up: everything that can be wrong is found before the first step
 
-import math  # after configure(), so that --help and typing errors are answered at once
+import math  # after configure(), so that --help and typos are answered at once
 import sys
 import time
 from datetime import timedelta
@@ -156,7 +158,7 @@ config['out_dir'] = str(run_dir)
 if data_dir is not None:  # by default it stays beside the scripts, wherever they move
     config['data_dir'] = str(data_folder.parent.resolve())
 if master_process and not eval_only:
-    claim = training.claim_run_dir(run_dir, config, is_new=state is None)
+    run_lock = training.claim_run_dir(run_dir, config, is_new=state is None)
 
 # Model
 torch.manual_seed(seed)
@@ -179,22 +181,31 @@ optimizers = optim.make_optimizers(
 base_lrs = optim.base_learning_rates(optimizers)
 scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
-# How far the run is
+# Progress of the run
 train_state = checkpoint.TrainState()
 if state is not None:
-    train_state = checkpoint.restore(state, state_path, model, optimizers if resuming else [], scaler)
+    resumed = optimizers if resuming else []
+    train_state = checkpoint.restore(state, state_path, model, resumed, scaler)
     del state  # its tensors have been copied
+
+# --eval_only: evaluate the best checkpoint, and stop
+if eval_only:
+    print_evaluation(model, tok, template, val_data, val_bytes, device, amp_dtype, config,
+                     title=f'{state_path} (step {train_state.step}): {eval_split}')
+    if pretrained_model is None and eval_protocol == 'tokens':
+        print(f'next: {training.sample_command(run_dir)}')
+    sys.exit()
 
 
 def forward(model, batch):
-    """Summed loss of a batch, which lies on the CPU."""
+    """Summed loss of a batch: idx and targets and, for a seq2seq, src and src_pad, on the CPU."""
     with autocast(device, amp_dtype):
         _, loss = model(**to_device(batch, device), label_smoothing=label_smoothing,
                         reduction='sum')
     return loss
 
 
-# Compile, and share the work among processes
+# Compile, with one real step, for only then errors show; and share the work among processes
 raw_model = model  # without the wrappers: what is saved, and what generates
 first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
 model, engine = training.compile_or_stay_eager(
@@ -204,15 +215,6 @@ model = distributed.wrap_model(model, some_unused=bool(cutoffs))
 # Say what is about to happen
 print(training.describe_run(raw_model, matrices, others, train_data, config, device, amp_dtype))
 print(f'device: {device}, {amp_dtype} ({dtype_reason}), {engine}', flush=True)
-next_command = f'next: {training.sample_command(run_dir)}'
-
-# --eval_only: evaluate the best checkpoint, and stop
-if eval_only:
-    print_evaluation(raw_model, tok, template, val_data, val_bytes, device, amp_dtype, config,
-                     title=f'{state_path} (step {train_state.step}): {eval_split}')
-    if pretrained_model is None and eval_protocol == 'tokens':
-        print(next_command)
-    sys.exit()
 
 # --------------------------------------------------------------------------------------------------
 # What the loop calls now and then
@@ -230,7 +232,7 @@ def save(name):
     checkpoint.save(run_dir / name, {
         **checkpoint.model_state(raw_model, tok, config, template),  # weights, config, tokenizer
         **vars(train_state),                                         # step, best loss, …
-        'seconds': elapsed(),
+        'seconds': elapsed(),                                        # as of now
         'optimizers': [opt.state_dict() for opt in optimizers],
         'scaler': scaler.state_dict(),
     })
@@ -256,7 +258,7 @@ def report(val_loss):
     log.add(train_state, elapsed(), train_loss, latest_lr, tokens_per_second)
     if not master_process:
         return
-    log.write()  # in this order: wherever a crash comes, resuming from last.pt makes it good
+    log.write()  # the log first, last.pt last: resuming from it mends what a crash left undone
     if is_best:
         save('best.pt')
     save('last.pt')
@@ -265,7 +267,7 @@ def report(val_loss):
 
 
 def is_finished():
-    """Whether the run is at its end: of its steps, of its minutes, or of our patience."""
+    """Whether the run has come to the end of its steps, its minutes, or our patience."""
     if patience and train_state.bad_evals >= patience:
         return True
     if max_minutes is not None:
@@ -279,27 +281,25 @@ def is_finished():
 signals = training.StopSignals()
 signals.install()
 log = training.RunLog(run_dir, last_step=train_state.evaluated)
-goal = training.describe_goal(train_state, config, run_dir, epochs=max_iters / steps_per_epoch)
-print(goal, flush=True)
+print(training.describe_goal(train_state, config, run_dir, max_iters / steps_per_epoch), flush=True)
 
 step = first_step = train_state.step
 t_start = t_log = time.perf_counter()
 log_tokens = train_state.tokens
-tokens_per_second = 0.0
-eval_seconds = 0.0  # what the latest evaluation took
+tokens_per_second = eval_seconds = 0.0  # of the latest steps; of the latest evaluation
 _, seconds = training.synchronize(signals, elapsed())
+lr_floor = min_lr / learning_rate if learning_rate else 0.0
 model.train()
 while True:
 
     # The learning rate of this step; with --max_minutes it follows the clock
     share_left = training.share_of_time_left(max_minutes, seconds, eval_seconds)
-    floor = min_lr / learning_rate if learning_rate else 0.0
-    lr_factor = optim.lr_factor(step, schedule, warmup_iters, decay_iters, floor, share_left)
+    lr_factor = optim.lr_factor(step, schedule, warmup_iters, decay_iters, lr_floor, share_left)
     lr = learning_rate * lr_factor
 
-    # Evaluate and save
-    is_due = is_finished() or step % eval_interval == 0
-    if is_due and step > train_state.evaluated and not signals.agreed:
+    # Evaluate and save. (A signal that one process received counts once all of them have agreed)
+    eval_due = is_finished() or step % eval_interval == 0
+    if eval_due and step > train_state.evaluated and not signals.agreed:
         eval_start = seconds
         scores = evaluate(model, val_data, device, amp_dtype, stopped=lambda: signals.received)
         _, seconds = training.synchronize(signals, elapsed())
@@ -317,7 +317,7 @@ while True:
     training.seed_step(seed, step)  # dropout depends on the step alone, so resuming is exact
     batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world_size))
     num_targets = sum((batch['targets'] != -1).sum().item() for batch in batches)
-    num_targets, = distributed.all_reduce_sum(num_targets)
+    num_targets = distributed.all_reduce_sum(num_targets)[0]  # of all processes
     step_loss = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
@@ -338,8 +338,10 @@ while True:
     training.check_finite('loss', step_loss, lr, train_state, log)
     if not scaler.is_enabled():  # float16 may skip a step
         training.check_finite('gradient norm', grad_norm, lr, train_state, log)
+    if math.isfinite(grad_norm):
+        for opt in optimizers:
+            scaler.step(opt)
     for opt in optimizers:
-        scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
     step += 1
@@ -350,8 +352,8 @@ while True:
     train_state.loss_tokens += int(num_targets)
 
     # Log
-    is_due = step % log_interval == 0 or step == first_step + 1
-    if is_due and not signals.agreed:  # a lost terminal would take no more lines
+    log_due = step % log_interval == 0 or step == first_step + 1
+    if log_due and not signals.agreed:  # if the terminal was closed, there is nowhere to print to
         now = time.perf_counter()
         tokens_per_second = (train_state.tokens - log_tokens) / (now - t_log)  # of targets
         if max_minutes is None:
@@ -389,4 +391,4 @@ if (run_dir / 'best.pt').is_file():
     print(f'best val loss {best_loss}, saved as {run_dir / "best.pt"}')
     if len(log.rows) > 1:
         print(f'the loss curve is {run_dir / "loss.png"}')
-    print(next_command)
+    print(f'next: {training.sample_command(run_dir)}')

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 class Dropout(nn.Module):
     """nn.Dropout, on a CPU seven times faster.
 
-    PyTorch draws a Bernoulli number per element; we draw random bytes, eight to each 64-bit number.
+    PyTorch draws a Bernoulli number per element; we draw random bytes, eight in each 64-bit number.
     So on a CPU p is rounded to 1/256 (0.2 becomes 51/256). What is kept is scaled by exactly 1 / (1
     - that), so the expectation is right.
     """

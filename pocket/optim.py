@@ -54,7 +54,7 @@ def pick_muon_dtype(device, amp_dtype):
 
 
 def lr_factor(step, schedule, warmup_iters, decay_iters, floor, share_left=None):
-    """What every learning rate is multiplied by at a step; the first is 0.
+    """What every learning rate is multiplied by at a step (the first step is step 0).
 
     It rises during the warm-up, then falls to `floor` at decay_iters: 'linear', 'cosine', or not at
     all ('constant'). share_left: how much of the time is left, from 1 to 0, for a schedule by the

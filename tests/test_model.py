@@ -117,7 +117,7 @@ def test_token_shift_takes_half_of_the_channels_from_the_token_before():
     """A row's padding counts as nothing."""
     x = torch.randn(2, 5, 6)
     first = (torch.arange(5) == torch.tensor([[0], [2]]))[..., None]  # where each row begins
-    got = shift_tokens(x, first=first)
+    got = shift_tokens(x, is_first=first)
     want = x.clone()
     for row, start in enumerate((0, 2)):
         for t in range(5):
