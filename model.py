@@ -1,9 +1,9 @@
 """
 The models, in one file to read from top to bottom: norms, attention, MLP, block, Transformer,
-then the two models built of them. GPT continues a text; Seq2Seq reads one text and writes another.
+then the two models built from them. GPT continues a text; Seq2Seq reads one and writes another.
 
-Where a plain formula is slow, it stands here all the same, and the line below it puts a faster
-version from pocket/kernels.py in its place. How text is generated: pocket/generate.py.
+A plain formula that is slow is still written out here; the line below it replaces it with a faster
+version from pocket/kernels.py. How text is generated: pocket/generate.py.
 
   GPT-2        Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/model.py
   Transformer  Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
@@ -31,11 +31,11 @@ from pocket.kernels import Dropout  # nn.Dropout, but faster on a CPU
 # layer, ln for layer norm, h for hidden layers.
 
 # --------------------------------------------------------------------------------------------------
-# Norms keep the numbers that flow through the layers at the same scale
+# Norms keep activations at a consistent scale
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²)) * weight over the last dimension: LayerNorm without centering and bias.
+    """x / sqrt(mean(x²)) * weight over the last dimension: LayerNorm without centering or bias.
 
     Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config):
-    """The norm that a config asks for, n_embd wide."""
+    """The norm named by config.norm, n_embd wide."""
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
@@ -65,7 +65,7 @@ def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
 
     q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D). k and v may have fewer heads than q:
     then each of them serves a group of H / n_kv_head queries.
-    mask: bool, broadcastable to (B, H, T, S), True = may attend; no row is all False.
+    mask: bool, broadcastable to (B, H, T, S), True = may attend; every row needs a True.
     is_causal: no token sees a later one (needs T == S and no mask).
     dropout: a Dropout for the weights, or None.
     """
@@ -76,8 +76,8 @@ def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
 
-    # A score sums D products, so its standard deviation grows with √D. Divided by that it stays
-    # near 1 for heads of any width; otherwise softmax would saturate, and let no gradient through.
+    # A score sums D products, so its standard deviation grows with √D. Dividing by √D keeps it near
+    # 1 at any head width; otherwise softmax saturates, and passes almost no gradient.
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -97,8 +97,8 @@ attention = kernels.attention
 def position_angles(length, size, theta=10000.0, scaling=None):
     """(length, size / 2) float32 angles t * theta^(-2i / size) of positions t.
 
-    Each pair of channels is a clock hand that turns at a speed of its own: together they tell any
-    position from any other. Sinusoidal and rotary positions both use them. theta: larger for longer
+    Each pair of channels is a clock hand that turns at its own speed: together they identify every
+    position. Sinusoidal and rotary positions both use them. theta: larger for longer
     texts, as the slowest hand should not go around twice. scaling: see scale_frequencies(), or
     None.
     """
@@ -136,7 +136,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Multi-head attention: of a text on itself or, with cross=True, on an encoder's output.
+    """Multi-head self-attention or, with cross=True, attention to an encoder's output.
 
     Each head compares tokens in a subspace of its own, so they can look for different things.
     """
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         C = config.n_embd
         bias = config.bias if config.attn_bias is None else config.attn_bias
         qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
-        self.layer = layer  # where a cache keeps this layer's keys and values
+        self.layer = layer  # its index in a KVCache
         self.is_cross = cross
         self.head_dim = config.head_size
         self.qk_norm = config.qk_norm
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, mask=None, is_causal=False, rope=None, cache=None, memory=None):
-        """x: (B, T, C), and returned so. mask, is_causal: as in plain_attention().
+        """x: (B, T, C); returns the same shape. mask, is_causal: as in plain_attention().
 
         rope: (cos, sin) for rotate(), or None. cache: a KVCache that holds the keys and values of
         earlier tokens, or None. memory: (B, S, C) to attend to instead of x.
@@ -178,7 +178,7 @@ class Attention(nn.Module):
             q, k, v = self.project_cross(x, memory, cache)
         q = q.to(k.dtype)  # a cache may keep its keys in another precision
         y = attention(q, k, v, mask, is_causal, self.attn_dropout)  # (B, H, T, D)
-        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, self.q_width)  # heads side by side again
+        y = y.to(x.dtype).transpose(1, 2).reshape(B, T, self.q_width)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
     def project_self(self, x, rope, cache):
@@ -240,10 +240,10 @@ class Attention(nn.Module):
         return x.view(B, T, width // self.head_dim, self.head_dim)
 
     def normalize(self, x, num_queries):
-        """QK-norm: the queries and keys of each head all get the same length.
+        """QK-norm: center the queries and keys of each head, and give all of them the same length.
 
-        Then only their directions count, and no score exceeds √D however large the weights grow.
-        x: (B, T, n, D), num_queries queries, then keys. Dehghani et al. 2023,
+        Then only their directions count, and no score exceeds √D no matter how large the weights
+        grow. x: (B, T, n, D), num_queries queries, then keys. Dehghani et al. 2023,
         https://arxiv.org/abs/2302.05442
         """
         if self.qk_norm != 'rmsnorm':
@@ -255,7 +255,7 @@ class Attention(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The MLP works on each token by itself
+# The MLP works on each token independently
 
 
 class MLP(nn.Module):
@@ -275,7 +275,7 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))  # (B, T, C)
 
     def activate(self, x):
-        """The nonlinearity that the config names."""
+        """Apply the nonlinearity named by config.act."""
         if self.act == 'gelu':  # GPT-2's
             return F.gelu(x, approximate='tanh')
         if self.act == 'gelu_erf':
@@ -293,9 +293,9 @@ class MLP(nn.Module):
 
 
 def shift_tokens(x, cache=None, key=None, is_first=None):
-    """Token shift: the first half of each token's channels is taken from the token before it.
+    """Token shift: the first half of each token's channels comes from the previous token.
 
-    So a layer sees pairs of tokens before any attention, at the price of one copy. RWKV's idea:
+    So a layer sees adjacent pairs before any attention, at the cost of one copy. RWKV's idea:
     Peng et al. 2023, https://arxiv.org/abs/2305.13048. x: (B, T, C); the first token of a row gets
     zeros. cache: keeps the last token's half under `key`, the module that asks. is_first: (B, T, 1)
     bool, True at the first real token of a padded row, or None.
@@ -335,7 +335,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, context, cache=None, memory=None):
-        """x: (B, T, C), and returned so. memory: what Seq2Seq.encode() returned, or None."""
+        """x: (B, T, C); returns the same shape. memory: what Seq2Seq.encode() returned, or None."""
         if self.post_norm:  # the 2017 paper: normalize after adding
             x = self.ln_1(x + self.self_attention(x, context, cache))
             if memory is not None:
@@ -343,7 +343,7 @@ class Block(nn.Module):
             x = self.ln_2(x + self.feed_forward(x, context, cache))
             return x
 
-        # GPT-2 and nearly all since: normalize before, and the residual stream stays a plain sum
+        # GPT-2 and most models since: normalize before, so the residual stream stays a plain sum
         x = x + self.self_attention(self.ln_1(x), context, cache)
         if memory is not None:
             x = x + self.cross_attention(self.ln_x(x), cache, memory)
@@ -362,14 +362,14 @@ class Block(nn.Module):
         return self.cross(x, mask, cache=cache, memory=encoded)
 
     def feed_forward(self, x, context, cache):
-        """Each token by itself."""
+        """Each token independently."""
         if self.token_shift:
             x = shift_tokens(x, cache, self.mlp, context.is_first)
         return self.mlp(x)
 
 
 # --------------------------------------------------------------------------------------------------
-# A Transformer: embeddings, positions, and blocks on top of each other
+# A Transformer: embeddings, positions, and a stack of blocks
 
 
 def padding_mask(pad, length):
@@ -380,9 +380,9 @@ def padding_mask(pad, length):
 
 
 def causal_mask(column, pad, past):
-    """(B or 1, 1, T, past + T) bool, True = may attend: no token sees later ones, nor padding.
+    """(B or 1, 1, T, past + T) bool, True = may attend: no token sees later ones, or padding.
 
-    column: (T,) columns of the new tokens, which come after `past` others. pad: as above, or None.
+    column: (T,) columns of the new tokens, which follow `past` cached ones. pad: as above, or None.
     With T = 3, past = 1 and pad = 1 (a column of padding, then three tokens):
 
         0 1 0 0
@@ -394,8 +394,8 @@ def causal_mask(column, pad, past):
     if pad is None:
         return mask[None, None]
     not_padding = key >= pad[:, None, None]  # (B, 1, S)
-    itself = key == column[:, None]  # (T, S): padding sees itself, as no row may be empty
-    return (mask & not_padding | itself)[:, None]
+    itself = key == column[:, None]  # (T, S): padding sees itself, so that no row is empty
+    return ((mask & not_padding) | itself)[:, None]
 
 
 class Transformer(nn.Module):
@@ -412,10 +412,10 @@ class Transformer(nn.Module):
             self.wpe = nn.Embedding(block_size, C)
         self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer, cross) for layer in range(n_layer))
-        if config.norm_position == 'pre':  # blocks of the other kind end with a norm already
+        if config.norm_position == 'pre':  # post-norm blocks end with a norm already
             self.ln_f = make_norm(config)
 
-        # Tables of sines and cosines; they are computed, so no checkpoint needs to hold them
+        # Tables of sines and cosines: recomputed on load, so no checkpoint holds them
         if config.pos == 'sinusoidal':
             angles = position_angles(block_size, C)
             table = torch.cat((angles.sin(), angles.cos()), dim=1)[:, :C]  # (block_size, C)
@@ -431,8 +431,8 @@ class Transformer(nn.Module):
         """idx: (B, T) int64 token ids; returns (B, T, C).
 
         pad: (B,) int64, how many columns at the left of each row are padding, or None. cache: a
-        KVCache; idx continues what it holds. memory: what Seq2Seq.encode() returned, in a decoder.
-        Raises ValueError if cache and idx together are longer than block_size.
+        KVCache; idx follows the tokens it holds. memory: what Seq2Seq.encode() returned, in a
+        decoder. Raises ValueError if cache and idx together are longer than block_size.
         """
         T = idx.size(1)
         past = 0 if cache is None else cache.length
@@ -464,16 +464,16 @@ class Transformer(nn.Module):
         if self.config.pos == 'learned':
             x = x + self.wpe(position)
         if self.config.pos == 'sinusoidal':
-            # Scaled as in the paper: otherwise the sines drown the tokens
+            # Scaled as in the paper: otherwise the sines drown out the embeddings
             x = x * math.sqrt(self.config.n_embd)
             x = x + self.sinusoid[position].to(x.dtype)
         if torch.is_autocast_enabled(x.device.type):
-            # Under autocast the residual stream is in 16 bits, too: half the memory traffic
+            # Keep the residual stream in 16 bits, too, which halves memory traffic
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def make_context(self, column, position, pad, past, dtype):
-        """The Context of one forward pass. A mask costs time: there is one only where needed."""
+        """The Context of one forward pass. Masks cost time, so one is built only when needed."""
         T = len(column)
         mask = None
         if not self.causal:
@@ -498,7 +498,7 @@ class Transformer(nn.Module):
 def plain_cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0.0):
     """Summed cross-entropy of x (N, C), through a linear layer (V, C), to targets (N,): float32.
 
-    How surprised the model is by each target: minus the logarithm of the probability it gave it.
+    How surprised the model is: minus the logarithm of the probability that it gave each target.
     """
     logits = F.linear(x, weight, bias).float()  # (N, V)
     if softcap:
@@ -506,20 +506,20 @@ def plain_cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0
     return F.cross_entropy(logits, targets, reduction='sum', label_smoothing=label_smoothing)
 
 
-# The same, without ever holding all N × V logits: with a large vocabulary the largest tensor of all
+# The same number, without ever holding the N × V logits, the largest tensor if V is large
 cross_entropy = kernels.cross_entropy
 # cross_entropy = plain_cross_entropy
 
 
 class Head(nn.Linear):
-    """A linear layer to logits, bounded to ± softcap unless that is 0."""
+    """A linear layer to logits, optionally bounded to ± softcap (0: off)."""
 
     def __init__(self, config):
         super().__init__(config.n_embd, config.vocab_size, bias=config.head_bias)
         self.softcap = config.softcap
 
     def forward(self, x):
-        """x: (..., C); returns logits (..., V) in the precision of the product."""
+        """x: (..., C); returns logits (..., V) in the dtype of the matmul."""
         logits = super().forward(x)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -531,9 +531,9 @@ class Head(nn.Linear):
 
 
 class AdaptiveHead(nn.Module):
-    """Adaptive softmax: frequent ids at full width, rare ones in narrow clusters, seldom computed.
+    """Adaptive softmax: frequent ids at full width, rare ones in narrow, rarely computed clusters.
 
-    rank: (V,) int64 buffer, the place of each id in order of frequency; train.py counts them.
+    rank: (V,) int64 buffer, the frequency rank of each id (0: most frequent); train.py sets it.
     Grave et al. 2017, https://arxiv.org/abs/1609.04309
     """
 
@@ -545,7 +545,7 @@ class AdaptiveHead(nn.Module):
         self.register_buffer('rank', torch.arange(V))
 
     def forward(self, x):
-        """x: (..., C); returns log-probabilities (..., V), which are as good as any logits."""
+        """x: (..., C); returns log-probabilities (..., V), which serve as logits."""
         with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
             logp = self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank]
         return logp.view(*x.shape[:-1], -1)
@@ -553,8 +553,8 @@ class AdaptiveHead(nn.Module):
     def loss(self, x, targets, label_smoothing=0.0):
         """As Head.loss(). Raises ValueError for label smoothing, which this head can't do."""
         if label_smoothing:
-            raise ValueError('adaptive softmax (cutoffs) can\'t do label_smoothing: '
-                             'switch one of them off')
+            raise ValueError('adaptive softmax (cutoffs) does not support label_smoothing: '
+                             'turn one of them off')
         with torch.autocast(x.device.type, enabled=False):
             return -self.softmax(x.float(), self.rank[targets]).output.sum()
 
@@ -565,7 +565,7 @@ class AdaptiveHead(nn.Module):
 
 @dataclass
 class GPTConfig:
-    """Shape and switches of a GPT. The defaults are GPT-2 124M.
+    """Size and options of a GPT. The defaults are GPT-2 124M.
 
     Values from untrusted files are checked by check_config() in pocket/checkpoint.py first.
     """
@@ -579,7 +579,7 @@ class GPTConfig:
     n_inner: int | None = None  # width of the MLP's hidden layer; None: 4 * n_embd
     dropout: float = 0.0  # on embeddings and on what each block adds to the residual stream
     attn_dropout: float = 0.0  # on attention weights
-    bias: bool = True  # biases in Linear and LayerNorm, but for these two:
+    bias: bool = True  # biases in Linear and LayerNorm, except as set by the next three
     attn_bias: bool | None = None  # in the projections of attention; None: as bias
     qkv_bias: bool | None = None  # … to queries, keys and values alone (Qwen2); None: as attn_bias
     head_bias: bool = False  # in the head
@@ -591,13 +591,13 @@ class GPTConfig:
     norm_position: str = 'pre'  # pre (GPT-2) or post (the 2017 paper): see Block.forward()
     act: str = 'gelu'  # gelu (tanh form, GPT-2's), gelu_erf (nanoGPT's), relu, relu2 or swiglu
     qk_norm: bool | str = False  # normalize queries and keys; 'rmsnorm': with weights, Qwen3's
-    token_shift: bool = False  # attention and MLP take half of their channels from the token before
+    token_shift: bool = False  # half of a layer's input comes from the previous token
     tie_weights: bool = True  # the head shares the token embedding
     init: str = 'gpt2'  # initial weights, gpt2 or xavier: see the table in LanguageModel
     zero_init: bool = False  # projections into the residual stream start at zero
     softcap: float = 0.0  # logits = softcap * tanh(logits / softcap); 0: off
-    cutoffs: tuple = ()  # adaptive softmax: each cluster but the last ends at this frequency rank
-    div_value: float = 4.0  # … and each next cluster is that much narrower
+    cutoffs: tuple = ()  # adaptive softmax: frequency ranks where clusters end; (): off
+    div_value: float = 4.0  # … each cluster is this many times narrower than the one before
     gradient_checkpointing: bool = False  # recompute blocks in backward: less memory
 
     @property
@@ -613,7 +613,7 @@ class GPTConfig:
 
 @dataclass
 class Seq2SeqConfig(GPTConfig):
-    """Shape and switches of an encoder-decoder. The defaults: the 2017 base model, but pre-norm."""
+    """Size and options of an encoder-decoder. The defaults: the 2017 base model, but pre-norm."""
     block_size: int = 256  # tokens of a target
     src_block_size: int | None = None  # tokens of a source; None: as block_size
     n_layer: int = 6  # in the decoder
@@ -667,7 +667,7 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(module.bias)
 
         if isinstance(module, Attention) and c.init == 'xavier':
-            # Queries, keys and values are matrices of their own, which happen to lie in one
+            # Queries, keys and values are separate matrices, stacked in one weight
             stacked = [module.c_q, module.c_kv] if module.is_cross else [module.c_attn]
             for linear in stacked:
                 for matrix in linear.weight.split(module.widths_of(linear)):
@@ -687,10 +687,10 @@ class LanguageModel(nn.Module):
     def compute_loss(self, x, targets, label_smoothing, reduction):
         """The loss of the last layer's x (B, T, C) against targets (B, T), -1 = no target: float32.
 
-        reduction: 'mean' or 'sum' over targets. Or 'sum_and_correct': a tensor (2,) with the sum
-        and the number of targets that were the model's first choice.
+        reduction: 'mean' or 'sum' over targets. Or, for validation, 'sum_and_correct': a tensor
+        (2,) with the sum and the number of targets that the model ranked first.
         """
-        # Prompts and padding have no targets: their logits are not even computed
+        # Skip what has no target, prompts and padding: its logits are never computed
         has_target = targets != -1
         x = x[has_target]  # (N, C)
         targets = targets[has_target]  # (N,)
@@ -774,10 +774,10 @@ class Seq2Seq(LanguageModel):
 
     def forward(self, idx, targets=None, src=None, src_pad=None, cache=None, label_smoothing=0.0,
                 reduction='mean'):
-        """idx: (B, T) int64, the target so far, behind the id that every target starts with.
+        """idx: (B, T) int64, the target so far, preceded by the start id.
 
-        src, src_pad: the source, see encode(); without it, cache.memory holds one that is encoded
-        already. The rest is as in GPT.forward(). Padding at the right of idx needs no mask: its
+        src, src_pad: the source, see encode(); if omitted, cache.memory must hold an encoded
+        source. The rest is as in GPT.forward(). Padding at the right of idx needs no mask: its
         targets are -1.
         """
         memory = cache.memory if src is None else self.encode(src, src_pad)
@@ -792,7 +792,6 @@ class Seq2Seq(LanguageModel):
         return self.decoder(idx, pad, cache, memory)
 
     def next_token_logits(self, idx, cache):
-        """(B, V) logits of the token that follows idx (B, T), which continues a KVCache with a
-        memory."""
+        """(B, V) logits of the token that follows idx (B, T), which continues a KVCache."""
         x = self.hidden(idx, cache, cache.memory)
         return self.lm_head(x[:, -1])

@@ -1,5 +1,5 @@
 """
-Train a GPT or an encoder-decoder on a dataset of data/NAME, on whatever this machine has.
+Train a GPT or an encoder-decoder on the dataset in data/NAME, on whatever hardware there is.
 
     python train.py                                                a minute on two CPU cores
     python train.py config/shakespeare_char.py --dropout=0.1       a config file, then overrides
@@ -17,53 +17,53 @@ from pocket.configurator import configure, read_options
 out_dir: str | None = None         # checkpoints and log (None: out/NAME of the config or dataset)
 data_dir: str | None = None        # where datasets live (None: data/ beside this file)
 dataset = 'stdlib'                 # data/NAME; if it is missing, prepare/NAME.py is run
-init_from = 'scratch'              # or resume, a public GPT-2 (gpt2, gpt2-medium, …), or its folder
+init_from = 'scratch'              # or resume, or a pretrained model: gpt2, a folder, …
 resume = False                     # continue out_dir/last.pt, the same as --init_from=resume
 
 # Model: see GPTConfig and Seq2SeqConfig in model.py
 arch: Literal['gpt', 'seq2seq'] = 'gpt'  # decoder-only, or encoder-decoder (for datasets of pairs)
-block_size = 128                   # tokens of context; in a seq2seq: of a target
-src_block_size: int | None = None  # … and of its source (None: as block_size)
+block_size = 128                   # tokens of context; in a seq2seq: per target
+src_block_size: int | None = None  # in a seq2seq: tokens per source (None: as block_size)
 n_layer = 3                        # in a seq2seq: of the decoder
-n_encoder_layer: int | None = None  # … and of its encoder (None: as n_layer)
+n_encoder_layer: int | None = None  # in a seq2seq: of the encoder (None: as n_layer)
 n_head = 2
 n_embd = 160
 n_inner: int | None = None         # width of the MLP's hidden layer (None: 4 * n_embd)
-dropout = 0.0                      # [0, 1) on the residual stream; 0.1 to 0.2 if text is scarce
+dropout = 0.0                      # [0, 1) on the residual stream; try 0.1 to 0.2 with little text
 attn_dropout = 0.0                 # [0, 1) on attention weights
 bias = False                       # biases in Linear and LayerNorm
-attn_bias: bool | None = None      # … in the projections of attention (None: as bias)
-head_bias = False                  # … in the head
+attn_bias: bool | None = None      # biases in the projections of attention (None: as bias)
+head_bias = False                  # a bias in the output head
 pos: Literal['learned', 'sinusoidal', 'rotary'] = 'rotary'  # positions
 norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'
-norm_position: Literal['pre', 'post'] = 'pre'  # normalize what a layer reads, or its result
+norm_position: Literal['pre', 'post'] = 'pre'  # normalize a layer's input, or the sum after it
 act: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'relu2'  # the MLP's nonlinearity
 qk_norm = True                     # normalize queries and keys in each head
-token_shift = True                 # layers take half of their channels from the token before
+token_shift = True                 # half of a layer's input comes from the previous token
 tie_weights = False                # the head shares the token embedding
 tie_source = True                  # a seq2seq's source and target share theirs
 init: Literal['gpt2', 'xavier'] = 'gpt2'  # initial weights
 zero_init = True                   # projections into the residual stream start at zero
 softcap = 0.0                      # [0, inf) bound logits to ± this (0: off)
 cutoffs: tuple[int, ...] = ()      # adaptive softmax: --cutoffs=2000,10000 makes three clusters
-div_value = 4.0                    # … each of them so many times narrower than the one before
+div_value = 4.0                    # adaptive softmax: each cluster is so many times narrower
 gradient_checkpointing = False     # less memory, for about a third more time
 
 # Batches and length; of the three lengths, the one that is typed counts, else minutes, else epochs
 batch_size = 16                    # [1, inf) windows of a stream per micro-batch
 batch_tokens = 4096                # [1, inf) for datasets of pairs: tokens, with padding
 gradient_accumulation_steps = 1    # [1, inf) micro-batches per step
-max_iters = 800                    # [1, inf) steps in all …
-max_epochs: float | None = None    # (0, inf) … or passes over the whole dataset …
-max_minutes: float | None = None   # (0, inf) … or minutes: learning rates then follow the clock
-seed = 1337                        # [0, inf) of initial weights, order of data, dropout
+max_iters = 800                    # [1, inf) length of the run in steps
+max_epochs: float | None = None    # (0, inf) length in passes over the dataset
+max_minutes: float | None = None   # (0, inf) length in minutes: the schedule follows the clock
+seed = 1337                        # [0, inf) for initial weights, data order, dropout
 
 # Optimizer
 optimizer: Literal['muon', 'adamw'] = 'muon'  # muon: for matrices in the blocks, AdamW for the rest
-learning_rate = 1e-2               # [0, inf] of AdamW, at its peak
-muon_lr = 0.015                    # [0, inf] of Muon, at its peak
+learning_rate = 1e-2               # [0, inf) AdamW's peak learning rate
+muon_lr = 0.015                    # [0, inf) Muon's peak learning rate
 muon_momentum = 0.9                # [0, 1)
-weight_decay = 0.1                 # [0, inf] of matrices, not of norms and biases
+weight_decay = 0.1                 # [0, inf) for matrices, not for norms and biases
 beta1 = 0.9                        # [0, 1)
 beta2 = 0.99                       # [0, 1)
 grad_clip = 1.0                    # [0, inf] largest norm of the gradient (0: no limit)
@@ -71,29 +71,29 @@ label_smoothing = 0.0              # [0, 1) in training only; validation never h
 schedule: Literal['linear', 'cosine', 'constant'] = 'linear'  # from the peak down to min_lr
 warmup_iters = 20                  # [0, inf) steps in which the learning rate rises to its peak
 lr_decay_iters: int | None = None  # the step at which min_lr is reached (None: max_iters)
-min_lr = 0.0                       # [0, inf] of AdamW; Muon's learning rate falls in proportion
+min_lr = 0.0                       # [0, inf) AdamW's final learning rate; Muon's is in proportion
 
 # Evaluation
 eval_interval = 200                # [0, inf) steps between evaluations on all of val (0: an epoch)
-eval_only = False                  # evaluate out_dir/best.pt and stop …
-eval_split: Literal['val', 'test', 'train'] = 'val'  # … on this split
-eval_replies = 200                 # [0, inf) … for pairs with BLEU and chrF of so many replies
-num_beams = 1                      # [1, inf) … which are greedy, or found by beam search
-eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # … see pocket/evaluate.py
-patience = 0                       # [0, inf) stop after so many evaluations without a better one
+eval_only = False                  # evaluate out_dir/best.pt and stop
+eval_split: Literal['val', 'test', 'train'] = 'val'  # what --eval_only evaluates
+eval_replies = 200                 # [0, inf) --eval_only, pairs: score this many replies
+num_beams = 1                      # [1, inf) --eval_only: replies by beam search (1: greedy)
+eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
+patience = 0                       # [0, inf) stop after as many evaluations without progress
 log_interval = 50                  # [1, inf) steps between lines
-sample_tokens = 0                  # [0, inf) length of a sample after each evaluation
-final_sample_tokens = 300          # [0, inf) … and of the one at the end
+sample_tokens = 0                  # [0, inf) tokens to sample after each evaluation
+final_sample_tokens = 300          # [0, inf) tokens to sample at the end
 sample_start = ''                  # what samples begin with
 
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of products, not of weights
-compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA, where it soon pays off
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matmuls, not of weights
+compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA, where it pays off
 config, explicit = configure(__file__, globals())
 
 # --------------------------------------------------------------------------------------------------
-# Set-up: everything that can be wrong is found before the first step
+# Set-up: mistakes are found here, before the first step
 
 import math  # after configure(), so that --help and typos are answered at once
 import sys
@@ -120,14 +120,14 @@ if resuming or (eval_only and init_from == 'scratch'):
     state = checkpoint.load(state_path)
 options = read_options(open(__file__, encoding='utf-8').read())
 config = training.settle_options(config, explicit, options, state, state_path, resuming)
-globals().update(config)  # the options above, as they are from here on
+globals().update(config)  # rebind the options above to their final values
 
 # Device and precision
 device = distributed.init(pick_device(device))
 amp_dtype, dtype_reason = pick_dtype(device, dtype)
 torch.set_float32_matmul_precision('high')  # TF32 on CUDA, for products that stay in float32
 
-# A pretrained model has a shape of its own, which takes the place of ours
+# A pretrained model's shape overrides the options
 pretrained_model = None
 if state is None and init_from != 'scratch':
     pretrained_model = training.load_pretrained(init_from, config, explicit)
@@ -152,10 +152,10 @@ if max_epochs is not None:
 decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 eval_interval = eval_interval or steps_per_epoch
 
-# The folder of the run: nobody's work is overwritten
+# The folder of the run: an earlier run is never overwritten
 config['max_iters'] = max_iters
 config['out_dir'] = str(run_dir)
-if data_dir is not None:  # by default it stays beside the scripts, wherever they move
+if data_dir is not None:  # the default keeps following the scripts, so it is not recorded
     config['data_dir'] = str(data_folder.parent.resolve())
 if master_process and not eval_only:
     run_lock = training.claim_run_dir(run_dir, config, is_new=state is None)
@@ -181,7 +181,7 @@ optimizers = optim.make_optimizers(
 base_lrs = optim.base_learning_rates(optimizers)
 scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
-# Progress of the run
+# Training progress
 train_state = checkpoint.TrainState()
 if state is not None:
     resumed = optimizers if resuming else []
@@ -206,18 +206,18 @@ def forward(model, batch):
 
 
 # Compile, with one real step, for only then errors show; and share the work among processes
-raw_model = model  # without the wrappers: what is saved, and what generates
+raw_model = model  # unwrapped: for saving and sampling
 first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
 model, engine = training.compile_or_stay_eager(
     model, compile, device, try_step=lambda m: forward(m, next(first_batches)).backward())
 model = distributed.wrap_model(model, some_unused=bool(cutoffs))
 
-# Say what is about to happen
+# Print a summary (only the master process prints: errors.py silences the others)
 print(training.describe_run(raw_model, matrices, others, train_data, config, device, amp_dtype))
 print(f'device: {device}, {amp_dtype} ({dtype_reason}), {engine}', flush=True)
 
 # --------------------------------------------------------------------------------------------------
-# What the loop calls now and then
+# Helpers of the loop
 
 
 def print_sample(max_new_tokens):
@@ -258,7 +258,7 @@ def report(val_loss):
     log.add(train_state, elapsed(), train_loss, latest_lr, tokens_per_second)
     if not master_process:
         return
-    log.write()  # the log first, last.pt last: resuming from it mends what a crash left undone
+    log.write()  # order matters: after a crash anywhere, resuming from last.pt recovers
     if is_best:
         save('best.pt')
     save('last.pt')
@@ -303,7 +303,7 @@ while True:
         eval_start = seconds
         scores = evaluate(model, val_data, device, amp_dtype, stopped=lambda: signals.received)
         _, seconds = training.synchronize(signals, elapsed())
-        if scores is not None:  # None: we were asked to stop meanwhile
+        if scores is not None:  # None: a stop was requested during evaluation
             eval_seconds = seconds - eval_start
             training.check_finite('validation loss', scores['loss'], lr, train_state, log)
             report(scores['loss'])
@@ -322,8 +322,9 @@ while True:
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         with distributed.no_sync(model, last=is_last):
-            # Sums over targets, divided by their number in all micro-batches and processes: each
-            # target counts alike. (Processes average their gradients, hence world_size.)
+            # A sum over targets, divided by their number in all micro-batches and processes, so
+            # that each target counts equally. (Processes average their gradients, hence
+            # world_size.)
             loss = forward(model, batch) / (num_targets / world_size)
             scaler.scale(loss).backward()
         step_loss += loss.detach()
@@ -331,7 +332,7 @@ while True:
     # Clip the gradient, and step
     for opt in optimizers:
         scaler.unscale_(opt)
-    max_norm = grad_clip or math.inf  # infinite: the norm is only measured
+    max_norm = grad_clip or math.inf  # infinite: no clipping, only measure the norm
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     step_loss, seconds = training.synchronize(signals, elapsed(), step_loss.item())
     step_loss /= world_size

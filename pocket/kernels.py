@@ -1,13 +1,13 @@
 """
-Faster versions of what model.py states plainly, for CPUs above all. tests/test_kernels.py holds
-each of them against the plain formula.
+Faster versions of formulas in model.py, mainly for CPUs. tests/test_kernels.py checks each of them
+against its formula.
 
     Dropout           nn.Dropout, from random bytes instead of a Bernoulli number per element
     attention         softmax(q kᵀ / √D) v: plain_attention() in model.py
     cross_entropy     loss and gradient in slices of rows: plain_cross_entropy() in model.py
     loss_and_correct  such slices for validation, which also count correct predictions
 
-docs/LOG.md has what each of them gained.
+Measured speedups are in docs/LOG.md.
 """
 import math
 from functools import lru_cache
@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 
 class Dropout(nn.Module):
-    """nn.Dropout, on a CPU seven times faster.
+    """nn.Dropout, about seven times faster on a CPU.
 
     PyTorch draws a Bernoulli number per element; we draw random bytes, eight in each 64-bit number.
-    So on a CPU p is rounded to 1/256 (0.2 becomes 51/256). What is kept is scaled by exactly 1 / (1
-    - that), so the expectation is right.
+    So on a CPU p is rounded to a multiple of 1/256 (0.2 becomes 51/256). What is kept is scaled by
+    that p, so the expectation is right.
     """
 
     def __init__(self, p):
@@ -54,13 +54,13 @@ class Dropout(nn.Module):
 # Attention
 
 QUERY_BLOCK = 256  # queries per block of causal attention on a CPU
-MAX_SCORES = 1024 * 1024  # T × S up to which plain products beat PyTorch's fused kernel on a CPU
+MAX_SCORES = 1024 * 1024  # the largest T × S for which plain matmuls beat the fused kernel on a CPU
 
 
 @lru_cache(maxsize=8)
 def causal_bias(length, dtype, device):
     """(length, length) to add to attention scores: 0 on and below the diagonal, -inf above."""
-    with torch.inference_mode(False):  # it is cached, so training must be able to use it, too
+    with torch.inference_mode(False):  # it is cached, and training must be able to use it
         bias = torch.full((length, length), -math.inf, dtype=dtype, device=device)
         return bias.triu(1)
 
@@ -68,9 +68,9 @@ def causal_bias(length, dtype, device):
 def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     """softmax(q kᵀ / √D) v; arguments and result are those of plain_attention() in model.py.
 
-    On GPUs PyTorch's fused kernel is fastest, and never holds the scores. On CPUs it is for a
-    single query in float32 and for very long texts; elsewhere two products and a softmax take half
-    to a tenth of its time.
+    On GPUs PyTorch's fused kernel is fastest, and never holds the scores. On CPUs it wins only for
+    a single query in float32 and for very long texts; otherwise two matmuls and a softmax take 10
+    to 50 % of its time.
     """
     T, S = q.size(2), k.size(2)
     group = q.size(1) // k.size(1)
@@ -106,7 +106,7 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
 
 
 def attend_block(q, k, v, mask=None, causal_start=None, dropout=None):
-    """plain_attention(), in the order of operations that is fast.
+    """plain_attention(), with its operations reordered for speed.
 
     causal_start: the position of the first query, if no query may see later keys.
     """
@@ -124,15 +124,15 @@ def attend_block(q, k, v, mask=None, causal_start=None, dropout=None):
 # --------------------------------------------------------------------------------------------------
 # Cross-entropy of a large vocabulary
 
-MAX_LOGITS = 2**26  # held at a time: 128 MB in bfloat16
-CACHE_LOGITS = 2**20  # turned into gradients at a time on a CPU: in float32, what its cache holds
-WEIGHT_ROWS = 8192  # of the weights' gradient computed at a time: all of it would be held twice
+MAX_LOGITS = 2**26  # logits held at once: 128 MB in bfloat16
+CACHE_LOGITS = 2**20  # logits processed at once on a CPU: in float32 they fit its cache
+WEIGHT_ROWS = 8192  # rows of the weight gradient per matmul, so that it is not held twice
 
 
 def cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0.0):
     """Summed cross-entropy of x (N, C), through a linear layer (V, C), to targets (N,): float32.
 
-    The same as plain_cross_entropy() in model.py, which holds (N, V) logits three times over.
+    The same as plain_cross_entropy() in model.py, which needs about three (N, V) tensors.
     """
     return SlicedCrossEntropy.apply(x, weight, bias, targets, label_smoothing, softcap)
 
@@ -141,8 +141,8 @@ class SlicedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over slices of rows, so that no (N, V) tensor is ever held.
 
     The gradient with respect to the logits is softmax minus target, known as soon as the logits
-    are. So forward() computes it right away, in the place of the logits, and backward() has only to
-    scale. Hsu et al. 2024 (Liger Kernel), https://arxiv.org/abs/2410.10989
+    are. So forward() computes it right away, overwriting the logits, and backward() only scales
+    it. Hsu et al. 2024 (Liger Kernel), https://arxiv.org/abs/2410.10989
     """
 
     @staticmethod
@@ -161,8 +161,8 @@ class SlicedCrossEntropy(torch.autograd.Function):
         if bias is not None:
             padded_bias = F.pad(bias.to(dtype), (0, extra))
 
-        # Products want large slices of rows; the arithmetic in between wants few, which stay in the
-        # processor's cache. (A compiler would write a kernel for each part, so it gets one.)
+        # Matmuls prefer many rows; the elementwise work between them prefers few, which stay in the
+        # cache. (torch.compile would emit a kernel per part, so it gets one part.)
         logits_per_part = CACHE_LOGITS if x.device.type == 'cpu' else MAX_LOGITS // 4
         if torch.compiler.is_compiling():
             logits_per_part = MAX_LOGITS
@@ -188,7 +188,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
             columns = grad_logits.split(WEIGHT_ROWS, dim=1)
             for grad_columns, grad_rows in zip(columns, grad_weight.split(WEIGHT_ROWS)):
                 grad_rows += grad_columns.t() @ x_slice
-            # Let go of this slice before the next is made
+            # Free this slice before computing the next
             del logits, grad_logits, parts, part, grad, columns, grad_columns
         ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_weight, grad_bias)
         return loss

@@ -54,7 +54,7 @@ def pick_muon_dtype(device, amp_dtype):
 
 
 def lr_factor(step, schedule, warmup_iters, decay_iters, floor, share_left=None):
-    """What every learning rate is multiplied by at a step (the first step is step 0).
+    """The multiplier of every learning rate at a step, counted from 0.
 
     It rises during the warm-up, then falls to `floor` at decay_iters: 'linear', 'cosine', or not at
     all ('constant'). share_left: how much of the time is left, from 1 to 0, for a schedule by the
@@ -93,15 +93,15 @@ def set_learning_rates(optimizers, base_lrs, factor):
 
 
 def orthogonalize(G, steps=5, dtype=torch.bfloat16):
-    """The nearest semi-orthogonal matrices, roughly: all singular values go to about 1.
+    """The nearest semi-orthogonal matrices, roughly: all singular values are pushed to about 1.
 
-    G: (N, rows, cols); returned in dtype. A quintic Newton-Schulz iteration, which needs products
-    only. Its coefficients have the steepest slope at zero that still converges to [0.7, 1.2].
+    G: (N, rows, cols); returned in dtype. A quintic Newton-Schulz iteration, which needs only
+    matmuls. Its coefficients maximize the slope at zero while keeping results in [0.7, 1.2].
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype)
     is_tall = G.size(1) > G.size(2)
-    if is_tall:  # then X Xᵀ, which the iteration squares, is the smaller product
+    if is_tall:  # transpose, so that X Xᵀ is the smaller product
         X = X.mT
 
     # The iteration needs a spectral norm of at most 1; the Frobenius norm is never smaller
@@ -118,7 +118,7 @@ def orthogonalize(G, steps=5, dtype=torch.bfloat16):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for weight matrices.
+    """Momentum with orthogonalized updates, for weight matrices.
 
     Why: the gradient of a matrix is dominated by few directions, those with large singular values.
     An orthogonal update moves all directions equally far, so that rare ones are learned as well.
@@ -128,8 +128,8 @@ class Muon(torch.optim.Optimizer):
     in) if out > in. Nesterov momentum, decoupled weight decay. dtype: of the iteration; bfloat16 is
     exact enough. Raises ValueError for a parameter that is not a matrix.
 
-    The same mathematics as torch.optim.Muon, which tests hold it against, but all matrices of one
-    shape go through the iteration as one batch: in about half the time for small models.
+    The same mathematics as torch.optim.Muon (tests compare them), but matrices of the same shape go
+    through the iteration as one batch: about twice as fast for small models.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
@@ -154,7 +154,7 @@ class Muon(torch.optim.Optimizer):
     def update_matrices(self, params, group):
         """One step for N matrices of the same shape (rows, cols)."""
         grad = torch.stack([p.grad for p in params])  # (N, rows, cols)
-        state = self.state[params[0]]  # the first of them keeps the momentum of all
+        state = self.state[params[0]]  # the momentum of all is stored under the first
         if 'momentum' not in state:
             state['momentum'] = torch.zeros_like(grad)
         momentum = state['momentum']
