@@ -165,8 +165,8 @@ def test_ctrl_c_ends_a_reply_but_not_the_chat(chatty):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--arch=seq2seq', '--dataset=toy'], 'is one stream of text, but an encoder-decoder learns from pairs'),
-    (['--dataset=talk', '--batch_size=4'], 'batch_size (command line) means nothing for'),
+    (['--arch=seq2seq', '--dataset=toy'], 'is a single stream of text, but an encoder-decoder learns from pairs'),
+    (['--dataset=talk', '--batch_size=4'], 'batch_size (command line) has no effect on'),
     (['--dataset=toy', '--batch_tokens=99'], 'set --batch_size instead'),
     (['--dataset=talk', '--cutoffs=3,99'], 'cutoffs must be rising'),
     (['--dataset=talk', '--cutoffs=3,x'], 'cutoffs must be whole numbers'),

@@ -120,7 +120,7 @@ def test_advice_for_little_text_that_is_memorized(project):
     (data / 'meta.json').write_text(meta.replace('5000', '60'), encoding='utf-8')
     long = ['--max_iters=120', '--eval_interval=12', '--learning_rate=1e-2']
     out, _ = project.run('train.py', *SIMPLE, *long)
-    assert re.search(r'advice: this is little text, each token will be seen \d+ times', out)
+    assert re.search(r'advice: the dataset is small, and each token will be seen \d+ times', out)
     assert out.count('memorizing its text') == 1
 
 

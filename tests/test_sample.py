@@ -171,8 +171,8 @@ def test_mistake_is_explained_in_one_sentence(trained, args, message):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'n_layer': 5}, 'does not fit together'),
-    ({'depth': 3}, 'does not fit together'),
+    ({'n_layer': 5}, 'is inconsistent'),
+    ({'depth': 3}, 'is inconsistent'),
     ({'tokenizer': {'kind': 'word'}}, "unknown kind of tokenizer 'word'"),
     ({'format': 99}, 'format 99'),
     ({'format': None}, 'parts are missing'),

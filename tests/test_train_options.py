@@ -47,7 +47,7 @@ def test_options_out_of_range_are_reported_together(project):
     error = project.fails(
         'train.py', '--batch_size=0', '--learning_rate=-1', '--dropout=2', '--beta2=1')
     for part in [
-        'batch_size must be in [1, inf), got 0', 'learning_rate must be in [0, inf], got -1',
+        'batch_size must be in [1, inf), got 0', 'learning_rate must be in [0, inf), got -1',
         'dropout must be in [0, 1), got 2', 'beta2 must be in [0, 1), got 1',
     ]:
         assert part in error
@@ -64,7 +64,7 @@ def test_contradictions_are_reported_together(check):
         'n_embd must be divisible by n_head, got 384 and 5',
         'adaptive softmax (cutoffs) can\'t do label_smoothing',
         'cutoffs (adaptive softmax) do not work with tie_weights',
-        'max_iters and max_minutes both say how long to train: give one of them',
+        'max_iters and max_minutes each set the length of the run: give one of them',
     ]:
         assert part in str(caught.value)
 
@@ -73,7 +73,7 @@ def test_contradictions_end_train(project):
     error = project.fails('train.py', '--n_embd=384', '--n_head=5')
     assert 'n_embd must be divisible by n_head, got 384 and 5' in error
     error = project.fails('train.py', '--max_minutes=1', '--max_iters=5')
-    assert 'max_iters and max_minutes both say how long' in error
+    assert 'max_iters and max_minutes each set the length of the run' in error
 
 
 def test_typed_length_wins_over_a_config_file(check):

@@ -247,7 +247,7 @@ CLAIMS = [  # (fields of the config, what the error says)
     ({'block_size': 10**12}, 'block_size must be from 1 to'),
     ({'block_size': 2**20, 'n_embd': 2**12}, 'too large with 1048576: lower block_size'),
     ({'n_embd': 2**24}, 'positions are a table'),
-    ({'vocab_size': 2**61}, 'does not fit together'),
+    ({'vocab_size': 2**61}, 'is inconsistent'),
     ({'vocab_size': 2**40}, 'must be'),
     ({'n_inner': 2**24}, 'c_fc'),
     ({'cutoffs': tuple(range(1, 20))}, 'cutoffs'),
