@@ -28,7 +28,7 @@ MODELS = {'gpt': (GPT, GPTConfig), 'seq2seq': (Seq2Seq, Seq2SeqConfig)}
 
 @dataclass
 class TrainState:
-    """How far a run is. Every checkpoint holds these numbers under these names."""
+    """Training progress. Every checkpoint holds these numbers under these names."""
     step: int = 0  # optimizer steps so far
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # of training, those before a resume included
@@ -102,7 +102,7 @@ def load(path):
     try:
         check_weights(state, path.stat().st_size)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise UserError(f'{path} does not fit together: {first_line(e)}') from None
+        raise UserError(f'{path} is inconsistent: {first_line(e)}') from None
     return state
 
 
@@ -184,7 +184,7 @@ def build(state, path, **overrides):
     except UserError:  # an encoding that has to be downloaded, say
         raise
     except (TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f'{path} does not fit together: {last_line(e)}') from None
+        raise UserError(f'{path} is inconsistent: {last_line(e)}') from None
 
 
 def first_line(error):
@@ -200,11 +200,11 @@ def last_line(error):
 # --------------------------------------------------------------------------------------------------
 # Resuming a run
 
-# Options that say what to do now, not how the run is to be trained
+# Options of this command, not of the run
 OPTIONS_OF_THIS_COMMAND = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split',
                            'eval_replies', 'num_beams', 'eval_protocol'}
 
-# With any other value for these it would be another run; all other options may change on the way
+# With another value for these it would be a different run
 FIXED_AFTER_START = {'arch', 'dataset', 'optimizer'}
 CHANGEABLE_IN_MODEL = {'dropout', 'attn_dropout', 'gradient_checkpointing'}
 
@@ -251,7 +251,7 @@ def resume_config(state, path, config, explicit, options, resuming=True):
 def saved_options(state, path, config, options):
     """{option: value} that a run was started with, each of its option's type. Raises UserError."""
     saved = {}
-    for field in fields(Seq2SeqConfig):  # switches that are younger than the run were off in it
+    for field in fields(Seq2SeqConfig):  # options added since the run take their defaults
         saved[field.name] = field.default
     saved.update(state['config'])
     saved.update(state['model_args'])
@@ -285,7 +285,7 @@ def restore(state, path, model, optimizers, scaler):
 
 def train_state_of(state):
     """The TrainState in a checkpoint. Raises LookupError if numbers are missing."""
-    numbers = {'tokens': 0}  # checkpoints of the first days had no such number
+    numbers = {'tokens': 0}  # the earliest checkpoints lack it
     for field in fields(TrainState):
         if field.name in state or field.name != 'tokens':
             numbers[field.name] = state[field.name]
@@ -528,7 +528,7 @@ def is_plain_tensor(tensor, expected):
         return False
     if tensor.shape != expected.shape:
         return False
-    if expected.is_floating_point():  # float32 and bfloat16 are as good as each other
+    if expected.is_floating_point():  # float32 and bfloat16 are both fine
         return tensor.is_floating_point()
     return tensor.dtype == expected.dtype
 

@@ -1,6 +1,5 @@
 """
-What a model is worth: its loss and accuracy over a whole split, and how its replies compare with
-those of people.
+Evaluation: loss and accuracy over a whole split, and how replies compare with those of people.
 """
 import math
 from itertools import islice
@@ -46,7 +45,7 @@ def evaluate(model, data, device, dtype, stopped=lambda: False):
                disable=None if master_process else True, delay=2)
     with bar:
         while True:
-            # All processes take a batch each, and all go on, or none: ranks may have one batch less
+            # All ranks must make the same all-reduce calls, though some have one batch fewer
             batch = next(batches, None)
             batch_loss = batch_correct = batch_count = 0
             if batch is not None:

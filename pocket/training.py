@@ -1,6 +1,6 @@
 """
-What train.py leaves to others, so that it reads like a training loop: rules about options, the
-folder and the log of a run, signals, and advice for runs that go wrong.
+Helpers that keep train.py readable: options, the folder and log of a run, signals, and advice for
+runs that go wrong.
 """
 import csv
 import json
@@ -68,7 +68,7 @@ def settle_options(config, explicit, options, state, state_path, resuming):
 def check_options(config, explicit, options):
     """The options to train with, once those that depend on each other are settled.
 
-    Only one option says how long to train; one that is typed wins over what a config file says.
+    Only one option sets the length of the run; the command line beats a config file.
     Raises UserError with all that is wrong.
     """
     config = dict(config)
@@ -78,7 +78,7 @@ def check_options(config, explicit, options):
     typed = [name for name in lengths
              if explicit.get(name) == 'command line' and config[name] is not None]
     if len(typed) > 1:
-        problems.append(f'{" and ".join(typed)} both say how long to train: give one of them')
+        problems.append(f'{" and ".join(typed)} each set the length of the run: give one of them')
     if typed:
         for name in ('max_epochs', 'max_minutes'):
             if name != typed[0]:
@@ -112,7 +112,7 @@ def prepare_data(dataset, data_dir):
 
 
 def check_dataset_fits(meta, tok, folder, config, explicit, state):
-    """Raise UserError if a dataset is not what the model and the options are for.
+    """Raise UserError if a dataset doesn't match the model or the options.
 
     tok: its tokenizer. state: the checkpoint that is resumed or evaluated, or None.
     """
@@ -121,14 +121,14 @@ def check_dataset_fits(meta, tok, folder, config, explicit, state):
                         f'another --out_dir, or restore the dataset')
     is_pairs = meta['kind'] == 'pairs'
     if config['arch'] == 'seq2seq' and not is_pairs:
-        raise UserError(f'{folder} is one stream of text, but an encoder-decoder learns from '
+        raise UserError(f'{folder} is a single stream of text, but an encoder-decoder learns from '
                         f'pairs: train a GPT on it (--arch=gpt, or config/shakespeare_char.py), or '
                         f'use a dataset of pairs (config/office_encdec.py)')
     unused, used, held = 'batch_tokens', 'batch_size', 'a stream'
     if is_pairs:
         unused, used, held = 'batch_size', 'batch_tokens', 'pairs'
     if unused in explicit and state is None:
-        raise UserError(f'{unused} ({explicit[unused]}) means nothing for {folder}, which holds '
+        raise UserError(f'{unused} ({explicit[unused]}) has no effect on {folder}, which holds '
                         f'{held}: set --{used} instead')
     if config['eval_split'] not in meta['counts']:
         raise UserError(f'{folder} has no {config["eval_split"]} split: '
@@ -176,7 +176,7 @@ def claim_run_dir(out_dir, config, is_new):
 
 
 class RunLog:
-    """log.csv of a run, a row per evaluation, and loss.png, which is drawn from it."""
+    """log.csv of a run, with a row per evaluation, and loss.png, which is drawn from it."""
     COLUMNS = ('step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'lr', 'grad_norm',
                'tokens_per_s')
 
@@ -224,7 +224,7 @@ class RunLog:
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM, or a terminal that is closed: finish this step, save, and leave.
+    """On Ctrl-C, SIGTERM or a closed terminal: finish the step, save, and exit.
 
     received: the name of the signal that this process got. agreed: one that all processes know of;
     the loop acts on that alone, so that all of them stop at the same step.
@@ -233,7 +233,7 @@ class StopSignals:
     def __init__(self):
         self.names = ['SIGINT', 'SIGTERM']
         if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-            self.names.append('SIGHUP')  # the terminal has gone; nohup ignores that, and so do we
+            self.names.append('SIGHUP')  # the terminal was closed; left ignored under nohup
         self.received = None
         self.received_at = None
         self.agreed = None
@@ -245,8 +245,8 @@ class StopSignals:
     def handle(self, number, frame):
         """The first signal asks for a stop, the second stops at once.
 
-        Within a second of the first it is no second: torchrun passes on what the terminal has sent
-        to us as well.
+        A repeat within a second doesn't count: torchrun forwards a signal that we also got
+        directly.
         """
         now = time.monotonic()
         if self.received_at is not None and now > self.received_at + 1:
@@ -256,7 +256,7 @@ class StopSignals:
             self.received_at = now
 
     def exit_status(self):
-        """128 and the signal's number, as shells have it."""
+        """128 plus the number of the signal, the convention of shells."""
         return 128 + getattr(signal, self.agreed)
 
 
@@ -274,7 +274,7 @@ def synchronize(signals, seconds, loss=0.0):
 
 
 def seed_step(seed, step):
-    """Seed the dropout of one step of one process: it depends on nothing that came before."""
+    """Seed the dropout of a step from (seed, step, rank) alone."""
     torch.manual_seed((seed * 1_000_003 + step + distributed.rank * 7_919_000_021) % 2**63)
 
 
@@ -282,7 +282,7 @@ def share_of_time_left(max_minutes, seconds, eval_seconds):
     """How much of --max_minutes is left after so many seconds, from 1 to 0; None without that
     option.
 
-    eval_seconds: what an evaluation takes, for the one at the end.
+    eval_seconds: time to reserve for the final evaluation.
     """
     if max_minutes is None:
         return None
@@ -311,12 +311,12 @@ def load_pretrained(name, config, explicit):
     wrong = [option for option in model_options(config)
              if option in explicit and config[option] != getattr(model.config, option)]
     if wrong:
-        raise UserError(f'{name} has a shape of its own: omit {", ".join(wrong)}')
+        raise UserError(f'{name} fixes its own shape: omit {", ".join(wrong)}')
     return model
 
 
 def take_shape(config, model):
-    """config, with the shape of a pretrained model in the place of the options for one."""
+    """config, with its model options replaced by those of a pretrained model."""
     return config | {option: getattr(model.config, option) for option in model_options(config)}
 
 
@@ -441,13 +441,13 @@ def describe_goal(state, config, out_dir, epochs):
 
 
 def sample_command(out_dir):
-    """What to type to talk with a run."""
+    """The command that chats with the trained model."""
     script = shlex.quote(str(short_path(ROOT / 'sample.py')))
     return f'python {script} --out_dir={shlex.quote(str(out_dir))} --chat'
 
 
 def resume_command(arguments):
-    """What to type to continue a run that was started with these arguments."""
+    """The command that continues a run that was started with these arguments."""
     typed = shlex.join(argument for argument in arguments if argument != '--resume')
     return f'{distributed.launcher} train.py {typed} --resume'
 
@@ -459,8 +459,8 @@ def resume_command(arguments):
 def advise_before(epochs, config):
     """Advice before a run starts, or None. epochs: passes over the training data."""
     if epochs > 20 and config['max_minutes'] is None and config['dropout'] < 0.1:
-        return (f'this is little text, each token will be seen {epochs:.0f} times: more of it, '
-                f'fewer steps or --dropout=0.2 keep the model from memorizing it')
+        return (f'the dataset is small, and each token will be seen {epochs:.0f} times: more text, '
+                f'fewer steps or --dropout=0.2 limit memorization')
     return None
 
 

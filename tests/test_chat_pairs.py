@@ -174,7 +174,7 @@ def test_ctrl_c_ends_a_reply_but_not_the_chat(chatty):
     (['--dataset=talk', '--max_epochs=0'], 'max_epochs must be'),
     (['--dataset=talk', '--max_epochs=2', '--max_iters=9'], 'give one of them'),
     (['--dataset=talk', '--cutoffs=5', '--label_smoothing=0.1'], "can't do label_smoothing"),
-    (['--init_from=gpt3'], "'gpt3' is neither one of gpt2, gpt2-medium"),
+    (['--init_from=gpt3'], "'gpt3' is neither one of smollm2, gpt2"),
 ])
 def test_mistake_in_training_is_explained_in_one_sentence(chatty, args, message):
     assert message in chatty.fails('train.py', *args)
