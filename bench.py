@@ -11,7 +11,7 @@ How fast this machine trains, encodes and generates, and how much of its peak sp
 
 Each measurement runs in its own process, and baselines take turns with us: A B A B. They get the
 same shapes, data, and number of threads. Prints medians, with minimum and maximum if there are
-several repeats, and all figures as JSON in the last line.
+several repeats, and with --to=FILE all figures as JSON.
 """
 from typing import Literal
 
@@ -23,6 +23,7 @@ nanogpt: str | None = None   # a folder with nanoGPT's model.py, one more baseli
 rounds = 1                   # [1, inf) repeats of each measurement
 seconds = 2.0                # (0, inf) how long each measurement is timed
 profile = False              # write traces to out/bench
+to: str | None = None        # a file for all figures, as JSON
 device = 'auto'              # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # ours; baselines use their own
 worker = ''                  # for internal use: what this process measures
@@ -30,6 +31,7 @@ configure(__file__, globals())
 
 import importlib.util
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -49,7 +51,7 @@ from pocket import checkpoint
 from pocket.data import Stream, bucket_by_length
 from pocket.device import autocast, peak_memory, pick_device, pick_dtype
 from pocket.errors import UserError
-from pocket.files import ROOT
+from pocket.files import ROOT, atomic_write
 from pocket.generate import new_cache
 from pocket.quantize import prepare_for_decoding
 from pocket.tokenizer import BpeTokenizer, ByteTokenizer
@@ -156,6 +158,22 @@ def train_nanogpt(shape, batch_size, length):
     amp_dtype = torch.float32 if device.type == 'cpu' else torch.bfloat16
     step = make_training_step(model, amp_dtype, fused_optimizer=device.type == 'cuda')
     return time_gpt_training(model, step, shape, batch_size, length)
+
+
+def train_nanogpt_bf16(shape, batch_size, length):
+    """Tokens/s of nanoGPT's model as an expert runs it: compiled, in our precision, AdamW fused."""
+    theirs = import_file('nanogpt_model', Path(nanogpt) / 'model.py')
+    model = torch.compile(theirs.GPT(theirs.GPTConfig(**shape)))
+    step = make_training_step(model, compute_dtype)
+    return time_gpt_training(model, step, shape, batch_size, length)
+
+
+def nanogpt_baselines(shape, batch_size, length):
+    """nanoGPT twice: as its README runs it on this machine, and with bfloat16 and torch.compile."""
+    return {
+        'nanogpt': lambda: train_nanogpt(shape, batch_size, length),
+        'nanogpt-bf16': lambda: train_nanogpt_bf16(shape, batch_size, length),
+    }
 
 
 def make_training_step(model, amp_dtype, fused_optimizer=True):
@@ -606,25 +624,25 @@ ROWS = [
     Row(
         "train nanoGPT's CPU example (0.8 M), 12 x 64", 'tok/s',
         lambda: train_gpt(TINY, 12, 64),
-        {'nanogpt': lambda: train_nanogpt(TINY, 12, 64)},
+        nanogpt_baselines(TINY, 12, 64),
         limit='FLOP',
     ),
     Row(
         'train shakespeare_char (10.7 M), 64 x 256', 'tok/s',
         lambda: train_gpt(SMALL, 64, 256),
-        {'nanogpt': lambda: train_nanogpt(SMALL, 64, 256)},
+        nanogpt_baselines(SMALL, 64, 256),
         limit='FLOP',
     ),
     Row(
         'train shakespeare_char with dropout 0.2', 'tok/s',
         lambda: train_gpt(SMALL_DROPOUT, 64, 256),
-        {'nanogpt': lambda: train_nanogpt(SMALL_DROPOUT, 64, 256)},
+        nanogpt_baselines(SMALL_DROPOUT, 64, 256),
         limit='FLOP',
     ),
     Row(
         'train GPT-2 124M, 4 x 512', 'tok/s',
         lambda: train_gpt(GPT2, 4, 512),
-        {'nanogpt': lambda: train_nanogpt(GPT2, 4, 512)},
+        nanogpt_baselines(GPT2, 4, 512),
         limit='FLOP',
     ),
     Row(
@@ -714,7 +732,9 @@ def main():
 def measure(name):
     """In a worker: measure the row named `rows`. Returns [rate, cost, peak memory in bytes]."""
     torch.manual_seed(0)
-    row = next(row for row in ROWS if row.name == rows)
+    row = next((row for row in ROWS if row.name == rows), None)
+    if row is None or name not in ('ours', *row.baselines):
+        raise UserError(f'--worker={name} is for internal use: omit it')
     function = row.ours if name == 'ours' else row.baselines[name]
     rate, cost = function()
     return [rate, cost, peak_memory(device)]
@@ -731,7 +751,7 @@ def compare():
     peaks = run_worker('peaks')
     threads = torch.get_num_threads()
     dtype_name = str(compute_dtype).removeprefix('torch.')
-    print(f'{device}, {threads} threads, torch {torch.__version__}; '
+    print(f'{describe_processor()}; {device}, {threads} threads, torch {torch.__version__}; '
           f'peak {peaks["FLOP"] / 1e9:,.0f} GFLOP/s ({dtype_name}), '
           f'{peaks["bytes"] / 1e9:,.1f} GB/s read from memory')
 
@@ -748,13 +768,33 @@ def compare():
             rates = [rate for rate, _, _ in repeats]
             results[row.name][name] = {'rates': rates, 'peak': [memory for _, _, memory in repeats]}
 
-    print(json.dumps({
-        'torch': torch.__version__,
-        'device': str(device),
-        'threads': threads,
-        'limits': peaks,
-        'work': results,
-    }))
+    if to is not None:
+        figures = {
+            'processor': describe_processor(),
+            'torch': torch.__version__,
+            'device': str(device),
+            'threads': threads,
+            'limits': peaks,
+            'work': results,
+        }
+        text = json.dumps(figures, indent=1)
+        atomic_write(to, lambda f: f.write(text.encode('utf-8')))
+
+
+def describe_processor():
+    """The processor's name and those of its features that decide how fast bfloat16 is."""
+    name = platform.processor() or platform.machine()
+    flags = ''
+    info = Path('/proc/cpuinfo')
+    if info.is_file():  # Linux
+        text = info.read_text(encoding='utf-8', errors='replace')
+        fields = dict(line.split(':', 1) for line in text.splitlines() if ':' in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        name = fields.get('model name', name)
+        flags = fields.get('flags', '')
+    features = [feature for feature in ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2')
+                if feature in flags.split()]
+    return f'{name} ({", ".join(features) or "no AVX2"})'
 
 
 def available_baselines():
@@ -766,7 +806,7 @@ def available_baselines():
         if importlib.util.find_spec(package):
             names.add(package)
     if nanogpt:
-        names.add('nanogpt')
+        names |= {'nanogpt', 'nanogpt-bf16'}
     return names
 
 

@@ -11,14 +11,14 @@ Generate text with a trained model, let it complete what you type, or chat with 
 from typing import Literal
 
 from pocket.configurator import configure
-from pocket.errors import UserError
+from pocket.errors import UserError, show_control_characters
 from pocket.files import find_path
 
 out_dir: str | None = None         # the run to sample from (None: the newest in out/)
 weights: Literal['best', 'last'] = 'best'  # which of its checkpoints
 init_from: str | None = None       # instead: smollm2, gpt2, OWNER/NAME, or a folder with one
 start: tuple[str, ...] = ('',)     # the prompt, or FILE:prompt.txt; may be given several times
-num_samples = 1                    # [1, inf) samples per prompt
+num_samples = 1                    # [1, 65536] samples per prompt
 system: str | None = None          # what a chat model is told first, such as "You are a pirate."
 chat = False                       # chat, or complete what you type, until /quit, Ctrl-D or Ctrl-C
 interactive = False                # the same as --chat
@@ -35,10 +35,11 @@ stop: tuple[str, ...] = ()         # end a sample before this string; may be giv
 ignore_eot = False                 # continue past the end-of-text token
 drop_unknown = False               # leave out characters that the tokenizer does not know
 seed: int | None = 1337            # None: different samples every time
-# Web page
-web = False                        # chat, or complete what you type, in the browser
+# Web page and OpenAI API
+web = False                        # chat, or complete what you type, in the browser; also an API
 port = 8000                        # of the page's address, http://127.0.0.1:8000
-host = '127.0.0.1'                 # 0.0.0.0: other machines can reach it too
+host = '127.0.0.1'                 # 0.0.0.0: other machines can reach it too, with a key
+api_key: str | None = None         # what the page and programs must know; needed with such a host
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # weights (None: float32)
@@ -47,9 +48,11 @@ config, explicit = configure(__file__, globals())
 
 # Only now what takes a second to import: --help and typing errors have been answered at once
 import sys
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 from pocket.chat import PRESETS, SETTING_TYPES, Settings, load, update_settings
+from pocket.datasets import read_text
 from pocket.template import ChatTemplate
 
 # Mistakes in the options are reported before a model is loaded
@@ -57,7 +60,11 @@ options = {name: config[name] for name in SETTING_TYPES}
 settings = update_settings(Settings(), options, chosen=explicit)
 if web:
     from pocket.server import ChatServer, listen
-    listening_socket = listen(host, port)
+    listening_socket = listen(host, port, api_key)
+else:
+    for name in ('host', 'port', 'api_key'):
+        if name in explicit:
+            raise UserError(f'--{name} is for the page and the API: add --web')
 
 model = load(out_dir, init_from, weights, device, dtype, quantize,
              stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown, system=system)
@@ -69,11 +76,9 @@ def read_prompt(text):
     if text.startswith('FILE:'):
         path = find_path(text.removeprefix('FILE:'))
         try:
-            content = path.read_bytes().decode('utf-8')
-        except OSError as e:
-            raise UserError(f'cannot read the prompt {text}: {e.strerror}') from None
-        except UnicodeDecodeError:
-            raise UserError(f'cannot read the prompt {text}: it is not UTF-8 text') from None
+            content = read_text(path)  # as the scripts in prepare/ do
+        except UserError as e:
+            raise UserError(f'cannot read the prompt {text}: {e}') from None
         return model.encodable(content)
     return model.encodable(text)
 
@@ -109,6 +114,7 @@ def print_samples():
                 text = text.lstrip()
         show(text)
     print()
+    warn_about_stop_strings()
 
     if sys.stdout.isatty():
         print('next: --chat continues what you type, --web does so in the browser; '
@@ -124,7 +130,18 @@ def print_heading(row, texts):
     if model.template:
         show(f'{model.template.user}: {texts[row]}\n{model.template.assistant}: ')
     else:
-        show(texts[row])
+        _, shown = model.split_document_start(texts[row])
+        show(shown)
+
+
+def warn_about_stop_strings():
+    """Say which strings of --stop no sample came to."""
+    for text in model.stop:
+        if text not in model.stops_found:
+            advice = ''
+            if '\\n' in text:
+                advice = "; in most shells a line break is typed as $'\\n'"
+            print(f'warning: no sample came to --stop={text!r}{advice}', file=sys.stderr)
 
 
 # ---- Chat
@@ -135,7 +152,7 @@ HELP = """/settings      show the settings; /settings temperature=0.7 top_k=None
 /as NAME       speak as NAME (in a conversation)
 /reset         forget the conversation
 /help          show this
-/quit          exit; so does Ctrl-D. Ctrl-C stops a generation"""
+/quit          exit; so do quit, exit and Ctrl-D. Ctrl-C stops a generation"""
 
 
 def chat_loop():
@@ -143,6 +160,8 @@ def chat_loop():
 
     Ends at /quit, at the end of the input, or with Ctrl-C while waiting for a line.
     """
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - with it, input() has arrow keys, a history, and whole pastes
     invitation = 'Say something' if model.template else 'Type the start of a text'
     print(f'{model.name}: {model.model.num_params() / 1e6:.1f} M parameters. '
           f'{invitation}; /help lists commands, /quit exits.')
@@ -175,16 +194,20 @@ def read_line(turns):
 
     Raises UserError if the line makes no sense, EOFError if it ends the conversation.
     """
-    line = input(f'\n{model.template.user}: ' if model.template else '\n> ')
+    print()
+    prompt = '> '
+    if model.template:  # input() may write straight to the terminal, not through sys.stdout
+        prompt = f'{show_control_characters(model.template.user)}: '
+    line = input(prompt)
     if line.startswith('/'):
         handle_command(line.strip(), turns)
         return None
     if not line.strip():
         return None
+    if line.strip().lower() in ('exit', 'quit'):
+        raise EOFError
     if model.template:
         return model.encodable(line.strip())
-    if line.strip() in ('exit', 'quit'):
-        raise EOFError
     return model.encodable(line)
 
 
@@ -216,6 +239,7 @@ def handle_command(line, turns):
         print(HELP.format(presets=', '.join(PRESETS)))
     elif command == '/reset':
         turns.clear()
+        print('the conversation is forgotten')
     elif command == '/as':
         speak_as(rest)
     elif command == '/settings':
@@ -252,7 +276,7 @@ def change_settings(words):
 
 
 if web:
-    ChatServer(model, listening_socket, host, seed, read_prompt(start[0])).run()
+    ChatServer(model, listening_socket, host, seed, read_prompt(start[0]), api_key).run()
 elif chat or interactive:
     chat_loop()
 else:

@@ -17,7 +17,7 @@ from pocket.configurator import configure, read_options
 out_dir: str | None = None         # checkpoints and log (None: out/NAME of the config or dataset)
 data_dir: str | None = None        # where datasets live (None: data/ beside this file)
 dataset = 'stdlib'                 # data/NAME; if it is missing, prepare/NAME.py is run
-init_from = 'scratch'              # or resume, or a pretrained model: gpt2, a folder, …
+init_from = 'scratch'              # or resume, or other weights: out/RUN, smollm2, a folder, …
 resume = False                     # continue out_dir/last.pt, the same as --init_from=resume
 
 # Model: see GPTConfig and Seq2SeqConfig in model.py
@@ -27,18 +27,23 @@ src_block_size: int | None = None  # in a seq2seq: tokens per source (None: as b
 n_layer = 3                        # in a seq2seq: of the decoder
 n_encoder_layer: int | None = None  # in a seq2seq: of the encoder (None: as n_layer)
 n_head = 2
+n_kv_head: int | None = None       # heads of keys and values (None: n_head); fewer: a smaller cache
+head_dim: int | None = None        # channels of a head (None: n_embd / n_head)
 n_embd = 160
 n_inner: int | None = None         # width of the MLP's hidden layer (None: 4 * n_embd)
 dropout = 0.0                      # [0, 1) on the residual stream; try 0.1 to 0.2 with little text
 attn_dropout = 0.0                 # [0, 1) on attention weights
 bias = False                       # biases in Linear and LayerNorm
 attn_bias: bool | None = None      # biases in the projections of attention (None: as bias)
+qkv_bias: bool | None = None       # biases of queries, keys and values (None: as attn_bias)
 head_bias = False                  # a bias in the output head
 pos: Literal['learned', 'sinusoidal', 'rotary'] = 'rotary'  # positions
+rope_theta = 10000.0               # (0, inf) rotary: the larger, the longer the slowest wavelength
 norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'
+norm_eps = 1e-5                    # (0, inf) added to the variance before the root
 norm_position: Literal['pre', 'post'] = 'pre'  # normalize a layer's input, or the sum after it
 act: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'relu2'  # the MLP's nonlinearity
-qk_norm = True                     # normalize queries and keys in each head
+qk_norm: bool | Literal['rmsnorm'] = True  # normalize queries and keys; rmsnorm: with weights
 token_shift = True                 # half of a layer's input comes from the previous token
 tie_weights = False                # the head shares the token embedding
 tie_source = True                  # a seq2seq's source and target share theirs
@@ -46,16 +51,16 @@ init: Literal['gpt2', 'xavier'] = 'gpt2'  # initial weights
 zero_init = True                   # projections into the residual stream start at zero
 softcap = 0.0                      # [0, inf) bound logits to ± this (0: off)
 cutoffs: tuple[int, ...] = ()      # adaptive softmax: --cutoffs=2000,10000 makes three clusters
-div_value = 4.0                    # adaptive softmax: each cluster is so many times narrower
+div_value = 4.0                    # [1, inf) adaptive softmax: how much narrower each cluster is
 gradient_checkpointing = False     # less memory, for about a third more time
 
 # Batches and length; of the three lengths, the one that is typed counts, else minutes, else epochs
 batch_size = 16                    # [1, inf) windows of a stream per micro-batch
-batch_tokens = 4096                # [1, inf) for datasets of pairs: tokens, with padding
-gradient_accumulation_steps = 1    # [1, inf) micro-batches per step
+batch_tokens = 4096                # [1, inf) for pairs and conversations: tokens, with padding
+gradient_accumulation_steps = 1    # [1, 65536] micro-batches per step
 max_iters = 800                    # [1, inf) length of the run in steps
-max_epochs: float | None = None    # (0, inf) length in passes over the dataset
-max_minutes: float | None = None   # (0, inf) length in minutes: the schedule follows the clock
+max_epochs: float | None = None    # (0, 1e9] length in passes over the dataset
+max_minutes: float | None = None   # (0, 1e9] length in minutes: the schedule follows the clock
 seed = 1337                        # [0, inf) for initial weights, data order, dropout
 
 # Optimizer
@@ -66,11 +71,11 @@ muon_momentum = 0.9                # [0, 1)
 weight_decay = 0.1                 # [0, inf) for matrices, not for norms and biases
 beta1 = 0.9                        # [0, 1)
 beta2 = 0.99                       # [0, 1)
-grad_clip = 1.0                    # [0, inf] largest norm of the gradient (0: no limit)
+grad_clip = 1.0                    # [0, inf) largest norm of the gradient (0: no limit)
 label_smoothing = 0.0              # [0, 1) in training only; validation never has it
 schedule: Literal['linear', 'cosine', 'constant'] = 'linear'  # from the peak down to min_lr
 warmup_iters = 20                  # [0, inf) steps in which the learning rate rises to its peak
-lr_decay_iters: int | None = None  # the step at which min_lr is reached (None: max_iters)
+lr_decay_iters: int | None = None  # [1, inf) the step at which min_lr is reached (None: max_iters)
 min_lr = 0.0                       # [0, inf) AdamW's final learning rate; Muon's is in proportion
 
 # Evaluation
@@ -79,6 +84,7 @@ eval_only = False                  # evaluate out_dir/best.pt and stop
 eval_split: Literal['val', 'test', 'train'] = 'val'  # what --eval_only evaluates
 eval_replies = 200                 # [0, inf) --eval_only, pairs: score this many replies
 num_beams = 1                      # [1, inf) --eval_only: replies by beam search (1: greedy)
+bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char'] = 'auto'  # how BLEU finds words
 eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
 patience = 0                       # [0, inf) stop after as many evaluations without progress
 log_interval = 50                  # [1, inf) steps between lines
@@ -107,15 +113,15 @@ from pocket import checkpoint, distributed, optim, training
 from pocket.data import load_meta
 from pocket.device import autocast, peak_memory, pick_device, pick_dtype
 from pocket.distributed import master_process, rank, world_size
+from pocket.errors import UserError
 from pocket.evaluate import evaluate, format_loss, print_evaluation, sample_text, to_device
-from pocket.template import ChatTemplate
 
 # Which run is this? A new one, one that is resumed, or one that is only evaluated
-resuming = resume or init_from == 'resume'
+resuming = (resume or init_from == 'resume') and not eval_only
 run_dir = training.run_folder(out_dir, dataset, sys.argv[1:], must_exist=resuming or eval_only)
 state = None
 state_path = init_from
-if resuming or (eval_only and init_from == 'scratch'):
+if resuming or (eval_only and init_from in ('scratch', 'resume')):
     state_path = training.run_checkpoint(run_dir, resuming, eval_only)
     state = checkpoint.load(state_path)
 options = read_options(open(__file__, encoding='utf-8').read())
@@ -130,7 +136,7 @@ torch.set_float32_matmul_precision('high')  # TF32 on CUDA, for products that st
 # A pretrained model's shape overrides the options
 pretrained_model = None
 if state is None and init_from != 'scratch':
-    pretrained_model = training.load_pretrained(init_from, config, explicit)
+    pretrained_model, pretrained_tok = training.load_pretrained(init_from, config, explicit)
     config = training.take_shape(config, pretrained_model)
 
 # Data
@@ -138,12 +144,21 @@ data_folder = training.prepare_data(dataset, data_dir)
 meta = load_meta(data_folder)
 tok = training.load_dataset_tokenizer(meta, data_folder)
 training.check_dataset_fits(meta, tok, data_folder, config, explicit, state)
-template = ChatTemplate.from_dict(meta.get('chat')) if meta['kind'] == 'pairs' else None
+template = training.dataset_template(meta)
 train_data = training.open_split(data_folder, meta, 'train', config, tok, template)
 val_split = eval_split if eval_only else 'val'
 val_data = training.open_split(data_folder, meta, val_split, config, tok, template)
+if resuming:
+    training.check_same_data(state, {'train': train_data, 'val': val_data}, data_folder)
 val_bytes = val_data.count_bytes(tok.byte_lengths())
 sample_prompt = training.encode_sample_start(tok, sample_start)
+
+# A small text of the user's own is learned in a few epochs: in more it would only be memorized
+if state is None and not eval_only:
+    config = training.suit_length_to_text(config, explicit, meta, train_data)
+    max_iters = config['max_iters']
+    eval_interval = config['eval_interval']
+    patience = config['patience']
 
 # How long to train, in steps
 steps_per_epoch = train_data.steps_for(1, gradient_accumulation_steps)
@@ -162,14 +177,15 @@ if master_process and not eval_only:
 
 # Model
 torch.manual_seed(seed)
-model_args = training.model_options(config) | {'vocab_size': tok.vocab_size}
+model_args = training.model_arguments(config, tok, state)
 if pretrained_model is not None:
-    model = training.fit_vocabulary(pretrained_model, init_from, tok, data_folder)
+    model = pretrained_model
+    training.fit_vocabulary(model, pretrained_tok, init_from, tok, data_folder)
 elif arch == 'gpt':
     model = GPT(training.checked(GPTConfig(**model_args)))
 else:
     model = Seq2Seq(training.checked(Seq2SeqConfig(**model_args)))
-if cutoffs and state is None:
+if cutoffs and state is None and pretrained_model is None:
     training.rank_ids_by_frequency(model, train_data)
 model.to(device)
 
@@ -232,6 +248,7 @@ def save(name):
     checkpoint.save(run_dir / name, {
         **checkpoint.model_state(raw_model, tok, config, template),  # weights, config, tokenizer
         **vars(train_state),                                         # step, best loss, …
+        'data': {'train': train_data.fingerprint, 'val': val_data.fingerprint},
         'seconds': elapsed(),                                        # as of now
         'optimizers': [opt.state_dict() for opt in optimizers],
         'scaler': scaler.state_dict(),
@@ -251,7 +268,10 @@ def report(val_loss):
     note = ', the best so far' if is_best else ''
     print(f'step {step}: train {train_loss:.4f}, val {val}{note}', flush=True)
     advice = training.advise(train_state, train_loss, config, tok.vocab_size)
-    if advice and not is_finished():
+    if advice is None or is_finished():
+        losses = [*log.losses(), (train_loss, val_loss)]
+        advice = training.advise_on_memorizing(losses, config)
+    if advice:
         print(f'advice: {advice}', flush=True)
 
     latest_lr = optimizers[0].param_groups[0]['lr']
@@ -268,7 +288,7 @@ def report(val_loss):
 
 def is_finished():
     """Whether the run has come to the end of its steps, its minutes, or our patience."""
-    if patience and train_state.bad_evals >= patience:
+    if training.patience_is_over(config, train_state):
         return True
     if max_minutes is not None:
         return training.share_of_time_left(max_minutes, seconds, eval_seconds) == 0
@@ -301,7 +321,12 @@ while True:
     eval_due = is_finished() or step % eval_interval == 0
     if eval_due and step > train_state.evaluated and not signals.agreed:
         eval_start = seconds
-        scores = evaluate(model, val_data, device, amp_dtype, stopped=lambda: signals.received)
+        try:
+            scores = evaluate(model, val_data, device, amp_dtype,
+                              stopped=lambda: signals.received)
+        except UserError as e:  # somebody has written into the file
+            signals.handle_lost_data(e)
+            break
         _, seconds = training.synchronize(signals, elapsed())
         if scores is not None:  # None: a stop was requested during evaluation
             eval_seconds = seconds - eval_start
@@ -315,7 +340,12 @@ while True:
     # Forward and backward: the gradient of the mean loss over all targets of this step
     optim.set_learning_rates(optimizers, base_lrs, lr_factor)
     training.seed_step(seed, step)  # dropout depends on the step alone, so resuming is exact
-    batches = list(train_data.batches(seed, step, gradient_accumulation_steps, rank, world_size))
+    try:
+        batches = list(
+            train_data.batches(seed, step, gradient_accumulation_steps, rank, world_size))
+    except UserError as e:  # somebody has written into the file
+        signals.handle_lost_data(e)
+        break
     num_targets = sum((batch['targets'] != -1).sum().item() for batch in batches)
     num_targets = distributed.all_reduce_sum(num_targets)[0]  # of all processes
     step_loss = torch.zeros((), device=device)
@@ -362,7 +392,7 @@ while True:
         else:
             seconds_left = max(0, 60 * max_minutes - elapsed())
         print(f'step {step}: loss {step_loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s, '
-              f'{timedelta(seconds=int(seconds_left))} left', flush=True)
+              f'{timedelta(seconds=int(min(seconds_left, 1e13)))} left', flush=True)
         t_log = now
         log_tokens = train_state.tokens
 
@@ -376,14 +406,17 @@ if step > train_state.evaluated or not (run_dir / 'last.pt').is_file():
     save('last.pt')  # stopped between evaluations
 log.draw()
 if signals.agreed:
-    print(f'stopped by {signals.agreed} at step {step}; resume with: '
-          f'{training.resume_command(sys.argv[1:])}', flush=True)
+    signals.report(step, sys.argv[1:])
     sys.exit(signals.exit_status())
 
+if training.patience_is_over(config, train_state):
+    print(training.describe_patience(train_state))
 peak = peak_memory(device)
 memory_note = f', peak memory {peak / 1e9:.2f} GB' if peak else ''
 print(f'total time {timedelta(seconds=int(elapsed()))}{memory_note}')
 if (run_dir / 'best.pt').is_file():
+    for opt in optimizers:
+        opt.state.clear()  # no longer needed: it makes room for the checkpoint's
     best = checkpoint.load(run_dir / 'best.pt')
     raw_model.load_state_dict(best['model'])
     if final_sample_tokens:

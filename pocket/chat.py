@@ -3,7 +3,7 @@ A trained model that takes text and returns text: what sample.py, its web page a
 
     from pocket.chat import load
     bard = load('out/shakespeare_char')     # load() takes the newest run
-    gpt2 = load(init_from='gpt2')           # OpenAI's, downloaded once
+    smollm2 = load(init_from='smollm2')     # somebody else's, downloaded once
     print(bard('ROMEO:', max_new_tokens=100, temperature=0.7))
     for piece in bard.stream('JULIET:'):    # the same, piece by piece as it is generated
         print(piece, end='')
@@ -40,6 +40,11 @@ from pocket.tokenizer import UnknownCharacters
 
 RUNS = ROOT / 'out'
 BUNDLED_MODEL = ROOT / 'pocket' / 'bundled' / 'shakespeare'  # until there is a run
+
+
+# In front of a prompt for a model of plain text: what follows begins a document. Anywhere else it
+# is text like any other
+DOCUMENT_START = '<|endoftext|>'
 
 
 # ---- Settings
@@ -167,10 +172,11 @@ def find_checkpoint(out_dir=None, weights='best'):
 
 def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None, quantize='',
          **more):
-    """A ChatModel from a run, or from a public GPT-2. Raises UserError.
+    """A ChatModel from a run, or from somebody else's model. Raises UserError.
 
-    out_dir, weights: see find_checkpoint(). init_from: the name of a public GPT-2, or a folder with
-    one, instead of a run. device, dtype, quantize: the options of sample.py. more: see ChatModel.
+    out_dir, weights: see find_checkpoint(). init_from: the name of a public model or a folder with
+    one, see pocket/pretrained.py, instead of a run. device, dtype,
+    quantize: the options of sample.py. more: see ChatModel.
     """
     device = pick_device(device)
     # With int8 this is the dtype of the little that is not quantized: float32 on a CPU, which saves
@@ -218,6 +224,7 @@ class ChatModel:
         self.template = template
         self.name = name
         self.stop = [text for text in stop if text]
+        self.stops_found = set()    # those of them that have ended a generation
         self.drop_unknown = drop_unknown
         self.settings = update_settings(Settings(), settings, chosen=())
 
@@ -254,19 +261,31 @@ class ChatModel:
 
         Otherwise those that it does not know are left out (drop_unknown), or UserError is raised.
         """
+        start, rest = self.split_document_start(text)
         try:
-            self.tok.encode(text)
+            self.tok.encode(rest)
         except UnknownCharacters as e:
             if not self.drop_unknown:
                 raise UserError(f'{e}: leave it out, or start with --drop_unknown') from None
-            return ''.join(c for c in text if c not in e.characters)
-        return text
+            rest = ''.join(c for c in rest if c not in e.characters)
+        return start + rest
+
+    def split_document_start(self, text):
+        """('<|endoftext|>', rest) if a prompt says that it begins a document, else ('', text)."""
+        can_say_so = self.template is None and self.tok.eos_id is not None
+        if can_say_so and text.startswith(DOCUMENT_START):
+            return DOCUMENT_START, text.removeprefix(DOCUMENT_START)
+        return '', text
 
     def encode_prompt(self, text, turns, settings, user=None):
         """Ids of what the model reads: the text or, in a conversation, the turns and the text."""
         max_new_tokens = settings.max_new_tokens
         if self.template is None:
-            ids = self.tok.encode_prompt(self.encodable(text))
+            start, rest = self.split_document_start(self.encodable(text))
+            if start:
+                ids = [self.tok.eos_id, *self.tok.encode(rest)]
+            else:
+                ids = self.tok.encode_prompt(rest)
             if settings.num_beams > 1:  # its context does not slide: leave room in it
                 block_size = self.model.config.block_size
                 room = block_size - min(max_new_tokens, block_size // 2)
@@ -306,7 +325,13 @@ class ChatModel:
         no system messages: they are left out. Raises UserError.
         """
         settings = update_settings(self.settings, settings)
+        if self.template is None:
+            raise UserError(f'{self.name} continues texts, it does not reply to messages')
+        if not any(message['role'] != 'system' for message in messages):
+            raise UserError('there is no message to reply to')
         if isinstance(self.template, JinjaTemplate):
+            if self.system is not None and messages[0]['role'] != 'system':
+                messages = [{'role': 'system', 'content': self.system}, *messages]
             prompt = self.encode_messages(messages, settings)
             for _, piece in self.generate([prompt], settings, seed):
                 yield piece
@@ -338,6 +363,8 @@ class ChatModel:
         yield 0, detokenizers[0].finish()
         for row in range(1, len(prompts)):
             yield row, texts[row] + detokenizers[row].finish()
+        for detokenizer in detokenizers:
+            self.stops_found.update(detokenizer.found)
 
     def next_tokens(self, prompts, settings, seed):
         """Yields the next id of every row, -1 for a row that has ended."""
@@ -367,6 +394,7 @@ class Detokenizer:
         self.stop = stop
         self.held = ''          # decoded, but not returned yet
         self.stopped = False    # a stop string came: whatever follows is ignored
+        self.found = []         # that string
 
     def add(self, token_id):
         """Take the next id; returns the text that can be shown now."""
@@ -393,10 +421,12 @@ class Detokenizer:
 
     def cut_at_stop_string(self):
         """End the text before the first stop string in it; returns whether there is one."""
-        positions = [self.held.find(stop) for stop in self.stop]
-        found = [position for position in positions if position >= 0]
+        positions = {stop: self.held.find(stop) for stop in self.stop}
+        found = {stop: position for stop, position in positions.items() if position >= 0}
         if found:
-            self.held = self.held[:min(found)]
+            first = min(found, key=found.get)
+            self.held = self.held[:found[first]]
+            self.found.append(first)
             self.stopped = True
         return self.stopped
 

@@ -5,11 +5,10 @@ tokenizer.
     state = load('out/shakespeare_char/best.pt')      a dict of tensors and plain types
     model, tokenizer = build(state, path)             ready to generate
 
-Loading never executes anything: torch.load(weights_only=True). All checks of files that may come
-from somebody else are here, too, so that model.py can be about models.
+Loading never executes anything: see pocket/archive.py. What else has to be checked in files that
+may come from somebody else is here, too, so that model.py can be about models.
 """
 import math
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -17,10 +16,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
+from pocket.archive import read_archive
 from pocket.configurator import convert, describe
-from pocket.errors import UserError
-from pocket.files import FORMAT, atomic_write
-from pocket.template import ChatTemplate, check_template
+from pocket.errors import UserError, short_repr
+from pocket.files import FORMAT, ROOT, atomic_write
+from pocket.template import ChatTemplate, check_template, template_from_dict
 from pocket.tokenizer import tokenizer_from_dict
 
 MODELS = {'gpt': (GPT, GPTConfig), 'seq2seq': (Seq2Seq, Seq2SeqConfig)}
@@ -95,7 +95,7 @@ def load(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}')
-    state = read_file(path)
+    state = read_archive(path)
     check_parts(state, path)
     if state['kind'] == 'seq2seq' and state.get('chat') is None:  # checkpoints before templates
         state['chat'] = ChatTemplate().to_dict()
@@ -104,23 +104,6 @@ def load(path):
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         raise UserError(f'{path} is inconsistent: {first_line(e)}') from None
     return state
-
-
-def read_file(path):
-    """What torch.save() wrote to a file: tensors and plain types. Raises UserError."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # nothing may be larger in memory than in the file
-            members = archive.infolist()
-            compressed = any(member.compress_type for member in members)
-            size = sum(member.file_size for member in members)
-            if compressed or size > path.stat().st_size:
-                raise ValueError('not as torch.save() writes it')
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # from an untrusted file anything can come
-        why = 'it is truncated or something else'
-        if 'weights_only' in str(e):
-            why = 'it contains code, which is never loaded'
-        raise UserError(f'{path} is not a checkpoint of pocketGPT: {why}') from None
 
 
 REQUIRED_PARTS = {'kind': str, 'model': dict, 'model_args': dict, 'config': dict, 'tokenizer': dict}
@@ -150,7 +133,8 @@ def check_parts(state, path):
     if wrong:
         raise UserError(f'{problem}: parts are missing or invalid ({", ".join(wrong)})')
     if state['kind'] not in MODELS:
-        raise UserError(f'{path} holds a {state["kind"]!r}, this version knows {", ".join(MODELS)}')
+        kind = short_repr(state['kind'])
+        raise UserError(f'{path} holds a {kind}, this version knows {", ".join(MODELS)}')
 
 
 def is_valid_number(name, value, kind):
@@ -179,7 +163,9 @@ def build(state, path, **overrides):
             raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only '
                              f'{config.vocab_size}')
         if state.get('chat') is not None:
-            check_template(ChatTemplate.from_dict(state['chat']), tok)
+            template = template_from_dict(state['chat'])
+            if isinstance(template, ChatTemplate):
+                check_template(template, tok)
         return model.eval(), tok
     except UserError:  # an encoding that has to be downloaded, say
         raise
@@ -188,13 +174,13 @@ def build(state, path, **overrides):
 
 
 def first_line(error):
-    """The first line of an error's text."""
-    return str(error).splitlines()[0]
+    """The first line of an error's text; the error's name if it has no text."""
+    return [*str(error).splitlines(), type(error).__name__][0]
 
 
 def last_line(error):
     """The last line of an error's text: PyTorch explains itself at the end."""
-    return str(error).splitlines()[-1].strip()
+    return [type(error).__name__, *str(error).splitlines()][-1].strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +188,7 @@ def last_line(error):
 
 # Options of this command, not of the run
 OPTIONS_OF_THIS_COMMAND = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split',
-                           'eval_replies', 'num_beams', 'eval_protocol'}
+                           'eval_replies', 'num_beams', 'eval_protocol', 'bleu_tokenize'}
 
 # With another value for these it would be a different run
 FIXED_AFTER_START = {'arch', 'dataset', 'optimizer'}
@@ -246,6 +232,28 @@ def resume_config(state, path, config, explicit, options, resuming=True):
         print(f'changed since {path} was written: {", ".join(changed)}; from here on the run '
               f'differs from what it would have been')
     return merged
+
+
+def check_paths_of_run(state, path, config, explicit, options):
+    """Raise UserError if a run that may be anybody's says where to read and write, or what to run.
+
+    Only runs in out/ may do that. For the arguments see resume_config().
+    """
+    if Path(path).resolve().is_relative_to(ROOT / 'out'):
+        return
+    saved = saved_options(state, path, config, options)
+    typed = {name for name, source in explicit.items() if source == 'command line'}
+    where = f'{path} is not in out/, so it may not say that'
+    if saved.get('data_dir') is not None and 'data_dir' not in typed:
+        raise UserError(f'the run was trained on datasets in {saved["data_dir"]}: {where}; add '
+                        f'--data_dir={saved["data_dir"]} if it is right')
+    if 'dataset' in saved and 'dataset' not in typed:
+        name = saved['dataset']
+        folder = Path(config['data_dir'] or ROOT / 'data') / name
+        is_plain_name = Path(name).name == name
+        if not is_plain_name or not (folder / 'meta.json').is_file():
+            raise UserError(f'the run was trained on the dataset {name!r}, which is not there: '
+                            f'{where}; add --dataset=…, or prepare that dataset first')
 
 
 def saved_options(state, path, config, options):
@@ -333,6 +341,7 @@ LARGEST = {
     'n_inner': 2**24,
 }
 LARGEST_TABLE = 2**26  # numbers in a table of positions
+LARGEST_FREE_TABLE = 2**26  # bytes: larger ones need a file that is not much smaller
 
 
 def check_config(config):
@@ -344,7 +353,8 @@ def check_config(config):
     for name, choices in CHOICES.items():
         value = getattr(config, name)
         if value not in choices:
-            problems.append(f'{name} must be one of {", ".join(choices)}, got {value!r}')
+            problems.append(f'{name} must be one of {", ".join(choices)}, '
+                            f'got {short_repr(value)}')
     for name, largest in LARGEST.items():
         value = getattr(config, name, None)
         if value is not None and not 1 <= value <= largest:
@@ -360,7 +370,8 @@ def check_config(config):
         if not 0 < value < math.inf:
             problems.append(f'{name} must be above 0, got {value}')
     if config.qk_norm not in (True, False, 'rmsnorm'):
-        problems.append(f'qk_norm must be True, False or rmsnorm, got {config.qk_norm!r}')
+        problems.append(f'qk_norm must be True, False or rmsnorm, '
+                        f'got {short_repr(config.qk_norm)}')
     if config.rope_scaling is not None:
         problems += check_rope_scaling(config.rope_scaling)
 
@@ -389,11 +400,13 @@ def check_rope_scaling(scaling):
     }
     kind = scaling.get('rope_type')
     if kind not in needed:
-        return [f'rope_scaling must be of rope_type linear or llama3, got {kind!r}']
+        return [f'rope_scaling must be of rope_type linear or llama3, '
+                f'got {short_repr(kind)}']
     for key in needed[kind]:
         value = scaling.get(key)
         if type(value) not in (int, float) or not 0 < value < 2**40:
-            return [f'{key} of rope_scaling must be a number above 0, got {value!r}']
+            return [f'{key} of rope_scaling must be a number above 0, '
+                    f'got {short_repr(value)}']
     if kind == 'llama3' and scaling['low_freq_factor'] >= scaling['high_freq_factor']:
         return ['low_freq_factor of rope_scaling must be below its high_freq_factor']
     return []
@@ -416,14 +429,22 @@ def check_widths(config):
     if config.token_shift and n_embd % 2:
         problems.append(f'token_shift needs an even n_embd, got {n_embd}')
 
-    table_width = {'sinusoidal': n_embd, 'rotary': config.head_dim or n_embd // n_head}
-    table_width = table_width.get(config.pos, 0)
-    src_block_size = getattr(config, 'src_block_size', None) or 0
-    table_length = max(config.block_size, src_block_size)
+    table_length, table_width = size_of_position_table(config)
     if table_length * table_width > LARGEST_TABLE:
         problems.append(f'{config.pos} positions are a table of block_size x {table_width}, too '
                         f'large with {table_length}: lower block_size')
     return problems
+
+
+def size_of_position_table(config):
+    """(length, width) of the largest table of positions that a config makes, (0, 0) if it makes
+    none."""
+    length = max(config.block_size, getattr(config, 'src_block_size', None) or 0)
+    if config.pos == 'sinusoidal':
+        return length, config.n_embd
+    if config.pos == 'rotary':
+        return length, config.head_dim or config.n_embd // max(1, config.n_head)
+    return 0, 0
 
 
 def check_adaptive_softmax(config):
@@ -434,7 +455,7 @@ def check_adaptive_softmax(config):
         problems.append(
             f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s '
             f'{config.vocab_size}, 16 at most, div_value at least 1, the last cluster 1 wide, '
-            f'got {cutoffs} and {config.div_value}')
+            f'got {short_repr(cutoffs)} and {config.div_value}')
     conflicts = [name for name in ('tie_weights', 'softcap', 'head_bias') if getattr(config, name)]
     if conflicts:
         problems.append(f'cutoffs (adaptive softmax) do not work with {", ".join(conflicts)}: '
@@ -469,7 +490,7 @@ class MetaInit(TorchFunctionMode):
         if func.__name__.endswith(('normal_', 'uniform_')):
             return None
         is_long_range = func is torch.arange and args[0] > 2**20  # of a large vocabulary
-        if func is torch.empty or is_long_range:
+        if func in (torch.empty, torch.ones, torch.zeros, torch.full) or is_long_range:
             kwargs['device'] = 'meta'
         return func(*args, **kwargs)
 
@@ -498,6 +519,10 @@ def check_weights(state, file_size):
     Model, Config = MODELS[state['kind']]
     config = Config(**state['model_args'])
     check_config(config)
+    table_bytes = 4 * math.prod(size_of_position_table(config))
+    if table_bytes > LARGEST_FREE_TABLE + file_size:
+        raise ValueError(f'{config.pos} positions would take {table_bytes:,} bytes, far more than '
+                         f'the file: lower block_size')
     expected = build_on_meta(Model, config).state_dict(keep_vars=True)
     different = expected.keys() ^ state['model'].keys()
     if different:

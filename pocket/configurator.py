@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
-from pocket.errors import UserError, show_user_errors
+from pocket.errors import UserError, short_repr, show_user_errors
 from pocket.files import ROOT, find_path
 
 # --------------------------------------------------------------------------------------------------
@@ -170,6 +170,8 @@ def parse_interval(comment):
 # --------------------------------------------------------------------------------------------------
 # Types and ranges
 
+TOO_LARGE = 'too large for 64 bits'
+
 
 def describe(kind):
     """An option's type in words.
@@ -231,7 +233,7 @@ def convert(value, kind):
     if type(value) is not kind:
         raise ValueError(f'not {describe(kind)}')
     if kind is int and abs(value) >= 2**63:
-        raise ValueError('too large for 64 bits')
+        raise ValueError(TOO_LARGE)
     return value
 
 
@@ -301,7 +303,7 @@ def check_value(value, option, source=None):
     problem = f'{option.name} must be in {option.interval}'
     if type(None) in get_args(option.type):
         problem += ' or None'
-    problem += f', got {value!r}'
+    problem += f', got {short_repr(value)}'
     if source is not None:
         problem += f' ({source})'
     return problem
@@ -496,9 +498,12 @@ class Overrides:
         option = self.options[name]
         try:
             value = convert(value, option.type)
-        except ValueError:
+        except ValueError as e:
             expected = describe(option.type)
-            self.problems.append(f'{name} must be {expected}, got {value!r} ({source})')
+            if str(e) == TOO_LARGE:
+                expected += ' of at most 64 bits'
+            self.problems.append(f'{name} must be {expected}, '
+                                 f'got {short_repr(value)} ({source})')
             return
         problem = check_value(value, option, source)
         if problem is not None:
@@ -532,7 +537,7 @@ class Overrides:
 
         The bare name of one in config/ will do.
         """
-        if re.fullmatch(r'\w+', argument) and (ROOT / 'config' / f'{argument}.py').is_file():
+        if re.fullmatch(r'\w{1,100}', argument) and (ROOT / 'config' / f'{argument}.py').is_file():
             argument = f'config/{argument}.py'
         if argument.startswith('-') or not argument.endswith('.py'):
             advice = 'write --key=value, or the path of a config file that ends in .py'
@@ -554,12 +559,14 @@ class Overrides:
         after = dict(before)
         try:
             exec(compile(path.read_bytes(), str(path), 'exec'), after)
-        except (Exception, SystemExit) as e:  # it is a program: anything can go wrong in it
+        except KeyboardInterrupt:  # Ctrl-C
+            raise
+        except BaseException as e:  # it is a program: anything can go wrong in it
             place = f'config file {argument}'
             line = line_of(e, path)
             if line is not None:
                 place += f', line {line}'
-            self.problems.append(f'{place}: {type(e).__name__}: {e}')
+            self.problems.append(f'{place}: {type(e).__name__}: {text_of(e)}')
             return
 
         for name, value in after.items():
@@ -567,6 +574,14 @@ class Overrides:
                 continue  # unchanged
             if not is_private(name, value):
                 self.set(name, value, argument)
+
+
+def text_of(error):
+    """str() of an exception of a config file, which can fail, as anything there."""
+    try:
+        return str(error)
+    except Exception:
+        return 'no explanation'
 
 
 def is_private(name, value):

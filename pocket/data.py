@@ -4,15 +4,19 @@ From token files to batches.
     data/NAME/meta.json         what is there: kind, dtype, vocab_size, tokenizer, counts, source
     data/NAME/{train,val}.bin   token ids, raw and little-endian as in nanoGPT: uint16 if vocab_size
                                 is at most 65,536, else uint32
-    data/NAME/{train,val}.idx   kind pairs only: int64 offsets into the .bin, where each source and
-                                each target begins, and where the last one ends
+    data/NAME/{train,val}.idx   kind pairs: int64 offsets into the .bin, where each source and each
+                                target begins, and where the last one ends; kind chats: where each
+                                conversation begins, and where the last one ends
+    data/NAME/{train,val}.mask  kind chats only: a byte per id, see LEARN and TURN
 
 A batch is a pure function of (seed, step, rank). No random generator advances from batch to batch,
 so there is no state to save: a run that resumes at step 5,000 computes the batch of step 5,000 and
 gets the one it would have had, bit for bit.
 """
+import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +26,16 @@ import torch
 
 from pocket.errors import UserError
 from pocket.files import FORMAT, ROOT, check_path
-from pocket.template import ChatTemplate
+from pocket.template import template_from_dict
 
 NO_TARGET = -1        # in targets: nothing to predict here, the loss leaves it out
 IN_MEMORY = 2**28     # bytes: smaller files are read whole, larger ones are memory-mapped
 CHUNK = 2**24         # ids to read at a time when a whole file is counted
-NOT_A_DATASET = {'text'}  # scripts in prepare/ that can't make a dataset from its name alone
+NOT_A_DATASET = {'text', 'chat'}  # scripts in prepare/ that can't make a dataset by its name alone
+
+# Bits of the bytes in a .mask file
+LEARN = 1  # the model learns to predict this id: it is said by the assistant, or ends its turn
+TURN = 2   # here a person speaks: what is before may be left out if a conversation is too long
 
 
 # ---------------------------------------------------------------------------------------------
@@ -79,8 +87,8 @@ def load_meta(folder):
                 f'{path} has format {meta["format"]}, this version reads up to {FORMAT}: '
                 f'use a newer pocketGPT, or prepare the dataset again')
         wrong = wrong_fields(meta)
-        if meta['kind'] == 'pairs':
-            ChatTemplate.from_dict(meta.get('chat'))  # raises ValueError if it is not a template
+        if meta['kind'] in ('pairs', 'chats'):
+            template_from_dict(meta.get('chat'))  # raises ValueError if it is not a template
     except UserError:  # which is a ValueError, too
         raise
     except OSError as e:
@@ -96,7 +104,7 @@ def load_meta(folder):
 def wrong_fields(meta):
     """Names of the fields of a meta.json with a wrong type or value. Raises KeyError if missing."""
     wrong = []
-    if meta['kind'] not in ('stream', 'pairs'):
+    if meta['kind'] not in ('stream', 'pairs', 'chats'):
         wrong.append('kind')
     if meta['dtype'] not in ('uint16', 'uint32'):
         wrong.append('dtype')
@@ -104,10 +112,10 @@ def wrong_fields(meta):
         if not isinstance(meta[name], kind):
             wrong.append(name)
 
-    # How many ids each split has and, of pairs, how many pairs
+    # How many ids each split has, and how many pairs or conversations
     tables = ['counts']
-    if meta['kind'] == 'pairs':
-        tables.append('pairs')
+    if meta['kind'] in ('pairs', 'chats'):
+        tables.append(meta['kind'])
     for table in tables:
         for split in {'train', 'val', *meta[table]}:
             count = meta[table][split]
@@ -183,12 +191,14 @@ class Split:
     num_targets        ids that one pass over the split predicts
     epoch_size         windows (Stream) or batches (Pairs) in one pass
     batch_size         how many of these a micro-batch takes
+    fingerprint        text that another content of the file would change
 
     Raises UserError if the file does not match meta.json.
     """
 
     def __init__(self, folder, meta, split):
         self.path = Path(folder) / f'{split}.bin'
+        self.meta = meta
         self.vocab_size = meta['vocab_size']
         self.num_tokens = meta['counts'][split]
         self.dtype = np.dtype(meta['dtype']).newbyteorder('<')
@@ -207,16 +217,29 @@ class Split:
         self.loaded = None
         if size <= IN_MEMORY:
             self.loaded = self.check(np.fromfile(self.path, dtype=self.dtype))
+            self.fingerprint = hashlib.sha256(self.loaded).hexdigest()
+            check_digest(meta, self.path, self.fingerprint)
+        else:
+            self.file = open(self.path, 'rb')  # stays open: whatever then gets the file's name
+            self.version = self.version_now()
+            self.fingerprint = sample_digest(self.file, size)
 
     def tokens(self):
         """All ids: (num_tokens,) of the file's dtype.
 
         A large file is mapped anew in each call. Otherwise every page that was ever read would
-        count as memory of this process.
+        count as memory of this process. Raises UserError if somebody has written into it meanwhile.
         """
         if self.loaded is not None:
             return self.loaded
-        return np.memmap(self.path, dtype=self.dtype, mode='r')
+        if self.version_now() != self.version:
+            raise UserError(f'{self.path} was written to while it was in use')
+        return np.memmap(self.file, dtype=self.dtype, mode='r')
+
+    def version_now(self):
+        """(size, time of the last change) of a large file."""
+        status = os.fstat(self.file.fileno())
+        return status.st_size, status.st_mtime_ns
 
     def check(self, ids):
         """Return ids unchanged. Raises UserError if one of them is outside the vocabulary."""
@@ -242,6 +265,27 @@ class Split:
     def steps_for(self, epochs, micro_batches):
         """The number of steps in so many epochs, with so many micro-batches per step."""
         return math.ceil(epochs * self.epoch_size / (self.batch_size * micro_batches))
+
+
+def check_digest(meta, path, digest):
+    """Raise UserError if a file of a dataset is not what was prepared.
+
+    digest: SHA-256 of the file. Datasets of earlier versions have none in their meta.json.
+    """
+    digests = meta.get('files')
+    expected = digests.get(path.name) if isinstance(digests, dict) else None
+    if expected is not None and expected != digest:
+        raise UserError(f'{path} is not what was prepared (its sha256 differs from that in '
+                        f'meta.json): it is damaged; prepare the dataset again')
+
+
+def sample_digest(file, size):
+    """The SHA-256 of a large file's size and of 16 blocks of it: read in an instant."""
+    digest = hashlib.sha256(str(size).encode())
+    for i in range(16):
+        file.seek(max(0, size - 2**16) * i // 15)
+        digest.update(file.read(2**16))
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,7 +393,7 @@ def next_token_batch(windows):
 
 
 # ---------------------------------------------------------------------------------------------
-# Pairs: a source and a target, in buckets of similar length
+# Rows in buckets of similar length
 
 def bucket_by_length(lengths, budget):
     """Group pairs of similar length into batches that compute at most budget columns each.
@@ -391,7 +435,98 @@ def bucket_by_length(lengths, budget):
     return buckets
 
 
-class Pairs(Split):
+class Buckets(Split):
+    """What Pairs and Chats share: a micro-batch is a bucket of rows of similar length.
+
+    A subclass calls make_buckets(), and has batch(tokens, members).
+    """
+
+    def make_buckets(self, columns, batch_tokens):
+        """Group the rows. columns: (N, d), what each row takes; batch_tokens: of a micro-batch."""
+        self.buckets = bucket_by_length(columns, batch_tokens)
+        self.epoch_size = len(self.buckets)
+        self.batch_size = 1  # a micro-batch is one bucket
+        self.padding = padding_fraction(columns, self.buckets)
+
+    def read_offsets(self, count):
+        """The .idx file: (count,) int64. Raises UserError if it does not fit."""
+        path = self.path.with_suffix('.idx')
+        offsets = np.zeros(0, dtype=np.int64)
+        try:
+            if path.stat().st_size == 8 * count:
+                offsets = np.fromfile(path, dtype='<i8')
+        except OSError as e:
+            raise UserError(f'cannot read {path}: {e.strerror}; '
+                            f'prepare the dataset again') from None
+        if count < 2 or len(offsets) != count or not self.offsets_are_valid(offsets):
+            raise UserError(f'{path} does not fit {self.path} and meta.json: '
+                            f'prepare the dataset again')
+        check_digest(self.meta, path, hashlib.sha256(offsets).hexdigest())
+        return offsets
+
+    def offsets_are_valid(self, offsets):
+        """Whether offsets rise from 0 to the end of the file, with nothing empty in between."""
+        spans_the_file = offsets[0] == 0 and offsets[-1] == self.num_tokens
+        inside = offsets.min() >= 0 and offsets.max() <= self.num_tokens  # so diff can't overflow
+        return spans_the_file and inside and (np.diff(offsets) >= 1).all()
+
+    def shuffled_bucket(self, seed, number):
+        """The bucket that is the run's micro-batch of this number: an array of row numbers.
+
+        The buckets are the same in every epoch, their order is not.
+        """
+        epoch = number // self.epoch_size
+        place = number % self.epoch_size
+        key = int(mix(epoch, seed)[0]) % 2**32
+        bucket = permute(np.array([place]), self.epoch_size, key)[0]
+        return self.buckets[int(bucket)]
+
+    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
+        """Yield this rank's part of a step, as dicts from batch().
+
+        A pure function of its arguments, like Stream.batches().
+        """
+        tokens = self.tokens()
+        first = step * micro_batches
+        end = first + micro_batches
+
+        # The micro-batches come out even: deal them out whole, as this wastes no padding.
+        if micro_batches % world_size == 0:
+            for number in range(first + rank, end, world_size):
+                yield self.batch(tokens, self.shuffled_bucket(seed, number))
+            return
+
+        # Otherwise every rank takes every world_size-th row of every micro-batch. A rank left with
+        # none takes a row without targets, because every rank has to take part in the all-reduce.
+        for number in range(first, end):
+            bucket = self.shuffled_bucket(seed, number)
+            members = bucket[rank::world_size]
+            if len(members) > 0:
+                yield self.batch(tokens, members)
+            else:
+                batch = self.batch(tokens, bucket[:1])
+                batch['targets'].fill_(NO_TARGET)
+                yield batch
+
+    def eval_batches(self):
+        """Yield the whole split once, bucket by bucket."""
+        tokens = self.tokens()
+        for members in self.buckets:
+            yield self.batch(tokens, members)
+
+
+def padding_fraction(columns, buckets):
+    """The fraction of all computed columns that is padding. columns: lengths, (N, d)."""
+    computed = 0
+    for members in buckets:
+        computed += len(members) * int(columns[members].max(axis=0).sum())
+    return 1 - int(columns.sum()) / computed
+
+
+# ---------------------------------------------------------------------------------------------
+# Pairs: a source and a target
+
+class Pairs(Buckets):
     """One split of sources and targets, in buckets of similar length.
 
     For a Seq2Seq (src_block_size given) a batch is src, src_pad, idx and targets, with the start id
@@ -409,7 +544,7 @@ class Pairs(Split):
     def __init__(self, folder, meta, split, reply_start, block_size, src_block_size=None,
                  batch_tokens=4096):
         super().__init__(folder, meta, split)
-        self.offsets = self.read_offsets(meta['pairs'].get(split, 0))
+        self.offsets = self.read_offsets(2 * meta['pairs'].get(split, 0) + 1)
         self.decoder_start_id = reply_start[0]
         self.reply_prefix = list(reply_start[1:])
         self.check_reply_prefix()
@@ -427,34 +562,7 @@ class Pairs(Split):
         self.truncated = (truncated_sources, truncated_targets)
         self.num_targets = int((self.target_lengths - len(self.reply_prefix)).sum())
 
-        # Group the rest into batches
-        columns = self.columns()
-        self.buckets = bucket_by_length(columns, batch_tokens)
-        self.epoch_size = len(self.buckets)
-        self.batch_size = 1  # a micro-batch is one bucket
-        self.padding = padding_fraction(columns, self.buckets)
-
-    def read_offsets(self, num_pairs):
-        """The .idx file: (2 * num_pairs + 1,) int64. Raises UserError if it does not fit."""
-        path = self.path.with_suffix('.idx')
-        count = 2 * num_pairs + 1
-        offsets = np.zeros(0, dtype=np.int64)
-        try:
-            if path.stat().st_size == 8 * count:
-                offsets = np.fromfile(path, dtype='<i8')
-        except OSError as e:
-            raise UserError(f'cannot read {path}: {e.strerror}; '
-                            f'prepare the dataset again') from None
-        if num_pairs < 1 or len(offsets) != count or not self.offsets_are_valid(offsets):
-            raise UserError(f'{path} does not fit {self.path} and meta.json: '
-                            f'prepare the dataset again')
-        return offsets
-
-    def offsets_are_valid(self, offsets):
-        """Whether offsets rise from 0 to the end of the file, with no source or target empty."""
-        spans_the_file = offsets[0] == 0 and offsets[-1] == self.num_tokens
-        inside = offsets.min() >= 0 and offsets.max() <= self.num_tokens  # so diff can't overflow
-        return spans_the_file and inside and (np.diff(offsets) >= 1).all()
+        self.make_buckets(self.columns(), batch_tokens)
 
     def check_reply_prefix(self):
         """Raise UserError if the first target does not begin with reply_prefix."""
@@ -485,6 +593,11 @@ class Pairs(Split):
         end = boundary + self.target_lengths[i]
         ids = self.check(tokens[start:end]).astype(np.int64)
         return ids[:self.source_lengths[i]], ids[self.source_lengths[i]:]
+
+    def whole_target(self, tokens, i):
+        """The target of pair i, however long, as an int64 array."""
+        ids = tokens[self.offsets[2 * i + 1]:self.offsets[2 * i + 2]]
+        return self.check(ids).astype(np.int64)
 
     def batch(self, tokens, members):
         """The batch of the pairs with these indices, padded with id 0 and target NO_TARGET."""
@@ -536,50 +649,6 @@ class Pairs(Split):
         given = len(self.reply_prefix)
         targets[given:length] = target[given:]
 
-    def shuffled_bucket(self, seed, number):
-        """The bucket that is the run's micro-batch of this number: an array of pair indices.
-
-        The buckets are the same in every epoch, their order is not.
-        """
-        epoch = number // self.epoch_size
-        place = number % self.epoch_size
-        key = int(mix(epoch, seed)[0]) % 2**32
-        bucket = permute(np.array([place]), self.epoch_size, key)[0]
-        return self.buckets[int(bucket)]
-
-    def batches(self, seed, step, micro_batches, rank=0, world_size=1):
-        """Yield this rank's part of a step, as dicts from batch().
-
-        A pure function of its arguments, like Stream.batches().
-        """
-        tokens = self.tokens()
-        first = step * micro_batches
-        end = first + micro_batches
-
-        # The micro-batches come out even: deal them out whole, as this wastes no padding.
-        if micro_batches % world_size == 0:
-            for number in range(first + rank, end, world_size):
-                yield self.batch(tokens, self.shuffled_bucket(seed, number))
-            return
-
-        # Otherwise every rank takes every world_size-th pair of every micro-batch. A rank left with
-        # none takes a pair without targets, because every rank has to take part in the all-reduce.
-        for number in range(first, end):
-            bucket = self.shuffled_bucket(seed, number)
-            members = bucket[rank::world_size]
-            if len(members) > 0:
-                yield self.batch(tokens, members)
-            else:
-                batch = self.batch(tokens, bucket[:1])
-                batch['targets'].fill_(NO_TARGET)
-                yield batch
-
-    def eval_batches(self):
-        """Yield the whole split once, bucket by bucket."""
-        tokens = self.tokens()
-        for members in self.buckets:
-            yield self.batch(tokens, members)
-
     def count_bytes(self, byte_lengths):
         """Bytes of UTF-8 behind all targets. byte_lengths: (vocab_size,), see Tokenizer."""
         tokens = self.tokens()
@@ -591,9 +660,143 @@ class Pairs(Split):
         return total
 
 
-def padding_fraction(columns, buckets):
-    """The fraction of all computed columns that is padding. columns: lengths, (N, d)."""
-    computed = 0
-    for members in buckets:
-        computed += len(members) * int(columns[members].max(axis=0).sum())
-    return 1 - int(columns.sum()) / computed
+# ---------------------------------------------------------------------------------------------
+# Chats: whole conversations
+
+class Chats(Buckets):
+    """One split of conversations, for a GPT: a row each, with the loss on the replies alone.
+
+    One pass over a conversation teaches all of its replies, since each of them only sees what was
+    said before it. As examples of their own, n replies would be n passes over ever longer rows.
+
+    What is too long for block_size keeps its newest turns, and what it begins with before the first
+    of them, such as a system message; see shorten().
+
+    truncated    conversations that are too long to be kept whole
+
+    Raises UserError if the files do not match meta.json or each other.
+    """
+
+    def __init__(self, folder, meta, split, block_size, batch_tokens=4096):
+        super().__init__(folder, meta, split)
+        self.offsets = self.read_offsets(meta['chats'].get(split, 0) + 1)
+        self.mask = self.read_mask()
+
+        # A row is its first ids, heads of them, then those from start to end
+        self.heads = np.zeros(len(self.offsets) - 1, dtype=np.int64)
+        self.starts = self.offsets[:-1].copy()
+        self.ends = self.offsets[1:].copy()
+        too_long = np.flatnonzero(np.diff(self.offsets) > block_size + 1)
+        for i in too_long:
+            self.heads[i], self.starts[i], self.ends[i] = self.shorten(i, block_size + 1)
+        self.truncated = len(too_long)
+
+        # A row reads all of its ids but the last
+        self.lengths = self.heads + self.ends - self.starts - 1
+        self.num_targets = sum(int(self.learned(i).sum()) for i in range(len(self.lengths)))
+        if self.lengths.min() < 1 or self.num_targets == 0:
+            raise UserError(f'{self.path} has conversations without a reply to learn: '
+                            f'prepare the dataset again')
+        self.make_buckets(self.lengths[:, None], batch_tokens)
+
+    def read_mask(self):
+        """The .mask file: (num_tokens,) uint8. Raises UserError if it does not fit."""
+        path = self.path.with_suffix('.mask')
+        try:
+            mask = np.fromfile(path, dtype=np.uint8)
+        except OSError as e:
+            raise UserError(f'cannot read {path}: {e.strerror}; '
+                            f'prepare the dataset again') from None
+        if len(mask) != self.num_tokens or mask.max() > LEARN + TURN:
+            raise UserError(f'{path} does not fit {self.path} and meta.json: '
+                            f'prepare the dataset again')
+        check_digest(self.meta, path, hashlib.sha256(mask).hexdigest())
+        return mask
+
+    def shorten(self, i, limit):
+        """(head, start, end) of conversation i, which is longer than limit ids.
+
+        It keeps its first `head` ids, which come before anybody speaks (nothing, if they take more
+        than half of the room), and as many whole turns as fit, the newest ones. If not even the
+        last turn fits, its question loses its oldest ids, and its reply its end.
+        """
+        begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        turns = begin + np.flatnonzero(self.mask[begin:end] & TURN)
+        if len(turns) == 0:  # nobody speaks: it is not as prepare/chat.py writes it
+            return 0, begin, begin + limit
+        head = int(turns[0]) - begin
+        if head > limit // 2:
+            head = 0
+        room = limit - head
+        fitting = turns[end - turns <= room]
+        if len(fitting):
+            return head, int(fitting[0]), end
+
+        last = int(turns[-1])
+        learned = np.flatnonzero(self.mask[last:end] & LEARN)
+        reply = last + int(learned[0]) if len(learned) else end
+        sure_for_question = min(reply - last, room // 2)
+        kept_reply = min(end - reply, room - sure_for_question)
+        kept_question = min(reply - last, room - kept_reply)
+        return head, reply - kept_question, reply + kept_reply
+
+    def row(self, values, i):
+        """What a conversation keeps of an array with an entry per id of the file."""
+        begin = self.offsets[i]
+        head = values[begin:begin + self.heads[i]]
+        return np.concatenate((head, values[self.starts[i]:self.ends[i]]))
+
+    def learned(self, i):
+        """Which ids of a row are learned: bool. Nothing predicts the first id."""
+        learned = (self.row(self.mask, i) & LEARN) > 0
+        learned[0] = False
+        return learned
+
+    def batch(self, tokens, members):
+        """{idx, targets}, (B, T) each, of the conversations with these numbers.
+
+        Padding is id 0 on the right; what is not learned has the target NO_TARGET.
+        """
+        width = int(self.lengths[members].max())
+        idx = torch.zeros(len(members), width, dtype=torch.int64)
+        targets = torch.full((len(members), width), NO_TARGET)
+        for row, i in enumerate(members):
+            ids = self.check(self.row(tokens, i)).astype(np.int64)
+            length = len(ids) - 1
+            idx[row, :length] = torch.from_numpy(ids[:-1])
+            target = np.where(self.learned(i), ids, NO_TARGET)[1:]
+            targets[row, :length] = torch.from_numpy(target)
+        return {'idx': idx, 'targets': targets}
+
+    def first_exchange(self, tokens, i):
+        """(prompt, reply) of a row: the ids up to its first reply, and that reply. int64 arrays."""
+        ids = self.check(self.row(tokens, i)).astype(np.int64)
+        learned = self.learned(i)
+        start = int(learned.argmax())
+        length = int(np.append(~learned[start:], True).argmax())
+        return ids[:start], ids[start:start + length]
+
+    def whole_reply(self, tokens, i):
+        """The first reply of a row, with the end that the row may lack: an int64 array."""
+        _, reply = self.first_exchange(tokens, i)
+        start = int(self.learned(i).argmax())
+        if start + len(reply) < len(self.row(tokens, i)):
+            return reply
+        rest = slice(self.ends[i], self.offsets[i + 1])
+        goes_on = (self.mask[rest] & LEARN) > 0
+        length = int(np.append(~goes_on, True).argmax())
+        return np.concatenate((reply, self.check(tokens[rest][:length]).astype(np.int64)))
+
+    def question(self, tokens, i):
+        """The ids of what the first reply of a row replies to: without what comes before it."""
+        prompt, _ = self.first_exchange(tokens, i)
+        turns = np.flatnonzero(self.row(self.mask, i)[:len(prompt)] & TURN)
+        return prompt[turns[-1]:] if len(turns) else prompt
+
+    def count_bytes(self, byte_lengths):
+        """Bytes of UTF-8 behind all targets. byte_lengths: (vocab_size,), see Tokenizer."""
+        tokens = self.tokens()
+        total = 0
+        for i in range(len(self.lengths)):
+            total += int(byte_lengths[self.row(tokens, i)[self.learned(i)]].sum())
+        return total

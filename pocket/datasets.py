@@ -5,9 +5,9 @@ Text comes in pieces. A piece is a tuple (split, text, ends): the split that it 
 'val', the text itself, and whether its document ends there. A short document is one piece, a long
 one is several, so no text is too large for memory.
 
-write_stream(), write_pairs() and write_corpus() say what their data looks like as pieces, and
-write_dataset() does the rest for all three: it encodes the pieces and writes the .bin files, the
-.idx files of pairs, and meta.json. docs/data.md describes the files.
+write_stream(), write_pairs(), write_chats() and write_corpus() say what their data looks like as
+pieces, and write_dataset() does the rest for all of them: it encodes the pieces and writes the .bin
+files, the .idx files of pairs and chats, and meta.json. docs/data.md describes the files.
 """
 import array
 import codecs
@@ -32,16 +32,19 @@ from pocket.files import (
     ROOT,
     atomic_write,
     download,
+    find_path,
     lock,
     make_folder,
     replace_patiently,
     sha256_of,
     short_path,
 )
-from pocket.tokenizer import UnknownCharacters
+from pocket.template import template_from_dict
+from pocket.tokenizer import UnknownCharacters, make_tokenizer, tokenizer_from_dict
 
 PIECE_SIZE = 2**20             # characters: longer documents are cut into pieces of about this size
 TOKENIZER_SAMPLE = 50_000_000  # characters: a tokenizer is trained on at most this much text
+EXTENSIONS = {'stream': ['.bin'], 'pairs': ['.bin', '.idx'], 'chats': ['.bin', '.idx', '.mask']}
 SAVE_EVERY = 5                 # seconds of work that can be lost when a long tokenization is killed
 
 # Tiny Shakespeare, for the scripts that use it
@@ -70,18 +73,13 @@ def print_next_step(arguments, data_dir):
 
 # --- Reading --------------------------------------------------------------------------------------
 
-def read_text(path):
-    """A UTF-8 text file as one str, with its line ends as they are.
+def read_text(path, translate=True):
+    """A text file as one str, read as read_blocks() does. Raises UserError.
 
-    Raises UserError with the name of the file and, if it is not UTF-8, the place of the bad byte.
+    Texts to train on and prompts to continue are read alike, or a model would meet line ends that
+    it has never seen.
     """
-    try:
-        return Path(path).read_bytes().decode('utf-8')
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {e.strerror}') from None
-    except UnicodeDecodeError as e:
-        place = f'byte {e.object[e.start]:#04x} at position {e.start:,}'
-        raise UserError(f'{path} is not UTF-8 text: {place}; save it as UTF-8') from None
+    return ''.join(read_blocks(path, translate))
 
 
 def read_or_download(path, urls, sha256, folder):
@@ -101,25 +99,29 @@ def read_or_download(path, urls, sha256, folder):
     return text, {'source': str(path), 'sha256': sha256_of(path)}
 
 
-def read_blocks(path):
-    r"""Yield the text of a UTF-8 file in blocks of at most PIECE_SIZE bytes.
+def read_blocks(path, translate=True):
+    r"""Yield the text of a file in blocks of at most PIECE_SIZE bytes.
 
-    Every line end becomes \n, and a byte order mark is dropped. Raises UserError with the name of
-    the file and the place of a byte that is not text.
+    The file is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Every line end becomes \n, and a
+    byte order mark is dropped. Raises UserError with the name of the file and the place of a byte
+    that is not text. translate: False leaves line ends as they are.
     """
-    utf8 = codecs.getincrementaldecoder('utf-8-sig')()
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    decoder = None
     block = b''
     bytes_before = 0   # in the blocks before this one
     try:
         with open(path, 'rb') as f:
             while True:
                 block = f.read(PIECE_SIZE)
+                if decoder is None:
+                    encoding = encoding_of(block)
+                    decode = codecs.getincrementaldecoder(encoding)()
+                    decoder = io.IncrementalNewlineDecoder(decode, translate)
                 text = decoder.decode(block, final=not block)
                 if '\0' in text:
                     position = bytes_before + block.find(0)
                     raise UserError(f'{path} looks binary: byte 0x00 at position {position:,}; '
-                                    'leave it out')
+                                    'leave it out, or save it as UTF-8 if it is text')
                 yield text
                 if not block:
                     break
@@ -128,10 +130,24 @@ def read_blocks(path):
         # e.object is this block, preceded by what the decoder had kept of a character cut in two
         position = bytes_before + len(block) - len(e.object) + e.start
         place = f'byte {e.object[e.start]:#04x} at position {position:,}'
-        raise UserError(f'{path} is not UTF-8 text: {place}; '
+        name = encoding.removesuffix('-sig').upper()
+        raise UserError(f'{path} is not {name} text: {place}; '
                         'save it as UTF-8, or leave it out') from None
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
+
+
+def encoding_of(beginning):
+    r"""The encoding of a text, from the byte order mark that its first bytes may be.
+
+    >>> encoding_of(b'\xff\xfeH\0'), encoding_of(b'Hello')
+    ('utf-16', 'utf-8-sig')
+    """
+    if beginning.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return 'utf-32'
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return 'utf-16'
+    return 'utf-8-sig'
 
 
 def read_lines(path):
@@ -217,6 +233,48 @@ def file_size(path):
         return os.stat(path).st_size
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror}') from None
+
+
+# --- Tokenizers -----------------------------------------------------------------------------------
+
+def find_run(name):
+    """The checkpoint that a name means, if it is a run of ours: out/RUN, or a file in it.
+
+    None if it is something else, such as a folder in Hugging Face's format. Raises UserError for a
+    name in out/ without a checkpoint.
+    """
+    path = find_path(name)
+    if path.is_file():
+        return path
+    for file in ('best.pt', 'last.pt'):
+        if (path / file).is_file():
+            return path / file
+    if Path(name).parts[:1] == ('out',) and not (path / 'config.json').is_file():
+        raise UserError(f'there is no checkpoint in {name}: name a run with a best.pt or a last.pt')
+    return None
+
+
+def make_dataset_tokenizer(name, texts=None, vocab_size=None, special_tokens=()):
+    """(tokenizer, its chat template or None) for what --tokenizer of the scripts in prepare/ says.
+
+    name: a kind, which learns from texts (see make_tokenizer()), or a model whose tokenizer is
+    taken over: a run of ours (out/RUN), smollm2, OWNER/NAME, or a folder in Hugging Face's format.
+    Raises UserError.
+    """
+    run = find_run(name)
+    if run is not None:
+        from pocket import checkpoint  # here: it imports torch, which most scripts do without
+        state = checkpoint.load(run)
+        try:
+            tok = tokenizer_from_dict(state['tokenizer'])
+            chat = state.get('chat')
+            return tok, None if chat is None else template_from_dict(chat)
+        except ValueError as e:
+            raise UserError(f'{run}: {e}') from None
+    if name == 'smollm2' or '/' in name or find_path(name).is_dir():
+        from pocket import pretrained
+        return pretrained.load_tokenizer(name), pretrained.load_template(name)
+    return make_tokenizer(name, texts, vocab_size, special_tokens), None
 
 
 # --- Choosing what is validation ------------------------------------------------------------------
@@ -356,6 +414,22 @@ def write_pairs(folder, tokenizer, splits, source, how_split, template=None):
                   splits=list(splits), template=template, size=size)
 
 
+def write_chats(folder, tokenizer, template, splits, source, how_split):
+    """Write conversations. Raises UserError.
+
+    splits: {split: list of (ids, mask)}, a pair of equally long arrays per conversation; for the
+    mask see pocket/data.py. template: what wrote them. source, how_split: as in write_stream().
+    """
+    pieces = []
+    masks = {}
+    for split, conversations in splits.items():
+        pieces += [(split, ids, False) for ids, _ in conversations]
+        masks[split] = b''.join(np.asarray(mask, np.uint8).tobytes() for _, mask in conversations)
+    size = sum(len(ids) for _, ids, _ in pieces)
+    write_dataset(folder, tokenizer, [lambda: pieces], source, how_split, kind='chats',
+                  splits=list(splits), template=template, size=size, masks=masks)
+
+
 def write_corpus(folder, tokenizer, shards, source, how_split, characters=None):
     """Write a token stream of any size: memory does not grow with the text. Raises UserError.
 
@@ -369,11 +443,12 @@ def write_corpus(folder, tokenizer, shards, source, how_split, characters=None):
 
 
 def write_dataset(folder, tokenizer, shards, source, how_split, kind='stream',
-                  splits=('train', 'val'), template=None, size=None, resumable=False):
+                  splits=('train', 'val'), template=None, size=None, resumable=False, masks=None):
     """Encode pieces and write all files of a dataset; prints what was made. Raises UserError.
 
-    kind: 'stream' or 'pairs'. The pieces of pairs are a source, its target, a source, its target …
-    size: characters in all pieces, for the progress bar. For the other arguments see
+    kind: 'stream', 'pairs' or 'chats'. The pieces of pairs are a source, its target, a source, its
+    target …; those of chats are conversations. size: characters in all pieces, for the progress
+    bar. masks: {split: bytes of its .mask file}, of chats. For the other arguments see
     write_stream(), write_pairs() and write_corpus().
     """
     call = json.dumps([tokenizer.to_dict(), source, how_split])
@@ -385,8 +460,11 @@ def write_dataset(folder, tokenizer, shards, source, how_split, kind='stream',
             with TokenFiles(folder, splits, kind, id_type(tokenizer), key, resumable) as files:
                 encode_pieces(files, tokenizer, shards, size)
                 files.finish()
+            for split, mask in (masks or {}).items():
+                write_bytes(folder / f'{split}.mask', mask)
             write_meta(files, tokenizer, source, how_split, template)
             files.progress_path.unlink(missing_ok=True)
+            (folder / '.progress.json.tmp').unlink(missing_ok=True)   # of a killed process
     except UnknownCharacters as e:
         raise UserError(f'{e}; --tokenizer=byte knows every character') from None
     except OSError as e:
@@ -495,7 +573,7 @@ def map_in_order(pool, function, items, ahead):
 
 
 class TokenFiles:
-    """The .bin files of a dataset while they are written, and the .idx files of pairs.
+    """The .bin files of a dataset while they are written, and the .idx files of pairs and chats.
 
     Ids are appended to SPLIT.bin.part; finish() gives the files their names when all are complete.
     If resumable, .progress.json says which pieces are in the files, and a later process with the
@@ -519,7 +597,7 @@ class TokenFiles:
         if resumable:
             self.load_progress()
 
-        # Of pairs: where each source and each target begins, and where the last one ends
+        # Where each piece begins and the last one ends: of pairs, each source and each target
         self.offsets = {split: array.array('q', [0]) for split in splits}
 
     def __enter__(self):
@@ -545,7 +623,7 @@ class TokenFiles:
         """Append the ids of one piece, an array of self.dtype."""
         self.files[split].write(ids.tobytes())
         self.counts[split] += len(ids)
-        if self.kind == 'pairs':
+        if self.kind != 'stream':
             self.offsets[split].append(self.counts[split])
 
     def flush(self):
@@ -589,12 +667,12 @@ class TokenFiles:
         self.counts = progress['counts']
 
     def finish(self):
-        """Give the files their names, and write the .idx files of pairs."""
+        """Give the files their names, and write the .idx files of pairs and chats."""
         self.flush()
         for split, file in self.files.items():
             file.close()
             replace_patiently(self.parts[split], self.folder / f'{split}.bin')
-        if self.kind == 'pairs':
+        if self.kind != 'stream':
             for split, offsets in self.offsets.items():
                 content = np.array(offsets, dtype='<i8').tobytes()
                 write_bytes(self.folder / f'{split}.idx', content)
@@ -613,16 +691,29 @@ def write_meta(files, tokenizer, source, how_split, template):
     }
     if files.kind == 'pairs':
         meta['pairs'] = {split: len(offsets) // 2 for split, offsets in files.offsets.items()}
+    if files.kind == 'chats':
+        meta['chats'] = {split: len(offsets) - 1 for split, offsets in files.offsets.items()}
     if template is not None:
         meta['chat'] = template.to_dict()
+    meta['files'] = {}   # so that damage is noticed
+    for split in files.counts:
+        for extension in EXTENSIONS[files.kind]:
+            path = files.folder / f'{split}{extension}'
+            meta['files'][path.name] = sha256_of(path)
     meta['split'] = how_split
     meta.update(source)
     text = json.dumps(meta, ensure_ascii=False, indent=1)
-    # surrogateescape: the path of a source can have bytes that are not UTF-8
-    write_bytes(files.folder / 'meta.json', text.encode('utf-8', 'surrogateescape'))
+    try:
+        # surrogateescape: in some locales, the path of a source comes with bytes that are UTF-8
+        content = text.encode('utf-8', 'surrogateescape')
+        content.decode('utf-8')
+    except UnicodeError:
+        # What is no UTF-8, such as odd bytes in a path, JSON writes as \udc80
+        content = text.encode('utf-8', 'backslashreplace')
+    write_bytes(files.folder / 'meta.json', content)
 
-    unit = 'pairs' if files.kind == 'pairs' else 'ids'
-    amounts = meta['pairs'] if files.kind == 'pairs' else meta['counts']
+    unit = {'stream': 'ids', 'pairs': 'pairs', 'chats': 'conversations'}[files.kind]
+    amounts = meta['counts'] if files.kind == 'stream' else meta[files.kind]
     made = ' and '.join(f'{amount:,} {split}' for split, amount in amounts.items())
     details = f'{meta["tokenizer"]["kind"]}, {dtype}'
     if dtype == 'uint32':

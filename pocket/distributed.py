@@ -11,9 +11,9 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
-from pocket.errors import UserError, rank, world_size
+from pocket.errors import UserError, rank, read_environment, world_size
 
-local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE') or world_size)  # on this machine
+local_world_size = read_environment('LOCAL_WORLD_SIZE', world_size)  # on this machine
 master_process = rank == 0  # the one that prints, writes files, and prepares datasets
 
 # How to start a run like this one, for the advice to resume it
@@ -48,7 +48,7 @@ def init(device):
         raise UserError(f"{world_size} processes can't share {device}: start without torchrun, "
                         f'omit --device={device}, or use --device=cpu')
     if device.type == 'cuda':  # a GPU for each process
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        device = torch.device('cuda', read_environment('LOCAL_RANK', 0))
         num_gpus = torch.cuda.device_count()
         if device.index >= num_gpus:
             raise UserError(f'{local_world_size} processes need as many GPUs, but this machine '

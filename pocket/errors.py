@@ -1,23 +1,88 @@
 """Errors that the user can fix: one sentence on stderr and an exit status, not a traceback."""
+import atexit
+import errno
 import os
+import reprlib
 import signal
 import sys
 import time
 
+
 # torchrun starts several processes and tells each one which it is. Errors need to know, so that
 # only one process reports what all of them run into. pocket/distributed.py imports both from here.
-world_size = int(os.environ.get('WORLD_SIZE') or 1)
-rank = int(os.environ.get('RANK') or 0) if world_size > 1 else 0
+def read_environment(name, default):
+    """A whole number from an environment variable; ends the script with a sentence if it is none.
+
+    >>> read_environment('POCKETGPT_UNSET', 1)
+    1
+    """
+    text = os.environ.get(name) or str(default)
+    if text.isascii() and text.isdecimal() and len(text) < 10:
+        return int(text)
+    print(f'the environment variable {name} must be a whole number, got {text!r}: unset it, or '
+          f'start with torchrun', file=sys.stderr)
+    raise SystemExit(2)
+
+
+world_size = max(1, read_environment('WORLD_SIZE', 1))
+rank = read_environment('RANK', 0) if world_size > 1 else 0
 
 # how PyTorch and the operating systems put it
 OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory")
+
+# What the surroundings of a script can do to any file that it reads or writes
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO,
+            errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE}
+
+
+# --------------------------------------------------------------------------------------------------
+# Showing what may come from anybody
+
+CONTROL_CHARACTERS = {}  # … and what is shown in their place
+for code in (*range(32), *range(127, 160)):
+    if chr(code) not in '\n\t':
+        CONTROL_CHARACTERS[code] = f'\\x{code:02x}'
+
+
+def show_control_characters(text):
+    r"""The text with its control characters made visible, but for line breaks and tabs.
+
+    A terminal obeys them: it lets a text clear the screen, or fill the clipboard.
+
+    >>> print(show_control_characters('\x1b[2Jhello'))
+    \x1b[2Jhello
+    """
+    return text.translate(CONTROL_CHARACTERS)
+
+
+def short_repr(value):
+    """repr(), but short, and of anything: of nested lists the first few, of a number its ends.
+
+    >>> short_repr(10**5000), short_repr('x'), short_repr([[1] * 9] * 9)[:30]
+    ('a number too long to show', "'x'", '[[1, 1, 1, 1, 1, 1, ...], [1, ')
+    """
+    try:
+        return SHORT_REPR.repr(value)
+    except ValueError:  # Python does not print more than 4,300 digits
+        return 'a number too long to show'
+    except Exception:  # of an object in a config file, say
+        return f'a {type(value).__name__}'
+
+
+SHORT_REPR = reprlib.Repr()
+SHORT_REPR.maxstring = 200
+SHORT_REPR.maxother = 200
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
 
 
 class UserError(ValueError):
     """Something that the user can fix. Its text is one clear sentence, shown without a traceback.
 
-    The text may quote anything, such as a damaged file: line breaks go, and a very long text loses
-    its middle.
+    The text may quote anything, such as a damaged file: line breaks go, control characters become
+    visible, and a very long text loses its middle.
 
     >>> print(UserError('the file says:\\nnothing'))
     the file says: nothing
@@ -27,22 +92,76 @@ class UserError(ValueError):
         text = ' '.join(text.splitlines())
         if len(text) >= 3000:
             text = f'{text[:1000]} … {text[-1000:]}'
-        super().__init__(text)
+        super().__init__(show_control_characters(text))
+
+
+class OutputError(OSError):
+    """stdout can't be written to: the disk is full, or whoever read it has gone (then is_pipe)."""
+
+    def __init__(self, error):
+        super().__init__(error.errno, error.strerror or str(error))
+        self.is_pipe = isinstance(error, BrokenPipeError)
+
+    def __str__(self):
+        return f'cannot write to stdout: {self.strerror}'
+
+
+class Output:
+    """sys.stdout, in which writing either succeeds or raises OutputError, and then stops for good.
+
+    on_failure: called with the OutputError instead, if set. On a terminal control characters are
+    made visible.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.is_terminal = stream.isatty()
+        self.on_failure = None
+
+    def write(self, text):
+        if self.is_terminal:
+            text = show_control_characters(text)
+        try:
+            return self.stream.write(text)
+        except OSError as e:
+            self.fail(e)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as e:
+            self.fail(e)
+
+    def fail(self, error):
+        """From now on all output goes nowhere: also what is still in a buffer."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+        failure = OutputError(error)
+        if self.on_failure is None:
+            raise failure from None
+        self.on_failure(failure)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def show_user_errors(script):
     """From now on an uncaught UserError, Ctrl-C or lack of memory ends in one sentence on stderr.
 
-    Also switches stdin, stdout and stderr to UTF-8. script: the name that begins the sentence.
+    Also switches stdin, stdout and stderr to UTF-8, and makes stdout an Output. script: the name
+    that begins the sentence.
     """
     use_utf8()
     if rank > 0:  # only the first of several processes prints
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+    if not isinstance(sys.stdout, Output):
+        sys.stdout = Output(sys.stdout)
+        atexit.register(flush_at_exit, script)
 
     def hook(kind, error, traceback):
-        if issubclass(kind, BrokenPipeError):
-            sys.stderr.close()  # whoever read our output has gone: there is nobody to tell
-            raise SystemExit(1)
+        if issubclass(kind, BrokenPipeError) or getattr(error, 'is_pipe', False):
+            raise SystemExit(1)  # whoever read our output has gone: there is nobody to tell
 
         explained = explain(kind, error)
         if explained is None:
@@ -65,6 +184,18 @@ def show_user_errors(script):
     sys.excepthook = hook
 
 
+def flush_at_exit(script):
+    """Write what was printed last. The interpreter would do so too, but complain at length."""
+    try:
+        sys.stdout.flush()
+    except OutputError as e:
+        if not e.is_pipe:
+            print(f'{script}: {e}', file=sys.stderr, flush=True)
+        os._exit(1)
+    except ValueError:
+        pass  # somebody has closed it
+
+
 def use_utf8():
     """Make the standard streams UTF-8 whatever the locale, and no character an error."""
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
@@ -80,6 +211,10 @@ def explain(kind, error):
     text = str(error)
     if issubclass(kind, UserError):
         return text, 2
+    if issubclass(kind, OutputError):
+        return text, 1
+    if issubclass(kind, OSError) and error.filename is not None and error.errno in REFUSALS:
+        return f'cannot use {show_control_characters(str(error.filename))}: {error.strerror}', 2
     if issubclass(kind, KeyboardInterrupt):
         return 'interrupted', 130
 

@@ -1,11 +1,15 @@
 """
 Evaluation: loss and accuracy over a whole split, and how replies compare with those of people.
 """
+import importlib.util
 import math
+import re
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
+from pocket.data import Pairs
 from pocket.device import autocast
 from pocket.distributed import all_reduce_sum, master_process, rank, shutdown, world_size
 from pocket.errors import UserError
@@ -107,7 +111,7 @@ def print_evaluation(model, tok, template, data, num_bytes, device, dtype, confi
 
     num_bytes: of text in the split. config: train.py's options. title: what is evaluated, on what.
     """
-    if template is not None and config['eval_protocol'] == 'smoothed_batch_mean':
+    if isinstance(data, Pairs) and config['eval_protocol'] == 'smoothed_batch_mean':
         smoothing = config['label_smoothing']
         loss = smoothed_batch_mean(model, data, device, dtype, smoothing)
         print(f'{title} loss with smoothing {smoothing}, mean over batches of 32 in file order: '
@@ -121,13 +125,12 @@ def print_evaluation(model, tok, template, data, num_bytes, device, dtype, confi
           f'target tokens')
     if template is None or config['eval_replies'] == 0 or not master_process:
         return
-    max_new_tokens = min(config['block_size'] // 2, 128)
-    triples = generate_replies(model, tok, template, data, config['eval_replies'], max_new_tokens,
-                               config['num_beams'])
-    every = math.ceil(len(triples) / 10)
-    for source, reference, reply in triples[::every]:  # ten to read, from all over the split
-        print(f'{source}\n  -> {reply}\n  (reference: {reference})')
-    for line in score_replies(triples):
+    replies = generate_replies(model, tok, template, data, config['eval_replies'],
+                               num_beams=config['num_beams'])
+    every = math.ceil(len(replies) / 10)
+    for reply in replies[::every]:  # ten to read, from all over the split
+        print(f'{reply.source}\n  -> {reply.text}\n  (reference: {reply.reference})')
+    for line in score_replies(replies, config['bleu_tokenize']):
         print(line)
 
 
@@ -140,9 +143,9 @@ def sample_text(model, tok, template, data, prompt, max_new_tokens, seed):
     model.eval()
     sampling = SamplingParams(temperature=0.8, top_k=200)
     if template is not None:
-        triples = generate_replies(model, tok, template, data, 3, min(max_new_tokens, 60),
+        replies = generate_replies(model, tok, template, data, 3, min(max_new_tokens, 60),
                                    sampling=sampling, seed=seed)
-        text = '\n'.join(f'{source}\n  -> {reply}' for source, _, reply in triples)
+        text = '\n'.join(f'{reply.source}\n  -> {reply.text}' for reply in replies)
     else:
         new = rows_of(generate_stream(model, [prompt], max_new_tokens, sampling,
                                       eos_id=tok.eos_id, seed=seed))
@@ -151,48 +154,110 @@ def sample_text(model, tok, template, data, prompt, max_new_tokens, seed):
     return text
 
 
-def generate_replies(model, tok, template, data, count, max_new_tokens, num_beams=1, batch_size=32,
-                     sampling=None, seed=None):
-    """Replies to `count` pairs spread over data: a list of (source, reference, reply), all text.
+@dataclass
+class Reply:
+    """A reply to be compared with what a person replied."""
+    source: str      # what was said
+    reference: str   # what the person replied, all of it
+    text: str        # what the model replied
+    is_cut: bool     # the model did not end it, we did
+
+
+def generate_replies(model, tok, template, data, count, max_new_tokens=None, num_beams=1,
+                     batch_size=32, sampling=None, seed=None):
+    """Replies to `count` pairs or conversations spread over data: a list of Reply.
 
     Greedy unless sampling, a SamplingParams, says otherwise; num_beams above 1: beam search.
+    max_new_tokens None: replies may fill the context, which holds at least half a block of them.
     """
     from tqdm import tqdm
     model.eval()
     tokens = data.tokens()
-    decoder_start = reply_start_ids(tok, template)
-    banned = banned_ids(tok, model.config.vocab_size, keep=tok.eos_id)
-    options = {'eos_id': tok.eos_id, 'decoder_start': decoder_start, 'banned': banned}
+    decoder_start = None
+    if isinstance(data, Pairs):
+        decoder_start = reply_start_ids(tok, template)
+    banned = banned_ids(tok, model.config.vocab_size, keep=tok.eos_ids)
+    options = {'eos_id': tok.eos_ids, 'decoder_start': decoder_start, 'banned': banned}
 
-    # Pairs of similar length are answered together
-    num_pairs = len(data.source_lengths)
-    count = min(count, num_pairs)
-    chosen = {i * num_pairs // count for i in range(count)}
-    order = sorted(chosen, key=lambda pair: (data.source_lengths[pair], pair))
+    # The prompts, and the references, which are whole although training cuts them to fit a block
+    num_rows = len(data.source_lengths) if isinstance(data, Pairs) else len(data.lengths)
+    count = min(count, num_rows)
+    members = sorted({i * num_rows // count for i in range(count)})
+    reserved = model.config.block_size // 2 if max_new_tokens is None else max_new_tokens
+    prompts = {}
+    sources = {}
+    references = {}
+    for member in members:
+        if isinstance(data, Pairs):
+            source = data.pair(tokens, member)[0].tolist()
+            prompts[member] = prepare_reply_prompts(model, [source], decoder_start, reserved)[0]
+            references[member] = data.whole_target(tokens, member).tolist()
+        else:
+            room = model.config.block_size - min(reserved, model.config.block_size // 2)
+            prompt, _ = data.first_exchange(tokens, member)
+            source = data.question(tokens, member).tolist()
+            prompts[member] = prompt[-room:].tolist()
+            references[member] = data.whole_reply(tokens, member).tolist()
+        sources[member] = source
 
-    triples = {}
+    longest = max((len(reference) for reference in references.values()), default=0)
+    limits = {}
+    for member in members:
+        limits[member] = max_new_tokens
+        if max_new_tokens is None:   # what nobody says is not worth waiting for
+            room = reply_room(model, prompts[member], decoder_start)
+            limits[member] = min(room, max(128, 2 * longest))
+
+    # Prompts of similar length are answered together
+    replies = {}
+    order = sorted(members, key=lambda member: (len(sources[member]), member))
     bar = tqdm(desc='generating replies', total=len(order), unit='reply', leave=False, disable=None,
                delay=2)
     with bar:
         for first in range(0, len(order), batch_size):
-            members = order[first:first + batch_size]
-            pairs = [data.pair(tokens, member) for member in members]
-            sources = [source.tolist() for source, _ in pairs]
-            prompts = prepare_reply_prompts(model, sources, decoder_start, max_new_tokens)
+            batch = order[first:first + batch_size]
+            limit = max(limits[member] for member in batch)
+            rows = [prompts[member] for member in batch]
             if num_beams > 1:
-                found = beam_search(model, prompts, max_new_tokens, num_beams, **options)
-                replies = [candidates[0][0] for candidates in found]
+                found = beam_search(model, rows, limit, num_beams, **options)
+                generated = [candidates[0][0] for candidates in found]
             else:
                 params = sampling or SamplingParams(temperature=0)
-                columns = generate_stream(model, prompts, max_new_tokens, params, seed=seed,
-                                          **options)
-                replies = rows_of(columns)
-            for member, (source, target), reply in zip(members, pairs, replies):
-                triples[member] = (readable(tok, source.tolist()),
-                                   decode_reply(tok, template, target.tolist()),
-                                   decode_reply(tok, template, reply))
-            bar.update(len(members))
-    return [triples[member] for member in sorted(triples)]
+                generated = rows_of(generate_stream(model, rows, limit, params, seed=seed,
+                                                    **options))
+            for member, ids in zip(batch, generated):
+                ids = ids[:limits[member]]
+                replies[member] = Reply(
+                    source=source_text(tok, data, sources[member]),
+                    reference=reply_text(tok, template, data, references[member]),
+                    text=reply_text(tok, template, data, ids),
+                    is_cut=not ids or ids[-1] not in tok.eos_ids)
+            bar.update(len(batch))
+    return [replies[member] for member in members]
+
+
+def reply_room(model, prompt, decoder_start):
+    """How many tokens a model can write after a prompt before its context has to slide.
+
+    The last of them is never read, so it needs no room.
+    """
+    read = decoder_start if model.is_encoder_decoder else prompt
+    return max(1, model.config.block_size + 1 - len(read))
+
+
+def source_text(tok, data, ids):
+    """What was said, as text. Of a conversation that is its first turn, on one line."""
+    text = readable(tok, ids)
+    if isinstance(data, Pairs):
+        return text
+    return ' '.join(text.split(' | ')[0].split())
+
+
+def reply_text(tok, template, data, ids):
+    """The text of a reply's ids, without what every reply begins with."""
+    if isinstance(data, Pairs):
+        return decode_reply(tok, template, ids)
+    return tok.decode(ids).strip()
 
 
 def rows_of(columns):
@@ -217,29 +282,114 @@ def readable(tok, ids):
     return ' | '.join(text for text in texts if text)
 
 
-def score_replies(triples):
-    """Lines of text: BLEU and chrF of (source, reference, reply) triples, with sacrebleu's
-    signatures, and distinct-1 and distinct-2.
+def score_replies(replies, bleu_tokenize='auto'):
+    """Lines of text about a list of Reply: BLEU and chrF with sacrebleu's signatures, lengths, and
+    distinct-1 and distinct-2.
 
-    Raises UserError if sacrebleu is not installed.
+    bleu_tokenize: how BLEU finds words, see pick_bleu_tokenize(). Raises UserError if sacrebleu, or
+    what it needs for that, is not installed.
     """
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
         raise UserError('BLEU and chrF need sacrebleu: pip install sacrebleu') from None
-    replies = [reply for _, _, reply in triples]
-    references = [reference for _, reference, _ in triples]
-    lines = []
-    for metric in (BLEU(), CHRF()):
-        score = metric.corpus_score(replies, [references])
+    texts = [reply.text for reply in replies]
+    references = [reply.reference for reply in replies]
+    tokenize, note = pick_bleu_tokenize(references, bleu_tokenize)
+    lines = [note] if note else []
+    try:
+        bleu = BLEU(tokenize=tokenize)
+    except (ImportError, RuntimeError) as e:
+        package = 'sacrebleu[ja]' if tokenize == 'ja-mecab' else 'sacrebleu[ko]'
+        raise UserError(f'--bleu_tokenize={tokenize} needs more packages ({first_line(e)}): '
+                        f'pip install "{package}"') from None
+    for metric in (bleu, CHRF()):
+        score = metric.corpus_score(texts, [references])
         lines.append(f'{score.name} {score.score:.2f} ({metric.get_signature()})')
+
+    # Lengths: a model that says too little, or that we stopped, is no match for its references
+    ratios = [len(text) / len(reference) for text, reference in zip(texts, references) if reference]
+    if ratios:
+        lines.append(f'length {sum(ratios) / len(ratios):.2f} of the reference (mean ratio of '
+                     'characters)')
+    cut = sum(reply.is_cut for reply in replies)
+    if cut:
+        lines.append(f'{cut:,} of {len(replies):,} replies were cut off: they reached the longest '
+                     'that the context (block_size) or twice the longest reference allows')
+
+    words = [text.split() for text in texts]
+    of_what = ''
+    if is_unspaced(references):
+        words = [list(text) for text in texts]
+        of_what = ' of characters'
+        if tokenize in UNSPACED_TOKENIZERS:
+            words = [bleu.tokenizer(text).split() for text in texts]
+            of_what = ' of tokens'
     for n in (1, 2):
         ngrams = []
-        for reply in replies:
-            ngrams += ngrams_of(reply.split(), n)
+        for words_of_reply in words:
+            ngrams += ngrams_of(words_of_reply, n)
         share = distinct_share(ngrams)
-        lines.append(f'distinct-{n} {share:.4f} ({len(ngrams):,} in {len(replies):,} replies)')
+        lines.append(f'distinct-{n} {share:.4f} ({len(ngrams):,}{of_what} in {len(texts):,} '
+                     'replies)')
     return lines
+
+
+def first_line(error):
+    """The first line of an error's message, if there is one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
+# Scripts without spaces between words
+HAN = '\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af'
+KANA = '\u3040-\u30ff'
+SOUTHEAST_ASIAN = '\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff'  # Thai, Lao, Tibetan, Burmese, Khmer
+UNSPACED_TOKENIZERS = ('zh', 'ja-mecab', 'char')
+
+
+def share_of(script, texts):
+    """The fraction of characters, spaces not counted, that are in ranges such as HAN."""
+    characters = ''.join(''.join(texts).split())
+    return len(re.findall(f'[{script}]', characters)) / max(1, len(characters))
+
+
+def is_unspaced(texts):
+    """Whether texts have much that is written without spaces between words.
+
+    >>> is_unspaced(['我今天去公园散步。']), is_unspaced(['I met 李.'])
+    (True, False)
+    """
+    return share_of(HAN + KANA + SOUTHEAST_ASIAN, texts) > 0.25
+
+
+def pick_bleu_tokenize(references, wanted='auto'):
+    """(name, note): the sacrebleu tokenizer to count words with, and a sentence or None.
+
+    BLEU compares words. Its default, 13a, finds them at spaces and punctuation, so a Chinese
+    sentence is one word, and anything but the same sentence is worth nothing.
+
+    >>> pick_bleu_tokenize(['Fine, thank you.'])
+    ('13a', None)
+    >>> pick_bleu_tokenize(['我今天去公园散步。'])[0]
+    'zh'
+    """
+    if wanted != 'auto':
+        note = None
+        if is_unspaced(references) and wanted not in UNSPACED_TOKENIZERS:
+            note = (f'warning: this text has no spaces between words, which '
+                    f'--bleu_tokenize={wanted} relies on: zh, ja-mecab or char suit it')
+        return wanted, note
+    if not is_unspaced(references):
+        return '13a', None
+    reason = 'as this text has no spaces between words'
+    if share_of(KANA, references) > 0.05:
+        if importlib.util.find_spec('MeCab') and importlib.util.find_spec('ipadic'):
+            return 'ja-mecab', f'BLEU compares words as MeCab finds them, {reason}'
+        return 'char', (f'BLEU compares characters, {reason}; with pip install "sacrebleu[ja]" it '
+                        'compares Japanese words')
+    if share_of(SOUTHEAST_ASIAN, references) > share_of(HAN, references):
+        return 'char', f'BLEU compares characters, {reason}'
+    return 'zh', f'BLEU compares Chinese characters, {reason}'
 
 
 def ngrams_of(words, n):

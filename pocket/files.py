@@ -1,7 +1,9 @@
 """Paths as the user types them, atomic writes, locks, and downloads that resume."""
 import hashlib
 import os
+import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pocket.errors import UserError
@@ -17,7 +19,7 @@ def check_path(path):
     """A Path with ~ expanded, existing or not. Raises UserError if no file can have this name."""
     try:
         path = Path(path).expanduser()
-        path.lstat()
+        path.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # nothing there, or nothing that we may see: still a path
     except (OSError, RuntimeError, ValueError) as e:
@@ -65,21 +67,42 @@ def atomic_write(path, write):
     """Write a file atomically: even after a crash, path is either the old file or all of the new.
 
     Calls write(file) on a temporary file beside path, flushes it to disk, then renames it to path.
-    Raises UserError if any of that fails; a file that existed before is then unchanged.
+    If path is a symbolic link, all this happens where it points to. Raises UserError if any of it
+    fails, or if path is a device or a pipe; a file that existed before is then unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
+    real_path = follow_links(path)
+    temporary = real_path.with_name(real_path.name + '.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        replace_patiently(temporary, path)
+        replace_patiently(temporary, real_path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = getattr(e, 'strerror', None) or e
         advice = 'free some space or choose another folder'
         raise UserError(f'cannot write {path}: {reason}; {advice}') from None
+
+
+def follow_links(path):
+    """The path of the file, existing or not, that a path leads to.
+
+    Raises UserError if that is a device or a pipe: a file must not take its place.
+    """
+    try:
+        path = Path(os.path.realpath(path))
+        mode = path.lstat().st_mode
+        is_special = not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    except FileNotFoundError:
+        is_special = False
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {e.strerror}; choose another name') from None
+    if is_special or not path.name:  # the latter is /
+        raise UserError(f'cannot write {path}: it is not a file; choose another name')
+    return path
 
 
 def replace_patiently(source, target):
@@ -136,14 +159,44 @@ def lock(folder, message='another run is writing to', option='--out_dir=…', na
 def back_up(folder):
     """Rename a folder to its next_free_name(), which is returned.
 
-    Raises UserError if another process is writing to it.
+    Raises UserError if another process is writing to it, or if there is more in it than one run:
+    other runs, whose processes would lose their folders, or the folder that we are in.
     """
+    others = runs_inside(folder)
+    if others:
+        raise UserError(f'{folder} holds a run, and {short_list(others)} as well, which would be '
+                        f'moved with it: choose another place, such as '
+                        f'--out_dir={Path(folder) / "new"}')
+    real_folder = Path(folder).resolve()
+    if real_folder in (ROOT, *ROOT.parents, Path.cwd(), *Path.cwd().parents):
+        raise UserError(f'{folder} holds a run, but also the folder that we are in, and so is not '
+                        f'moved: choose another place with --out_dir=…')
     lock_file = lock(folder)
     if os.name == 'nt':  # Windows does not rename a folder that has an open file in it
         lock_file.close()
     backup = Path(folder).rename(next_free_name(Path(folder).resolve()))
     lock_file.close()
     return backup
+
+
+def runs_inside(folder):
+    """Names of the runs and datasets below a folder, in itself not counted. A lock tells."""
+    found = set()
+    for name in ('best.pt', 'last.pt', 'meta.json', '.lock'):
+        found.update(path.parent for path in Path(folder).glob(f'*/**/{name}'))
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def short_list(names):
+    """The first three of some names.
+
+    >>> short_list(['a', 'b', 'c', 'd', 'e'])
+    'a, b, c and 2 more'
+    """
+    text = ', '.join(names[:3])
+    if len(names) > 3:
+        text += f' and {len(names) - 3} more'
+    return text
 
 
 # --------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def sample_next_token(logits, params, seen=None, banned=None, generator=None):
         logits = penalize_repetition(logits, seen, params.repetition_penalty)
 
     # Greedy: the limit of ever lower temperatures, which dividing by 0 does not give
-    if params.temperature == 0:
+    if params.temperature < 1e-6:  # dividing by even less would overflow
         return logits.argmax(dim=-1)
     logits = logits / params.temperature
 
@@ -519,6 +519,18 @@ def beam_search(model, prompts, max_new_tokens, num_beams, eos_id=None, decoder_
     Raises ValueError if a prompt exceeds block_size, or an argument is out of its range.
     """
     check_beam_options(max_new_tokens, num_beams, n_best)
+    if not model.is_encoder_decoder:
+        # A long prompt would leave a short one beside it less room: both fill the same columns
+        groups = group_by_room(prompts, max_new_tokens, model.config.block_size)
+        if len(groups) > 1:
+            results = [None] * len(prompts)
+            for members in groups:
+                found = beam_search(model, [prompts[i] for i in members], max_new_tokens, num_beams,
+                                    eos_id, decoder_start, length_penalty, n_best, banned,
+                                    use_cache)
+                for i, result in zip(members, found):
+                    results[i] = result
+            return results
     prompts, memory = prepare_inputs(model, prompts, decoder_start)
     device = next(model.parameters()).device
     banned = to_ids_tensor(banned, device)
@@ -583,6 +595,19 @@ def beam_search(model, prompts, max_new_tokens, num_beams, eos_id=None, decoder_
     for beams in finished:
         results.append([(beam.ids, beam.score(length_penalty)) for beam in beams])
     return results
+
+
+def group_by_room(prompts, max_new_tokens, block_size):
+    """Lists of the numbers of prompts that can be continued by the same number of tokens.
+
+    >>> group_by_room([[1], [1, 2], [1, 2, 3, 4], [1, 2, 3]], max_new_tokens=3, block_size=4)
+    [[0, 1], [3], [2]]
+    """
+    groups = {}
+    for i, prompt in enumerate(prompts):
+        room = min(max_new_tokens, max(1, block_size + 1 - len(prompt)))
+        groups.setdefault(room, []).append(i)
+    return [groups[room] for room in sorted(groups, reverse=True)]
 
 
 def check_beam_options(max_new_tokens, num_beams, n_best):

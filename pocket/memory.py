@@ -27,6 +27,7 @@ import torch
 
 from model import GPT, GPTConfig
 from pocket.device import DTYPES, autocast, peak_memory, pick_device
+from pocket.errors import UserError
 from pocket.kernels import MAX_LOGITS
 
 GPT2_SIZES = {  # name: (n_layer, n_head, n_embd)
@@ -176,6 +177,9 @@ def take_steps(config):
 if __name__ == '__main__':
     if worker:
         size, _, checkpointed = worker.partition(' ')
+        if size not in GPT2_SIZES:
+            raise UserError(f'--worker is for internal use, and one of {", ".join(GPT2_SIZES)}, '
+                            f'got {worker}: omit it')
         print(take_steps(gpt2_config(size, gradient_checkpointing=bool(checkpointed))))
     else:
         print_table()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from pocket.configurator import configure
-from pocket.errors import UserError
-from pocket.files import atomic_write, find_path
+from pocket.errors import UserError, show_control_characters
+from pocket.files import atomic_write, check_path, find_path
 
 run: tuple[str, ...] = ()          # a run's folder, or a file like its log.csv; repeat for several
 x: Literal['step', 'seconds', 'tokens'] = 'step'  # what the losses are drawn over
@@ -72,11 +72,17 @@ def draw(runs, path, x='step', title=None):
     else:
         draw_several(axis, runs, x)
     names = ', '.join(name for name, _ in runs)
-    axis.set(xlabel=X_LABELS[x], ylabel='loss (nats per token)', title=title or names)
+    axis.set(xlabel=X_LABELS[x], ylabel='loss (nats per token)', title=plain(title or names))
     axis.grid(alpha=0.3)
     axis.legend()
     atomic_write(path, lambda file: figure.savefig(file, format=extension, dpi=120))
     plt.close(figure)
+
+
+def plain(text):
+    """Text for matplotlib, to which a dollar sign would begin a formula, and so that it is all
+    visible."""
+    return show_control_characters(text).replace('$', r'\$')
 
 
 def draw_one(axis, run, x):
@@ -93,7 +99,8 @@ def draw_several(axis, runs, x):
     """The val loss of each run, with the best one marked."""
     for name, log in runs:
         best_x, best = best_point(log, x)
-        line, = axis.plot(log[x], log['val_loss'], label=f'{name}: best val {best:.4f}', marker='.')
+        line, = axis.plot(log[x], log['val_loss'], label=plain(f'{name}: best val {best:.4f}'),
+                          marker='.')
         mark(axis, best_x, best, color=line.get_color())
 
 
@@ -119,7 +126,7 @@ if __name__ == '__main__':
                         'choose another with --x=')
 
     if to:
-        target = Path(to).expanduser()
+        target = check_path(to)
     else:
         first = find_path(run[0])
         folder = first if first.is_dir() else first.parent

@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -38,21 +39,31 @@ from pocket.errors import UserError
 from pocket.files import atomic_write, download, find_path, make_folder
 from pocket.template import JinjaTemplate
 from pocket.tokenizer import (
+    GPT2_SPLIT,
     BpeTokenizer,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
     HuggingFaceTokenizer,
     make_tokenizer,
     printable,
     special_token_name,
+    special_token_text,
 )
 
 # --------------------------------------------------------------------------------------------------
 # Fetch: the folder of a model
 
 class Repository(NamedTuple):
-    """A model on huggingface.co, at one commit: everybody gets the same weights, later, too."""
+    """A model on huggingface.co, pinned to one commit or, if we have never seen it, its newest."""
     name: str
-    commit: str = 'main'  # the newest: for those whose weights we have never seen
+    commit: str | None = None
     sha256: str | None = None  # of model.safetensors
+
+    @property
+    def is_pinned(self):
+        """Whether we know its weights. These are GPT-2's, whose tokenizer we have from tiktoken."""
+        return self.sha256 is not None
 
 
 NAMES = {
@@ -102,15 +113,28 @@ def fetch(name):
                 f'huggingface.co, nor a folder in its format, with a config.json and a '
                 f'model.safetensors')
 
+    # A folder without a tokenizer is what Hugging Face's tools leave if they loaded a model alone
     repository = NAMES.get(name) or Repository(name)
-    for folder in cached_folders(repository):
-        try:
-            read_json(folder / 'config.json')
-            find_tensors(folder)
+    found = [folder for folder in cached_folders(repository) if is_model(folder)]
+    for folder in found:
+        if repository.is_pinned or (folder / 'tokenizer.json').is_file():
             return folder
-        except UserError:  # not there, or truncated
-            pass
-    return download_model(repository)
+    try:
+        return download_model(repository)
+    except UserError:
+        if found:
+            return found[0]
+        raise
+
+
+def is_model(folder):
+    """Whether a folder has a config and weights, all of them complete."""
+    try:
+        read_json(folder / 'config.json')
+        find_tensors(folder)
+        return True
+    except UserError:  # not there, or truncated
+        return False
 
 
 def cache_folder(repository_name):
@@ -124,18 +148,28 @@ def cache_folder(repository_name):
 
 
 def cached_folders(repository):
-    """Yield the folders that may hold a downloaded model: the newest snapshot, then our commit."""
-    former_name = repository.name.split('/')[1]  # until 2024 these repositories had no owner
-    for repository_name in (former_name, repository.name):
+    """Yield the folders that may hold a downloaded model: the newest snapshot, then our commit.
+
+    A snapshot's folder is named after its commit; refs/main holds the newest one.
+    """
+    repository_names = [repository.name]
+    if repository.is_pinned:  # until 2024 these repositories had no owner
+        repository_names.insert(0, repository.name.split('/')[1])
+    for repository_name in repository_names:
         cache = cache_folder(repository_name)
-        main = cache / 'refs' / 'main'  # holds the commit of the newest snapshot
+        main = cache / 'refs' / 'main'
         if main.is_file():
-            yield cache / 'snapshots' / main.read_text(encoding='utf-8').strip()
-        yield cache / 'snapshots' / repository.commit
+            yield cache / 'snapshots' / main.read_text(encoding='utf-8', errors='replace').strip()
+        if repository.commit is not None:
+            yield cache / 'snapshots' / repository.commit
 
 
-OPTIONAL_FILES = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
-                  'chat_template.jinja')
+WEIGHTS = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'  # of a large model, whose weights are in several files
+OPTIONAL_FILES = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'generation_config.json', 'chat_template.jinja', 'vocab.json', 'merges.txt', 'vocab.txt',
+)
 
 
 def download_model(repository):
@@ -144,40 +178,85 @@ def download_model(repository):
     Hugging Face's tools put links to blobs into a snapshot; on Windows, plain files. We do as on
     Windows everywhere, which they read just as well.
     """
+    endpoint = (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
+    commit = repository.commit or newest_commit(repository.name, endpoint)
     cache = cache_folder(repository.name)
-    folder = cache / 'snapshots' / repository.commit
+    folder = cache / 'snapshots' / commit
     main = cache / 'refs' / 'main'
     for needed in (folder, main.parent):
         make_folder(needed, 'the environment variable HF_HOME')
 
-    endpoint = (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
-    url = f'{endpoint}/{repository.name}/resolve/{repository.commit}'
-    advice = ('Does it exist, and can anybody download it? Without a network, name a folder with a '
-              'model in Hugging Face\'s format: --init_from=FOLDER')
-    is_gpt2 = repository.sha256 is not None  # whose tokenizer we have from tiktoken
-    if not is_gpt2:
+    url = f'{endpoint}/{repository.name}/resolve/{commit}'
+    advice = ('Without a network, name a folder with a model in Hugging Face\'s format: '
+              '--init_from=FOLDER')
+    weights = [WEIGHTS]
+    if not repository.is_pinned:
         for file in OPTIONAL_FILES:
             download_optional(f'{url}/{file}', folder / file, advice)
-    weights = ['model.safetensors']
-    if not is_gpt2:
-        index = folder / 'model.safetensors.index.json'
-        if download_optional(f'{url}/{index.name}', index, advice):  # a large model, in shards
+        if download_optional(f'{url}/{INDEX}', folder / INDEX, advice):
             weights = [path.name for path in weight_files(folder)]
+
+    # A file whose sha256 is not known is kept by download(): remove those that are damaged
     config = folder / 'config.json'
-    config.unlink(missing_ok=True)  # its sha256 is not known: download() would keep a damaged one
+    config.unlink(missing_ok=True)
     for file in weights:
+        if repository.sha256 is None and not is_safetensors(folder / file):
+            (folder / file).unlink(missing_ok=True)
         download([f'{url}/{file}'], folder / file, repository.sha256, advice)
     download([f'{url}/config.json'], config, None, advice)  # last: now the folder is complete
     read_json(config)  # it may be the page of a proxy
 
-    if not main.is_file():
-        atomic_write(main, lambda f: f.write(repository.commit.encode()))
+    if repository.commit is None or not main.is_file():
+        atomic_write(main, lambda f: f.write(commit.encode()))
     return folder
+
+
+def newest_commit(name, endpoint):
+    """The commit that a repository's main branch is at. Raises UserError if we can't have it."""
+    import requests
+    url = f'{endpoint}/{name}/resolve/main/config.json'
+    try:
+        response = requests.head(url, allow_redirects=True, timeout=30)
+    except requests.RequestException as e:
+        raise UserError(f'could not download {name}: {endpoint} does not answer '
+                        f'({type(e).__name__}). Without a network, name a folder with a model in '
+                        f'Hugging Face\'s format: --init_from=FOLDER') from None
+    answers = [*response.history, response]  # it may send us on to another server
+    refusal = ' '.join(answer.headers.get('X-Error-Code', '') for answer in answers)
+    status = response.status_code
+    page = f'{endpoint}/{name}'
+    if 'GatedRepo' in refusal or status == 403:
+        raise UserError(f'{name} is gated (status {status}): ask for access at {page}, download it '
+                        f'with "hf download {name}", and try again')
+    if status == 401:  # what the hub says of any name that it doesn't show to everybody
+        raise UserError(f'{name} does not exist, or is private (status 401): check the name at '
+                        f'{page}, or, if it is yours, download it with "hf download {name}"')
+    if status == 404:
+        raise UserError(f'there is no model {name}, or it has no config.json (status 404): check '
+                        f'the name at {page}')
+
+    for answer in answers:
+        if is_commit(answer.headers.get('X-Repo-Commit')):
+            return answer.headers['X-Repo-Commit']
+    try:
+        content = requests.get(f'{endpoint}/api/models/{name}', timeout=30).json()
+        if is_commit(content['sha']):
+            return content['sha']
+    except (requests.RequestException, ValueError, KeyError, TypeError):
+        pass
+    return 'main'  # a server that doesn't say
+
+
+def is_commit(text):
+    """Whether this is the name of a commit, which becomes the name of a folder."""
+    return isinstance(text, str) and re.fullmatch('[0-9a-f]{40}', text) is not None
 
 
 def download_optional(url, path, advice):
     """Download a file that not every model has. Returns whether it is there. Raises UserError."""
     import requests
+    if path.is_file():
+        return True
     try:
         if requests.head(url, allow_redirects=True, timeout=30).status_code == 404:
             return False
@@ -212,7 +291,8 @@ GPT2_SIZES = {  # their names: ours
 }
 GPT2_ACTIVATIONS = {  # their names: ours
     'gelu_new': 'gelu',
-    'gelu_pytorch_tanh': 'gelu',
+    'gelu_pytorch_tanh': 'gelu',  # three names for the same formula
+    'gelu_fast': 'gelu',
     'gelu': 'gelu_erf',
     'relu': 'relu',
 }
@@ -233,13 +313,13 @@ def read_config(path, overrides):
     """
     theirs = read_json(path)
     architecture = architecture_of(theirs, path)
-    problems = architecture.problems(theirs)
+    problems = architecture.problems(theirs, overrides.get('block_size'))
     if problems:
         raise UserError(f'{path}: {"; ".join(problems)}')
-    fields = architecture.fields(theirs)
 
     # Check their values first: a block_size that is not a number has no larger or smaller.
     try:
+        fields = architecture.fields(theirs)
         config = GPTConfig(**fields)
         check_config(config)
         wanted = overrides.get('block_size', 1)
@@ -254,7 +334,7 @@ def read_config(path, overrides):
     return config
 
 
-def gpt2_problems(theirs):
+def gpt2_problems(theirs, block_size=None):
     """What a config.json asks for that our GPT has no part for: a list of messages."""
     problems = []
     for key, supported in GPT2_SUPPORTED.items():
@@ -298,11 +378,15 @@ LLAMA_SUPPORTED = {  # the values that our GPT can compute, the default first
     'hidden_act': ['silu'],
     'mlp_bias': [False],
     'pretraining_tp': [1],
+    'partial_rotary_factor': [1],
 }
 
 
-def llama_problems(theirs):
-    """What the config.json of a Llama asks for that our GPT has no part for: a list of messages."""
+def llama_problems(theirs, block_size=None):
+    """What the config.json of a Llama asks for that our GPT has no part for: a list of messages.
+
+    block_size: how many positions are wanted, None for all.
+    """
     problems = []
     for key, supported in LLAMA_SUPPORTED.items():
         value = theirs.get(key, supported[0])
@@ -312,39 +396,46 @@ def llama_problems(theirs):
         optional = key in ('num_key_value_heads', 'head_dim')
         if type(theirs.get(key)) is not int and not (optional and theirs.get(key) is None):
             problems.append(f'{key} is {theirs.get(key)!r}, not a whole number')
-    experts = theirs.get('num_local_experts') or theirs.get('num_experts')
-    if experts:
-        problems.append(f'it is a mixture of {experts} experts, which pocketGPT does not have')
+    if theirs.get('quantization_config'):
+        problems.append('its weights are quantized (quantization_config), only float32, float16 '
+                        'and bfloat16 can be read')
 
-    # Sliding windows: attention to the latest tokens only. One that is as long as the context is
+    # A sliding window: tokens attend to the latest few only. If it is as long as the context, it is
     # none
     window = theirs.get('sliding_window')
     uses_window = theirs.get('use_sliding_window', theirs.get('model_type') == 'mistral')
-    length = theirs.get('max_position_embeddings')
-    if window and uses_window and isinstance(length, int) and window < length:
-        problems.append(f'sliding_window is {window} with {length} positions: pocketGPT attends to '
-                        f'all of them')
-    scaling = theirs.get('rope_scaling')
-    if scaling is not None and rope_type_of(scaling) not in ('default', 'linear', 'llama3'):
-        problems.append(f'rope_scaling is {rope_type_of(scaling)!r}, only linear and llama3 can be '
+    length = block_size or theirs.get('max_position_embeddings')
+    if uses_window and type(window) is int and type(length) is int and window < length:
+        problems.append(f'sliding_window is {window} with {length} positions, but pocketGPT '
+                        f'attends to all of them: only a --block_size of at most {window} can be '
+                        f'read')
+    rope_type = rope_type_of(rope_of(theirs))
+    if rope_type not in ('default', 'linear', 'llama3'):
+        problems.append(f'rope_scaling is of type {rope_type!r}, only linear and llama3 can be '
                         f'read')
     return problems
+
+
+def rope_of(theirs):
+    """The dict that describes rotary positions: rope_parameters in newer configs; {} if none."""
+    return theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
 
 
 def rope_type_of(scaling):
     """The kind of a rope_scaling: 'rope_type', which was called 'type' in older configs."""
     if not isinstance(scaling, dict):
         return repr(scaling)
-    return scaling.get('rope_type', scaling.get('type'))
+    return scaling.get('rope_type', scaling.get('type', 'default'))
 
 
 def llama_fields(theirs):
     """The fields of GPTConfig that describe the same model as the config.json of a Llama."""
     model_type = theirs['model_type']
     has_bias = theirs.get('attention_bias', False)
+    rope = rope_of(theirs)
     fields = {
         'pos': 'rotary',
-        'rope_theta': float(theirs.get('rope_theta', 10000.0)),
+        'rope_theta': float(rope.get('rope_theta', theirs.get('rope_theta', 10000.0))),
         'norm': 'rmsnorm',
         'norm_eps': theirs.get('rms_norm_eps', 1e-6),
         'act': 'swiglu',
@@ -355,9 +446,8 @@ def llama_fields(theirs):
         'tie_weights': theirs.get('tie_word_embeddings', False),
         'attn_dropout': theirs.get('attention_dropout', 0.0),
     }
-    scaling = theirs.get('rope_scaling')
-    if scaling is not None and rope_type_of(scaling) != 'default':
-        fields['rope_scaling'] = {**scaling, 'rope_type': rope_type_of(scaling)}
+    if rope_type_of(rope) != 'default':
+        fields['rope_scaling'] = {**rope, 'rope_type': rope_type_of(rope)}
     for key, ours in LLAMA_SIZES.items():
         fields[ours] = theirs.get(key)
     return fields
@@ -366,7 +456,11 @@ def llama_fields(theirs):
 def architecture_of(theirs, path):
     """The Architecture of a config.json. Raises UserError if it is none that we can compute."""
     model_type = theirs.get('model_type', 'gpt2')
-    if model_type not in ARCHITECTURES:
+    experts = theirs.get('num_local_experts') or theirs.get('num_experts')
+    if experts:
+        raise UserError(f'{path}: model_type is {model_type!r}, a mixture of {experts} experts, '
+                        f'which pocketGPT does not have')
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ', '.join(ARCHITECTURES)
         raise UserError(f'{path}: model_type is {model_type!r}, only {known} can be read')
     return ARCHITECTURES[model_type]
@@ -422,6 +516,15 @@ def load(name, dtype=torch.float32, **overrides):
     return model.eval(), asdict(config)
 
 
+def is_safetensors(path):
+    """Whether a file is there and, by the length that its header states, complete."""
+    try:
+        with safe_open(path, 'pt'):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def find_tensors(folder):
     """{their key: path} of the tensors in a folder, without reading them.
 
@@ -445,8 +548,8 @@ def find_tensors(folder):
 
 def weight_files(folder):
     """The paths of model.safetensors or, if there is none, of the files that its index names."""
-    single = folder / 'model.safetensors'
-    index = folder / 'model.safetensors.index.json'
+    single = folder / WEIGHTS
+    index = folder / INDEX
     if single.is_file() or not index.is_file():
         return [single]
 
@@ -507,9 +610,15 @@ LLAMA_TOP = {
 def llama_sources(name, tensors):
     """Their keys of the tensors that make our parameter of this name, in the order of its rows."""
     if name in LLAMA_TOP:
-        return LLAMA_TOP[name]
-    _, _, layer, rest = name.split('.', 3)  # transformer.h.0.attn.c_attn.weight
-    return [f'model.layers.{layer}.{key}' for key in LLAMA_BLOCK[rest]]
+        keys = LLAMA_TOP[name]
+    else:
+        _, _, layer, rest = name.split('.', 3)  # transformer.h.0.attn.c_attn.weight
+        keys = [f'model.layers.{layer}.{key}' for key in LLAMA_BLOCK[rest]]
+
+    short = [key.removeprefix('model.') for key in keys]  # some were saved without the head
+    if keys[0] not in tensors and short[0] in tensors:
+        return short
+    return keys
 
 
 def llama_is_no_weight(key):
@@ -519,7 +628,7 @@ def llama_is_no_weight(key):
 
 class Architecture(NamedTuple):
     """What is particular to a family of models."""
-    problems: object  # config.json -> what we can't compute, a list of messages
+    problems: object  # config.json, block_size -> what we can't compute, a list of messages
     fields: object  # config.json -> fields of GPTConfig
     sources: object  # our parameter's name, {their key: path} -> their keys
     is_no_weight: object  # their key -> whether it is to be passed over
@@ -581,52 +690,151 @@ def load_tokenizer(name):
     Raises UserError if the folder has none that can be read.
     """
     folder = fetch(name)
+    if str(name) in NAMES and NAMES[str(name)].is_pinned:
+        return make_tokenizer('gpt2')
+
     vocab_size = read_json(folder / 'config.json').get('vocab_size', 50257)
-    candidates = []
-    if vocab_size == 50257 and not (folder / 'vocab.txt').is_file():
-        candidates.append(make_tokenizer('gpt2'))
-
-    # What the folder itself says of its tokens, if anything. The older vocab.json has no merges,
-    # but is enough to tell whether the tokens are GPT-2's.
-    vocab = None
     if (folder / 'tokenizer.json').is_file():
-        theirs = read_json(folder / 'tokenizer.json')
-        vocab = vocab_of(theirs)
-        bpe = bpe_of(theirs)
-        if bpe is not None:
-            candidates.append(bpe)
-    elif (folder / 'vocab.json').is_file():
-        vocab = read_json(folder / 'vocab.json')
+        tok = own_tokenizer(folder, vocab_size)
+        return tok or huggingface_tokenizer(folder, vocab_size)
+    if (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
+        return huggingface_tokenizer(folder, vocab_size)
 
-    # The same size is not enough: each id must stand for the same token
+    if (folder / 'vocab.json').is_file() and is_gpt2_vocabulary(read_json(folder / 'vocab.json')):
+        return make_tokenizer('gpt2')
+
+    # A size alone says little about a tokenizer: GPT-2's is taken only if there is no sign of
+    # another. 50,304 is its size rounded up, which computes faster
+    others = [file.name for pattern in ('vocab.*', 'merges.txt', '*.model')
+              for file in sorted(folder.glob(pattern))]
+    if vocab_size in (50257, 50304) and not others:
+        print(f'{folder} has no tokenizer: taking GPT-2\'s, as its vocabulary has that size',
+              file=sys.stderr)
+        return make_tokenizer('gpt2')
+    kind = f'only {others[0]}' if others else 'none'
+    raise UserError(f'{folder} has {vocab_size} ids of its own, but no tokenizer.json that says '
+                    f'what they mean ({kind}): make one with transformers, '
+                    f'AutoTokenizer.from_pretrained(…).save_pretrained({str(folder)!r})')
+
+
+def is_gpt2_vocabulary(vocab):
+    """Whether the content of a vocab.json, {token: id}, is GPT-2's. It is enough to tell."""
+    if len(vocab) != 50257:
+        return False
+    tok = make_tokenizer('gpt2')
+    ids = {printable(token): i for i, token in enumerate(tok.tokens) if token}
+    return ids.items() <= vocab.items()
+
+
+def own_tokenizer(folder, vocab_size):
+    """GPT-2's tokenizer or a BpeTokenizer, if that is what a tokenizer.json says; else None.
+
+    Datasets that were prepared with them then fit the model.
+    """
+    theirs = read_json(folder / 'tokenizer.json')
+    vocab = vocab_of(theirs)
+    candidates = []
+    bpe = bpe_of(theirs)
+    if bpe is not None:
+        candidates.append(bpe)
+    if vocab_size == 50257 == len(vocab):
+        try:
+            candidates.append(make_tokenizer('gpt2'))
+        except UserError:  # its files are not here, and there is no network
+            pass
+
+    # The same size is not enough: each id must stand for the same token, and texts must be cut
+    # into the same words
     for tok in candidates:
-        if tok.vocab_size != vocab_size:
+        if tok.vocab_size != vocab_size or not splits_like(tok, theirs):
             continue
         ids = {printable(token): i for i, token in enumerate(tok.tokens) if token}
-        if vocab is None or ids.items() <= vocab.items():
+        if ids.items() <= vocab.items():
             return tok
-    if (folder / 'tokenizer.json').is_file():
-        return huggingface_tokenizer(folder, vocab_size)
-    raise UserError(f'{folder} has a vocabulary of {vocab_size} of its own, but no tokenizer.json '
-                    f'that says what its ids mean')
+    return None
+
+
+def splits_like(tok, theirs):
+    """Whether the content of a tokenizer.json cuts texts into words as a BytePairTokenizer does."""
+    if theirs.get('normalizer') is not None:
+        return False
+    ours = json.loads(tok.tokenizer_json())['pre_tokenizer']
+    theirs = theirs.get('pre_tokenizer')
+    if theirs == ours:
+        return True
+    gpt2 = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+    return isinstance(theirs, dict) and gpt2 | theirs == gpt2 and tok.split == GPT2_SPLIT
 
 
 def huggingface_tokenizer(folder, vocab_size):
     """The HuggingFaceTokenizer of a folder. Raises UserError if it doesn't fit the model."""
     path = folder / 'tokenizer.json'
     try:
-        text = path.read_text(encoding='utf-8')
+        if path.is_file():
+            text = path.read_text(encoding='utf-8')
+        else:
+            path = folder / 'vocab.json'
+            text = json.dumps(tokenizer_json_of_gpt2(folder), ensure_ascii=False)
         tok = HuggingFaceTokenizer(text, eos_ids=eos_ids_of(folder))
     except (OSError, ValueError) as e:
         raise UserError(f'cannot read {path}: {e}') from None
     if tok.vocab_size > vocab_size:
-        raise UserError(f'{path} has {tok.vocab_size} ids, but the model\'s embedding only '
-                        f'{vocab_size}')
+        raise UserError(f'{path} has ids up to {tok.vocab_size - 1}, but the model knows only '
+                        f'{vocab_size}: they do not belong together')
     return tok
 
 
+def tokenizer_json_of_gpt2(folder):
+    """The content of a tokenizer.json for GPT-2's older vocab.json and merges.txt, as a dict."""
+    vocab = read_json(folder / 'vocab.json')
+    lines = (folder / 'merges.txt').read_text(encoding='utf-8').splitlines()
+    merges = [line for line in lines if line.strip() and not line.startswith('#version')]
+
+    # What is special, and what was added to the vocabulary later
+    added = {}
+    if (folder / 'added_tokens.json').is_file():
+        added = read_json(folder / 'added_tokens.json')
+    special = set(special_token_texts(folder).values()) | {'<|endoftext|>'}
+    ids = {text: vocab[text] for text in sorted(special) if text in vocab} | added
+    added_tokens = []
+    for text, token_id in sorted(ids.items(), key=lambda item: item[1]):
+        added_tokens.append({
+            'id': token_id, 'content': text, 'special': text in special, 'single_word': False,
+            'lstrip': False, 'rstrip': False, 'normalized': text not in special,
+        })
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
+                  'use_regex': True}
+    return {
+        'version': '1.0',
+        'added_tokens': added_tokens,
+        'pre_tokenizer': byte_level,
+        'decoder': byte_level,
+        'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges},
+    }
+
+
+def tokenizer_settings(folder):
+    """tokenizer_config.json, and before it the special_tokens_map.json of older folders: a dict."""
+    settings = {}
+    for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    return settings
+
+
+def special_token_texts(folder):
+    """{role: text} of a folder's special tokens, such as {'eos_token': '<|im_end|>'}."""
+    texts = {}
+    for role, token in tokenizer_settings(folder).items():
+        if isinstance(token, dict):  # with its flags
+            token = token.get('content')
+        if role.endswith('_token') and isinstance(token, str):
+            texts[role] = token
+    return texts
+
+
 def eos_ids_of(folder):
-    """The ids that end a reply: a list of int, from generation_config.json or else config.json."""
+    """The ids that end a reply: a list of int, from the first file that says so."""
     for name in ('generation_config.json', 'config.json'):
         if (folder / name).is_file():
             ids = read_json(folder / name).get('eos_token_id')
@@ -634,32 +842,30 @@ def eos_ids_of(folder):
                 return [ids]
             if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
                 return ids
+
+    eos_token = special_token_texts(folder).get('eos_token')
+    path = folder / 'tokenizer.json'
+    added = read_json(path).get('added_tokens') if path.is_file() else None
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and token.get('content') == eos_token is not None:
+            return [token['id']] if type(token.get('id')) is int else []
     return []
 
 
 def load_template(name):
     """The chat template of a model: a JinjaTemplate, or None if it has none. Raises UserError."""
     folder = fetch(name)
-    path = folder / 'tokenizer_config.json'
-    settings = read_json(path) if path.is_file() else {}
-    source = settings.get('chat_template')
+    source = tokenizer_settings(folder).get('chat_template')
     if isinstance(source, list):  # several by name: the default is for chat
-        named = {entry.get('name'): entry.get('template') for entry in source
-                 if isinstance(entry, dict)}
-        source = named.get('default')
+        defaults = [entry.get('template') for entry in source
+                    if isinstance(entry, dict) and entry.get('name') == 'default']
+        source = defaults[0] if defaults else None
     if (folder / 'chat_template.jinja').is_file():  # where newer folders have it
         source = (folder / 'chat_template.jinja').read_text(encoding='utf-8', errors='replace')
     if not isinstance(source, str):
         return None
-    special = {}
-    for role in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
-        token = settings.get(role)
-        if isinstance(token, dict):  # with its flags
-            token = token.get('content')
-        if isinstance(token, str):
-            special[role] = token
     try:
-        return JinjaTemplate(source, special)
+        return JinjaTemplate(source, special_token_texts(folder))
     except ValueError as e:
         raise UserError(f'cannot use the chat template in {folder}: {e}') from None
 
@@ -705,7 +911,8 @@ def resize_token_embeddings(model, tok, model_tok, folder):
     """
     if tok.tokens[:len(model_tok.tokens)] != model_tok.tokens:
         raise UserError(f'{folder} has another tokenizer than this model: prepare it with '
-                        f'--tokenizer=gpt2, or take --dataset=shakespeare_gpt2')
+                        f'--tokenizer=NAME, the same that --init_from names, or take another '
+                        f'dataset')
     new_rows = tok.vocab_size - model.config.vocab_size
     if new_rows <= 0:
         return
@@ -730,54 +937,139 @@ def add_mean_rows(module, count):
 # --------------------------------------------------------------------------------------------------
 # Export: ours to theirs
 
-def export_folder(model, tok, folder):
-    """Write a GPT and its tokenizer as a folder that transformers.AutoModelForCausalLM loads.
+# What a GPT must be made of to be one of these, by the names of its switches: the values that they
+# can compute, the one to recommend first
+GPT2_SWITCHES = {
+    'pos': ['learned'],
+    'norm': ['layernorm'],
+    'norm_position': ['pre'],
+    'act': list(dict.fromkeys(GPT2_ACTIVATIONS.values())),
+    'qk_norm': [False],
+    'token_shift': [False],
+    'softcap': [0],
+    'cutoffs': [()],
+    'head_bias': [False],
+}
+LLAMA_SWITCHES = {
+    'pos': ['rotary'],
+    'norm': ['rmsnorm'],
+    'norm_position': ['pre'],
+    'act': ['swiglu'],
+    'bias': [False],
+    'qk_norm': [False, 'rmsnorm'],
+    'token_shift': [False],
+    'softcap': [0],
+    'cutoffs': [()],
+    'head_bias': [False],
+}
+LLAMA_CLASSES = {  # model_type: the class in transformers
+    'llama': 'LlamaForCausalLM',
+    'qwen2': 'Qwen2ForCausalLM',
+    'qwen3': 'Qwen3ForCausalLM',
+}
 
-    Raises UserError if GPT-2's format can't hold this model, or if the folder is not new or empty.
+
+def export_folder(model, tok, folder, template=None):
+    """Write a GPT as a folder that transformers.AutoModelForCausalLM and AutoTokenizer load.
+
+    template: the ChatTemplate or JinjaTemplate it was trained with, or None. Raises UserError if
+    no architecture of theirs can hold this model, or if the folder is not new or empty.
     """
     folder = Path(folder)
-    check_is_gpt2(model)
+    model_type = model_type_of(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder} is there already: name a new folder, or remove it')
 
-    # The end-of-text token is also what generation begins with
-    ends = {'bos_token_id': tok.decoder_start_id, 'eos_token_id': tok.eos_id}
-    config = gpt2_config(model.config) | ends
-    files = {
-        'config.json': json.dumps(config, indent=1).encode(),
-        'generation_config.json': json.dumps(ends).encode(),
+    if model_type == 'gpt2':
+        config = gpt2_config(model.config)
+        tensors = gpt2_tensors(model)
+    else:
+        config = llama_config(model.config, model_type)
+        tensors = llama_tensors(model)
+
+    # Which ids begin and end a text is told twice: to whoever reads the model, or generates with it
+    special = special_ids(tok, template)
+    generation = {
+        'bos_token_id': special.get('bos_token'),
+        'eos_token_id': tok.eos_ids[0] if len(tok.eos_ids) == 1 else tok.eos_ids or None,
+        'pad_token_id': special.get('pad_token'),
     }
-    if hasattr(tok, 'tokenizer_json'):  # not every kind of tokenizer fits that format
-        files['tokenizer.json'] = tok.tokenizer_json().encode('utf-8')
-    files['model.safetensors'] = save(gpt2_tensors(model), {'format': 'pt'})
+    files = {
+        'config.json': json.dumps(config | generation, indent=1).encode(),
+        'generation_config.json': json.dumps(generation, indent=1).encode(),
+    }
+    content = tokenizer_json(tok)
+    if content is not None:  # not every kind of tokenizer fits that format
+        settings = tokenizer_config(tok, template, model.config.block_size)
+        files['tokenizer.json'] = content.encode('utf-8')
+        files['tokenizer_config.json'] = json.dumps(settings, indent=1).encode()
+    files['model.safetensors'] = save(tensors, {'format': 'pt'})
     write_folder(folder, files)
 
 
-def check_is_gpt2(model):
-    """Raise UserError, with a list, if a model has parts that GPT-2 lacks."""
+# Which architecture
+
+
+def model_type_of(model):
+    """The model_type of a GPT in Hugging Face's format: gpt2, llama, qwen2 or qwen3.
+
+    Raises UserError, with the options to change, if it has parts that none of them has.
+    """
     if not isinstance(model, GPT):
-        raise UserError('GPT-2 has no encoder: this model can\'t be written in its format')
+        raise UserError('only a GPT can be written for other tools, and this is an '
+                        'encoder-decoder: train with --arch=gpt, as config/llama_small.py does, or '
+                        'export it for sample.py with --to=FILE.pt')
     config = model.config
-    gpt2 = {
-        'pos': ['learned'],
-        'norm': ['layernorm'],
-        'norm_position': ['pre'],
-        'act': list(GPT2_ACTIVATIONS.values()),
-        'qk_norm': [False],
-        'token_shift': [False],
-        'softcap': [0],
-        'cutoffs': [()],
-        'head_bias': [False],
+    not_in_gpt2 = foreign_switches(config, GPT2_SWITCHES | gpt2_extra_switches(config))
+    not_in_llama = foreign_switches(config, LLAMA_SWITCHES | llama_bias_switches(config))
+    if not not_in_gpt2:
+        return 'gpt2'
+    if not not_in_llama:
+        if config.qk_norm:
+            return 'qwen3'
+        has_only_qkv_bias = config.qkv_bias and not config.attn_bias
+        return 'qwen2' if has_only_qkv_bias else 'llama'
+
+    # Name what is nearer
+    family, foreign = 'Llama', not_in_llama
+    if len(not_in_gpt2) < len(not_in_llama):
+        family, foreign = 'GPT-2', not_in_gpt2
+    found = ', '.join(f'{name}={getattr(config, name)}' for name in foreign)
+    options = ' '.join(f'--{name}={value}' for name, value in foreign.items())
+    raise UserError(f'{family}, the nearest that other tools can compute, has no {found}: train '
+                    f'with {options}, or as config/llama_small.py does, or export it for sample.py '
+                    f'with --to=FILE.pt')
+
+
+def foreign_switches(config, switches):
+    """{name: value to set instead} of the switches of a config that are not as they must be."""
+    foreign = {}
+    for name, values in switches.items():
+        if getattr(config, name) not in values:
+            foreign[name] = values[0]
+    return foreign
+
+
+def gpt2_extra_switches(config):
+    """GPT-2 has biases everywhere or, which computes the same, zeros; and heads of one kind."""
+    return {
         'attn_bias': [None, config.bias],
+        'qkv_bias': [None, config.bias],
+        'n_kv_head': [None, config.n_head],
+        'head_dim': [None, config.n_embd // config.n_head],
     }
-    foreign = []
-    for name, values in gpt2.items():
-        value = getattr(config, name)
-        if value not in values:
-            foreign.append(f'{name}={value}')
-    if foreign:
-        raise UserError(f'GPT-2 has no {", ".join(foreign)}: '
-                        f'this model can\'t be written in its format')
+
+
+def llama_bias_switches(config):
+    """Llama may have biases in all projections of attention; Qwen2 in all but the last."""
+    if config.attn_bias:
+        return {'qkv_bias': [None, True]}
+    if config.qk_norm:
+        return {'qkv_bias': [None, False]}
+    return {}
+
+
+# Config and tensors
 
 
 def gpt2_config(config):
@@ -785,12 +1077,14 @@ def gpt2_config(config):
     theirs = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel']}
     for key, ours in GPT2_SIZES.items():
         theirs[key] = getattr(config, ours)
-    their_activation = {ours: key for key, ours in GPT2_ACTIVATIONS.items()}
+    their_activation = {}
+    for key, ours in GPT2_ACTIVATIONS.items():
+        their_activation.setdefault(ours, key)
     theirs |= {
         'n_ctx': config.block_size,
         'n_inner': config.n_inner,
         'activation_function': their_activation[config.act],
-        'layer_norm_epsilon': 1e-5,
+        'layer_norm_epsilon': config.norm_eps,
         'resid_pdrop': config.dropout,
         'embd_pdrop': config.dropout,
         'attn_pdrop': config.attn_dropout,
@@ -800,15 +1094,18 @@ def gpt2_config(config):
     return theirs
 
 
-def gpt2_tensors(model):
-    """The weights of a GPT as GPT-2 keeps them: {name: float32 tensor on the CPU}."""
+def gpt2_tensors(model, transposed=True):
+    """The weights of a GPT as GPT-2 keeps them: {name: float32 tensor on the CPU}.
+
+    transposed: linear layers as (in, out), as transformers has them, instead of (out, in).
+    """
     config = model.config
     tensors = {}
     for name, weight in model.state_dict().items():
         if name == 'lm_head.weight' and config.tie_weights:
             continue
         outputs = weight.size(0)
-        if name.endswith(GPT2_TRANSPOSED):
+        if transposed and name.endswith(GPT2_TRANSPOSED):
             weight = weight.t()
         tensors[name] = weight.float().cpu().contiguous()
 
@@ -816,6 +1113,196 @@ def gpt2_tensors(model):
         if not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
             tensors[name.removesuffix('weight') + 'bias'] = torch.zeros(outputs)
     return tensors
+
+
+def llama_config(config, model_type):
+    """The config.json of a Llama, Qwen2 or Qwen3 for a GPTConfig, as a dict."""
+    theirs = {'model_type': model_type, 'architectures': [LLAMA_CLASSES[model_type]]}
+    for key, ours in LLAMA_SIZES.items():
+        theirs[key] = getattr(config, ours)
+    theirs |= {
+        'intermediate_size': config.n_inner or 4 * config.n_embd,
+        'num_key_value_heads': config.num_kv_heads,
+        'head_dim': config.head_size,
+        'hidden_act': 'silu',
+        'rms_norm_eps': config.norm_eps,
+        'rope_theta': config.rope_theta,
+        'rope_scaling': config.rope_scaling,
+        'attention_bias': bool(config.attn_bias),
+        'attention_dropout': config.attn_dropout,
+        'mlp_bias': False,
+        'torch_dtype': 'float32',
+        'tie_word_embeddings': config.tie_weights,
+    }
+    return theirs
+
+
+def llama_tensors(model):
+    """The weights of a GPT as a Llama keeps them: {name: float32 tensor on the CPU}."""
+    config = model.config
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name == 'lm_head.weight' and config.tie_weights:
+            continue
+        rows = [len(weight)]
+        if '.c_attn.' in name:  # what we keep in one matrix, they keep apart
+            kv_rows = config.num_kv_heads * config.head_size
+            rows = [config.n_head * config.head_size, kv_rows, kv_rows]
+        if '.c_fc.' in name:
+            rows = [len(weight) // 2] * 2
+        for key, part in zip(llama_sources(name, tensors), weight.float().cpu().split(rows)):
+            tensors[key] = part.contiguous()
+    return tensors
+
+
+# Tokenizer and chat template
+
+
+def tokenizer_json(tok):
+    """The content of a tokenizer.json that encodes as tok does, or None if that is impossible.
+
+    One difference remains: Hugging Face's libraries read a typed <|endoftext|> as the special
+    token.
+    """
+    if isinstance(tok, HuggingFaceTokenizer):
+        return tok.tokenizer_json
+    if isinstance(tok, BytePairTokenizer):
+        return tok.tokenizer_json()
+    if isinstance(tok, ByteTokenizer):  # byte-pair encoding that has not learned anything
+        return BpeTokenizer([], list(tok.special_tokens)).tokenizer_json()
+    if isinstance(tok, CharTokenizer):
+        return char_tokenizer_json(tok)
+    return None
+
+
+def char_tokenizer_json(tok):
+    """The content of a tokenizer.json for a CharTokenizer: every character is a word.
+
+    As with ours, a character that is not in the vocabulary is an error. None if the vocabulary has
+    surrogates, which no other tool can read.
+    """
+    vocab = {character: token_id for token_id, character in enumerate(tok.chars)}
+    if any('\ud800' <= character <= '\udfff' for character in vocab):
+        return None
+    added_tokens = []
+    for name, token_id in tok.special_tokens.items():
+        vocab[special_token_text(name)] = token_id
+        added_tokens.append({'id': token_id, 'content': special_token_text(name), 'special': True,
+                             'single_word': False, 'lstrip': False, 'rstrip': False,
+                             'normalized': False})
+    content = {
+        'version': '1.0',
+        'added_tokens': added_tokens,
+        'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'},
+                          'behavior': 'Isolated', 'invert': False},
+        'decoder': {'type': 'Fuse'},  # without spaces in between
+        'model': {'type': 'WordLevel', 'vocab': vocab, 'unk_token': '<|unknown|>'},
+    }
+    return json.dumps(content, ensure_ascii=False, indent=1)
+
+
+def tokenizer_config(tok, template, block_size):
+    """The content of a tokenizer_config.json, as a dict."""
+    texts = special_texts(tok)
+    config = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'model_max_length': block_size,
+        'padding_side': 'left',  # generation continues each row of a batch at its right end
+        'clean_up_tokenization_spaces': False,
+        'model_input_names': ['input_ids', 'attention_mask'],
+    }
+    for role, token_id in special_ids(tok, template).items():
+        config[role] = texts[token_id]
+    if template is not None:
+        config['chat_template'] = jinja_source(template, tok)
+    return config
+
+
+def special_texts(tok):
+    """{id: text} of the special tokens, as other tools write them."""
+    texts = {}
+    for name, token_id in tok.special_tokens.items():
+        texts[token_id] = special_token_text(name)
+        if isinstance(tok, HuggingFaceTokenizer):
+            texts[token_id] = tok.library.id_to_token(token_id)
+    return texts
+
+
+def special_ids(tok, template):
+    """The ids of bos_token, eos_token and pad_token, and whatever else a JinjaTemplate names."""
+    ids = {
+        'bos_token': tok.decoder_start_id,  # what a generation without a prompt begins with
+        'eos_token': tok.eos_id,
+        'pad_token': tok.special_tokens.get('pad', tok.eos_id),
+    }
+    texts = special_texts(tok)
+    if isinstance(template, JinjaTemplate):
+        id_of = {text: token_id for token_id, text in texts.items()}
+        for role, text in template.special.items():
+            ids[role] = id_of.get(text)
+    return {role: token_id for role, token_id in ids.items() if token_id in texts}
+
+
+def jinja_source(template, tok):
+    """A chat template in Jinja that writes messages as the template does.
+
+    For a ChatTemplate: the newest max_turns of them, then what a reply begins with. It knows no
+    system messages: one at the beginning is left out.
+    """
+    if isinstance(template, JinjaTemplate):
+        return template.source
+
+    texts = special_texts(tok)
+    reply_start = texts[tok.decoder_start_id] + template.reply_prefix
+    return ''.join([
+        '{% if messages and messages[0]["role"] == "system" %}',
+        '{% set messages = messages[1:] %}',
+        '{% endif %}',
+        f'{{{{ {jinja_piece(template.bos, tok)} }}}}',
+        f'{{% for message in messages[-{template.max_turns}:] %}}',
+        f'{{% if not loop.first %}}{{{{ {jinja_piece(template.separator, tok)} }}}}{{% endif %}}',
+        f'{{{{ {jinja_turn(template)} }}}}',
+        '{% endfor %}',
+        '{% if add_generation_prompt %}',
+        f'{{{{ {jinja_string(reply_start)} }}}}',
+        '{% endif %}',
+    ])
+
+
+def jinja_string(text):
+    """A text as Jinja code, which has Python's escapes: JSON's are among them."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def jinja_piece(text, tok):
+    """Jinja code for a text or, for '<name>', for the special token of that name."""
+    name = text[1:-1]
+    if text == f'<{name}>' and name in tok.special_tokens:
+        text = special_texts(tok)[tok.special_tokens[name]]
+    return jinja_string(text)
+
+
+def jinja_turn(template):
+    """Jinja code for one turn of a ChatTemplate, whose speaker follows from the message's role.
+
+    >>> from pocket.template import ChatTemplate
+    >>> jinja_turn(ChatTemplate(turn='A: {text}'))
+    '"A: " ~ message["content"]'
+    """
+    speaker = (f'({jinja_string(template.user)} if message["role"] == "user" '
+               f'else {jinja_string(template.assistant)})')
+    code = []
+    for part in re.split('({speaker}|{text})', template.turn):
+        if part == '{speaker}':
+            code.append(speaker)
+        elif part == '{text}':
+            code.append('message["content"]')
+        elif part:
+            code.append(jinja_string(part))
+    return ' ~ '.join(code)
+
+
+# Files
 
 
 def write_folder(folder, files):

@@ -20,9 +20,14 @@ def prepare_for_decoding(model, bits=None):
     """Replace the linear layers of a GPT or Seq2Seq, in place, by the fastest ones for its device.
 
     bits=8: by Int8Linear. None: by PackedLinear for bfloat16 on a CPU that computes in it; any
-    other model stays as it is. Embeddings stay in any case. Returns the model, which can no longer
-    be trained.
+    other model stays as it is. Embeddings stay in any case, and adaptive softmax becomes float32,
+    in which it computes. Returns the model, which can no longer be trained.
     """
+    in_adaptive_softmax = set()
+    for module in model.modules():
+        if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+            in_adaptive_softmax.update(module.float().modules())
+
     if bits == 8:
         replacement = Int8Linear
     elif runs_in_bfloat16_on_cpu(model):
@@ -31,6 +36,8 @@ def prepare_for_decoding(model, bits=None):
         return model
 
     for module in list(model.modules()):
+        if module in in_adaptive_softmax:
+            continue
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, replacement(child))

@@ -15,9 +15,12 @@ JSON in meta.json, as a dict in every checkpoint.
 """
 import json
 import re
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import wraps
 
 from pocket.errors import UserError
 
@@ -76,35 +79,40 @@ class ChatTemplate:
         return {key: getattr(self, field) for field, key in JSON_KEYS.items()}
 
 
+# ---- Chat templates of other people's models, which are programs
+
+RENDER_SECONDS = 5
+MAX_RENDERED = 2**24    # characters that a template may write, or an operation in it may make
+MAX_TEMPLATE = 2**20    # characters of its source
+
+
 class JinjaTemplate:
     """The chat template of somebody else's model: a program in Jinja that writes a conversation.
 
-    It runs in Jinja's immutable sandbox, where it can compute text and nothing else. source: the
-    template. special: {role: text} such as {'eos_token': '<|im_end|>'}, which templates refer to.
-    Raises ValueError if the source is not a template, UserError if jinja2 is missing.
+    It runs in Jinja's immutable sandbox, where it can compute text and nothing else, for a few
+    seconds at most. source: the template. special: {role: text} such as {'eos_token':
+    '<|im_end|>'}, which templates refer to. Raises ValueError if the source is not a template,
+    UserError if jinja2 is missing.
     """
+
     user = 'user'  # what the roles are called when a chat is shown
     assistant = 'assistant'
     max_turns = 1000  # in a conversation; what does not fit the context is left out before that
 
     def __init__(self, source, special=None):
         try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            environment = make_jinja_environment()
         except ImportError:
             raise UserError('this model\'s chat template needs one more package: '
                             'pip install jinja2') from None
         self.source = source
         self.special = dict(special or {})
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-        environment.filters['tojson'] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options)
-        environment.globals['raise_exception'] = raise_exception
-        environment.globals['strftime_now'] = lambda form: datetime.now().strftime(form)
+        if len(source) > MAX_TEMPLATE:
+            raise ValueError(f'it is longer than {MAX_TEMPLATE:,} characters')
         try:
-            self.template = environment.from_string(source)
-        except (TemplateError, RecursionError, ValueError) as e:
+            with time_limit(RENDER_SECONDS):
+                self.template = environment.from_string(source)
+        except Exception as e:  # compiling it is Jinja's matter, then Python's
             raise ValueError(f'it is not a Jinja template: {str(e)[:200]}') from None
 
     def render(self, messages, add_generation_prompt=True):
@@ -115,18 +123,18 @@ class JinjaTemplate:
         """
         pieces = []
         length = 0
-        deadline = time.monotonic() + RENDER_SECONDS
         try:
-            for piece in self.template.generate(
-                    messages=messages, add_generation_prompt=add_generation_prompt,
-                    tools=None, documents=None, **self.special):
-                pieces.append(piece)
-                length += len(piece)
-                if length > MAX_RENDERED or time.monotonic() > deadline:
-                    raise ValueError('it does not come to an end')
-            return ''.join(pieces)
+            with time_limit(RENDER_SECONDS):
+                for piece in self.template.generate(
+                        messages=messages, add_generation_prompt=add_generation_prompt,
+                        tools=None, documents=None, **self.special):
+                    pieces.append(piece)
+                    length += len(piece)
+                    if length > MAX_RENDERED:
+                        raise ValueError(f'it writes more than {MAX_RENDERED:,} characters')
         except Exception as e:  # it is a program, in which anything can go wrong
             raise ValueError(f'the chat template failed: {str(e)[:200]}') from None
+        return ''.join(pieces)
 
     def to_dict(self):
         """The template as meta.json and checkpoints hold it."""
@@ -164,13 +172,131 @@ def encode_messages(tok, template, messages, max_tokens=None):
         turns = turns[2:] if len(turns) > 2 else turns[1:]  # a question and its answer
 
 
-RENDER_SECONDS = 5
-MAX_RENDERED = 2**24  # characters
+def make_jinja_environment():
+    """Jinja's sandbox, with what transformers gives to chat templates and limits of our own.
+
+    Jinja limits range(), but neither the time of loops, nor the size of what an operation makes.
+    """
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(['*', '**', '%'])
+
+        def call_binop(self, context, operator, left, right):
+            check_operation(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, context, called, *args, **kwargs):
+            check_sizes([*args, *kwargs.values()])
+            return super().call(context, called, *args, **kwargs)
+
+    class Generation(Extension):
+        """{% generation %}…{% endgeneration %} marks an answer, for training: here it is text."""
+        tags = {'generation'}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True,
+                              extensions=['jinja2.ext.loopcontrols', Generation])
+    for name, function in environment.filters.items():
+        environment.filters[name] = with_checked_sizes(function)
+    environment.filters['tojson'] = to_json
+    environment.globals['raise_exception'] = raise_exception
+    environment.globals['strftime_now'] = strftime_now
+    return environment
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """The filter tojson as chat templates know it. Jinja's own writes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+
+def strftime_now(form):
+    """Today's date, in a form such as '%d %B %Y'."""
+    return datetime.now().strftime(form)
 
 
 def raise_exception(message):
     """What templates call to refuse messages."""
     raise ValueError(message)
+
+
+def check_operation(operator, left, right):
+    """Raise ValueError if a product, a power or a formatted text would be huge."""
+    if operator == '%':  # of numbers, or of a text with widths, '%999999999d' % 1
+        if isinstance(left, str) and re.search(r'\d{5}|\*', left):
+            raise ValueError('it formats a huge text')
+        return
+    if operator == '**':
+        is_huge = abs(left) > 2**32 or abs(right) > 64
+    else:
+        length = 1
+        for factor in (left, right):
+            length *= len(factor) if hasattr(factor, '__len__') else abs(factor)
+        has_text = hasattr(left, '__len__') or hasattr(right, '__len__')
+        is_huge = length > (MAX_RENDERED if has_text else 2**256)
+    if is_huge:
+        raise ValueError(f'the result of {operator} is huge')
+
+
+def check_sizes(values):
+    """Raise ValueError if one of the arguments of a function asks for something huge."""
+    for value in values:
+        if isinstance(value, int) and abs(value) > MAX_RENDERED:
+            raise ValueError(f'{value} is too large for an argument')
+
+
+def with_checked_sizes(function):
+    """A filter of Jinja that checks its arguments first; the very first is its environment."""
+
+    @wraps(function)  # with the marks that Jinja puts on functions
+    def checked(*args, **kwargs):
+        check_sizes([*args, *kwargs.values()])
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raise ValueError in the body if it takes longer, or memory grows by more than a gigabyte.
+
+    Python calls a trace function before each line that it runs, debuggers are made of it. That
+    works in any thread, and for a program such as a template, which has few lines, it is quick
+    enough. What a single line does can't be interrupted.
+    """
+    deadline = time.monotonic() + seconds
+    memory = peak_memory()
+
+    def check(frame, event, argument):
+        if time.monotonic() > deadline:
+            raise ValueError(f'it takes more than {seconds} seconds')
+        if peak_memory() > memory + 2**30:
+            raise ValueError('it takes more than 1 GB of memory')
+        return check
+
+    previous = sys.gettrace()
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(previous)
+
+
+def peak_memory():
+    """The most bytes of memory that this process has held; 0 if the system doesn't say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def template_from_dict(d):

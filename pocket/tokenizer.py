@@ -36,6 +36,7 @@ import heapq
 import io
 import json
 import re
+import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -156,6 +157,15 @@ class UnknownCharacters(ValueError):
         super().__init__(f'the tokenizer does not know {shown}')
 
 
+class VocabularyTooSmall(UserError):
+    """sentencepiece needs a larger vocabulary for this text: at least `needed` tokens."""
+
+    def __init__(self, vocab_size, needed):
+        self.needed = needed
+        super().__init__(f'sentencepiece cannot make a vocabulary of {vocab_size:,} from this: '
+                         f'it needs at least {needed}')
+
+
 # -----------------------------------------------------------------------------
 # What all tokenizers share
 
@@ -167,6 +177,10 @@ class Tokenizer:
     the id of a special token: a user who types <eot> has typed five characters.
     """
     kind = ''
+
+    # Whether the dataset that it was made for consists of documents, each with eos_id at its end.
+    # Then an empty prompt means the start of a document: see encode_prompt()
+    has_documents = False
 
     def __init__(self, tokens, special_tokens=()):
         """tokens: the bytes behind each ordinary id; special_tokens: names that get the next ids.
@@ -198,10 +212,13 @@ class Tokenizer:
     def encode_prompt(self, text):
         """str to the list of ids to generate from, which is never empty.
 
-        An empty prompt becomes a line break, or id 0 if the tokenizer does not know line breaks.
+        An empty prompt is the start of a document, if the training text had several. Else it
+        becomes a line break, or id 0 if the tokenizer does not know line breaks.
         """
         if text:
             return self.encode(text) or [0]
+        if self.has_documents and self.eos_id is not None:
+            return [self.eos_id]
         try:
             return self.encode('\n') or [0]
         except UnknownCharacters:
@@ -273,6 +290,12 @@ class Tokenizer:
         """The tokenizer as a dict for JSON, from which tokenizer_from_dict() restores it."""
         raise NotImplementedError
 
+    def mark_documents(self, d):
+        """What to_dict() returns: d, with a mark if the training text consists of documents."""
+        if self.has_documents:
+            d['documents'] = True
+        return d
+
 
 # -----------------------------------------------------------------------------
 # Characters and bytes
@@ -313,6 +336,9 @@ class CharTokenizer(Tokenizer):
         # The search says where a character would have to be; check that it is there
         unknown = self.code_points[ids] != code_points
         if unknown.any():
+            repaired = replace_lone_surrogates(text)  # as train() did
+            if repaired != text and '\ufffd' in self.chars:
+                return self.encode_to_numpy(repaired)
             characters = map(chr, code_points[unknown])
             raise UnknownCharacters(list(dict.fromkeys(characters)))
         return ids.astype(np.uint32)
@@ -321,7 +347,7 @@ class CharTokenizer(Tokenizer):
         d = {'kind': 'char', 'chars': self.chars}
         if self.special_tokens:
             d['specials'] = list(self.special_tokens)
-        return d
+        return self.mark_documents(d)
 
     @classmethod
     def from_dict(cls, d):
@@ -354,7 +380,7 @@ class ByteTokenizer(Tokenizer):
         d = {'kind': 'byte'}
         if list(self.special_tokens) != ['eot']:
             d['specials'] = list(self.special_tokens)
-        return d
+        return self.mark_documents(d)
 
     @classmethod
     def from_dict(cls, d):
@@ -740,12 +766,12 @@ class BpeTokenizer(BytePairTokenizer):
         return merges
 
     def to_dict(self):
-        return {
+        return self.mark_documents({
             'kind': 'bpe',
             'split': 'gpt2',
             'merges': self.merges,
             'specials': list(self.special_tokens),
-        }
+        })
 
     @classmethod
     def from_dict(cls, d):
@@ -811,7 +837,8 @@ class TiktokenTokenizer(BytePairTokenizer):
         return merges
 
     def to_dict(self):
-        return {'kind': 'tiktoken', 'name': self.name, 'specials': self.added}
+        return self.mark_documents(
+            {'kind': 'tiktoken', 'name': self.name, 'specials': self.added})
 
     @classmethod
     def from_dict(cls, d):
@@ -923,9 +950,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         smallest = re.search(r'smaller than.*vs (\d+)', message)
         if smallest:
-            reason = f'it needs at least {smallest[1]}'
-        else:
-            reason = message.split('] ')[-1] or 'there is no text'
+            raise VocabularyTooSmall(vocab_size, int(smallest[1])) from None
+        reason = message.split('] ')[-1] or 'there is no text'
         raise UserError(f'sentencepiece cannot make a vocabulary of {vocab_size:,} from this: '
                         f'{reason}') from None
 
@@ -943,7 +969,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.sp.encode(part)
 
     def to_dict(self):
-        return {'kind': 'sentencepiece', 'model': self.model}
+        return self.mark_documents({'kind': 'sentencepiece', 'model': self.model})
 
     @classmethod
     def from_dict(cls, d):
@@ -966,35 +992,56 @@ class HuggingFaceTokenizer(Tokenizer):
 
         Raises ValueError if it is not a tokenizer, UserError if the library is missing.
         """
+        self.tokenizer_json = tokenizer_json
+        self.library = self.load_library(tokenizer_json)
+        self.lock = threading.Lock()  # for the one setting that encoding switches
+
+        vocab = self.library.get_vocab(with_added_tokens=True)
+        size = max(vocab.values(), default=-1) + 1
+        if not 0 < size <= 2**24:
+            raise ValueError(f'it has ids up to {size - 1:,}, instead of 0 to 2**24 at most')
+        added = self.library.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special}
+
+        # The bytes behind each token depend on how the library joins tokens to text
+        decoder = json.loads(tokenizer_json).get('decoder') or {}
+        self.is_byte_level = decoder.get('type') == 'ByteLevel'
+        bytes_of = bytes_of_piece
+        if 'ByteLevel' in json.dumps(decoder):
+            bytes_of = bytes_of_byte_level
+        elif decoder.get('type') == 'WordPiece':
+            bytes_of = bytes_of_word_piece
+        tokens = [b''] * size
+        for token, token_id in vocab.items():
+            if token_id not in special:
+                tokens[token_id] = bytes_of(token)
+        super().__init__(tokens)
+        for token_id in sorted(special):
+            text = added[token_id].content
+            name = special_token_name(text)
+            if name in self.special_tokens:  # <|x|> and <x>: then the second goes by its full text
+                name = text
+            self.special_tokens[name] = token_id
+        self.reply_ends = [token_id for token_id in eos_ids if 0 <= token_id < size]
+
+    @staticmethod
+    def load_library(tokenizer_json):
+        """A tokenizers.Tokenizer that takes special tokens for plain text."""
         try:
             import tokenizers
         except ImportError:
             raise UserError('this model\'s tokenizer needs one more package: '
                             'pip install tokenizers') from None
         try:
-            self.library = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as e:  # of the library, which knows no other
+            library = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except BaseException as e:  # of the library, which knows Exception, and panics
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ValueError(f'it is not a tokenizer.json: {str(e)[:200]}') from None
-        self.library.no_padding()
-        self.library.no_truncation()
-        self.library.encode_special_tokens = True  # take them for plain text
-        self.tokenizer_json = tokenizer_json
-
-        added = self.library.get_added_tokens_decoder()
-        special = {token_id for token_id, token in added.items() if token.special}
-        vocab = self.library.get_vocab(with_added_tokens=True)
-        size = max(vocab.values()) + 1
-        if size > 2**24:
-            raise ValueError(f'it has ids up to {size - 1:,}')
-        is_byte_level = 'ByteLevel' in json.dumps(json.loads(tokenizer_json).get('decoder'))
-        tokens = [b''] * size
-        for token, token_id in vocab.items():
-            if token_id not in special:
-                tokens[token_id] = bytes_of_piece(token, is_byte_level and token_id not in added)
-        super().__init__(tokens)
-        for token_id in special:
-            self.special_tokens[special_token_name(added[token_id].content)] = token_id
-        self.reply_ends = [token_id for token_id in eos_ids if 0 <= token_id < size]
+        library.no_padding()
+        library.no_truncation()
+        library.encode_special_tokens = True
+        return library
 
     @property
     def eos_id(self):
@@ -1007,39 +1054,64 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.reply_ends or super().eos_ids
 
     def encode_to_numpy(self, text):
-        """str to (T,) uint32 array."""
-        text = replace_lone_surrogates(text)
-        ids = self.library.encode(text, add_special_tokens=False).ids
-        return np.array(ids, dtype=np.uint32)
+        """str to (T,) uint32 array. Raises UserError if the library can't encode it."""
+        return np.array(self.run_library(text), dtype=np.uint32)
 
     def encode_with_specials(self, text):
         """str to list of ids, in which the text of a special token becomes its id."""
-        self.library.encode_special_tokens = False
-        try:
-            return self.library.encode(text, add_special_tokens=False).ids
-        finally:
-            self.library.encode_special_tokens = True
+        return self.run_library(text, parse_specials=True)
 
     def encode_prompt(self, text):
         """str to the list of ids to generate from: with a start token, if the model wants one."""
-        ids = self.library.encode(replace_lone_surrogates(text), add_special_tokens=True).ids
+        ids = self.run_library(text, add_start=True)
         if ids:
             return ids
         return [self.eos_id or 0]  # an empty prompt is the start of a document
 
+    def run_library(self, text, parse_specials=False, add_start=False):
+        """Encode by Hugging Face's library. Raises UserError if that fails.
+
+        parse_specials: whether the text of a special token becomes its id. add_start: whether to
+        add the special tokens that begin a text.
+        """
+        text = replace_lone_surrogates(text)
+        with self.lock:
+            self.library.encode_special_tokens = not parse_specials
+            try:
+                return self.library.encode(text, add_special_tokens=add_start).ids
+            except Exception as e:  # of the library; such as for a character that it doesn't know
+                raise UserError(f'the tokenizer cannot encode this text: {e}') from None
+            finally:
+                self.library.encode_special_tokens = True
+
     def decode(self, ids):
         """ids to str. Special tokens become nothing."""
+        if self.is_byte_level:
+            return super().decode(ids)
         return self.library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def stream_decoder(self):
         """See Tokenizer.stream_decoder()."""
-        from tokenizers.decoders import DecodeStream
-        stream = DecodeStream(skip_special_tokens=True)
+        if self.is_byte_level:
+            return super().stream_decoder()
+
+        # What a token adds to the text depends on the one before it, so both are decoded together
+        shown = []  # ids whose text has been returned: only the latest of them
+        waiting = []  # ids that may end in the middle of a character
 
         def decode_next(token_id):
-            if token_id is None:
+            if token_id is not None:
+                waiting.append(token_id)
+            before = self.decode(shown)
+            text = self.decode(shown + waiting)
+            if token_id is not None and text.endswith('\ufffd') and len(waiting) < 8:
                 return ''
-            return stream.step(self.library, int(token_id)) or ''
+            if text == before:  # a special token: what comes before it still counts
+                shown.extend(waiting)
+            else:
+                shown[:] = waiting
+            waiting.clear()
+            return text[len(before):]
 
         return decode_next
 
@@ -1059,17 +1131,37 @@ class HuggingFaceTokenizer(Tokenizer):
 UNICODE_TO_BYTES = {character: byte for byte, character in BYTES_TO_UNICODE.items()}
 
 
-def bytes_of_piece(piece, is_byte_level):
-    """The bytes behind a token as tokenizer.json writes it.
+def bytes_of_byte_level(token):
+    """The bytes behind a token that is written as GPT-2 does; others stand for themselves.
 
-        >>> bytes_of_piece('Ġthe', True), bytes_of_piece('▁the', False), bytes_of_piece('<0x0A>',
-        False) (b' the', b' the', b'\\n')
+    >>> bytes_of_byte_level('Ġthe'), bytes_of_byte_level('two words')
+    (b' the', b'two words')
     """
-    if is_byte_level:
-        return bytes(UNICODE_TO_BYTES.get(c, 63) for c in piece)
-    if re.fullmatch('<0x[0-9A-F]{2}>', piece):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace('▁', ' ').encode('utf-8', 'replace')
+    if all(character in UNICODE_TO_BYTES for character in token):
+        return bytes(UNICODE_TO_BYTES[character] for character in token)
+    return token.encode('utf-8', 'replace')
+
+
+def bytes_of_piece(token):
+    """The bytes behind a token that is written as sentencepiece does.
+
+    >>> bytes_of_piece('▁the'), bytes_of_piece('<0x0A>')
+    (b' the', b'\\n')
+    """
+    if re.fullmatch('<0x[0-9A-F]{2}>', token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace('▁', ' ').encode('utf-8', 'replace')
+
+
+def bytes_of_word_piece(token):
+    """The bytes behind a token that is written as BERT does: with a space unless it continues.
+
+    >>> bytes_of_word_piece('play'), bytes_of_word_piece('##ing')
+    (b' play', b'ing')
+    """
+    if token.startswith('##'):
+        return token[2:].encode('utf-8', 'replace')
+    return b' ' + token.encode('utf-8', 'replace')
 
 
 # -----------------------------------------------------------------------------
@@ -1094,6 +1186,7 @@ def make_tokenizer(name, texts=None, vocab_size=None, special_tokens=()):
     special_tokens: names. If none are given, byte, bpe and tiktoken's encodings still have eot.
     """
     if name == 'char':
+        texts = map(replace_lone_surrogates, texts)
         characters = (character for text in texts for character in set(text))
         return CharTokenizer.train(characters, special_tokens)
     if name == 'byte':
@@ -1121,6 +1214,8 @@ def tokenizer_from_dict(d):
     try:
         if not isinstance(d.get('specials', []), (list, tuple)):
             raise ValueError('the special tokens of a tokenizer must be a list')
-        return TOKENIZER_KINDS[kind].from_dict(d)
+        tok = TOKENIZER_KINDS[kind].from_dict(d)
+        tok.has_documents = d.get('documents') is True
+        return tok
     except (KeyError, TypeError, AttributeError):    # a field is missing, or of another type
         raise ValueError('not the description of a tokenizer') from None

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import zipfile
+import zlib
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -26,17 +27,22 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, print_next_step, read_text, write_pairs
+from pocket.datasets import (
+    dataset_folder,
+    make_dataset_tokenizer,
+    print_next_step,
+    read_text,
+    write_pairs,
+)
 from pocket.errors import UserError
 from pocket.files import download, sha256_of
 from pocket.template import ChatTemplate, encode_conversation
-from pocket.tokenizer import make_tokenizer
 
 corpora: Literal['both', 'daily', 'prosocial'] = 'both'  # which to use
 daily: str | None = None      # a folder with DailyDialog's three zips (None: download them)
 prosocial: str | None = None  # a folder with ProsocialDialog's JSON files (None: download them)
 context = 6                   # [1, inf) a source has at most this many utterances
-tokenizer = 'sentencepiece'   # or char, byte, bpe, trained on train; or tiktoken's, such as gpt2
+tokenizer = 'sentencepiece'   # or char, byte, bpe, trained on train; or gpt2, smollm2, out/RUN
 vocab_size = 32000            # of those that are trained; less if the text is too small for it
 name = 'dialog'               # the dataset is data/NAME
 data_dir: str | None = None   # where datasets live (None: data/ beside train.py)
@@ -60,6 +66,8 @@ SHA256 = {   # of DailyDialog's files at the first of daily_urls
     'validation.zip': 'f068cf7526a56ab5f26e99b74ce9edbc2766f7b060a3c6cef035920b0dd28153',
     'test.zip': '5f9526a5ce4b8af4ca237aa3ff38cbf03becbc596c70b0974d7f5f9af2ea0615',
 }
+LARGEST_TEXT = 2**27         # bytes: DailyDialog's are a tenth of that
+LONGEST_UTTERANCE = 20_000   # characters: theirs are far shorter, and repairs take long beyond it
 TEMPLATE = ChatTemplate(turn='{speaker}: {text}', separator='<sep>', bos='<bos>', max_turns=context,
                         user='User', assistant='Bot', reply_prefix='Bot: ')
 
@@ -75,7 +83,7 @@ REPAIRS = [   # (pattern, replacement), applied in this order
     (r"\b([Oo]|[Mm]a) ' (?=\w)", r"\1'"),                  # o ' clock, ma ' am
     (r"(?:^|(?<=\s))' (\S.*?) '(?=\s|$)", r"'\1'"),        # she said ' maybe '
     (r"s ' ", "s' "),                                      # my parents ' home
-    (r'" *(.*?) *"', r'"\1"'),                             # " no "
+    (r'"([^"\n]*)"', lambda match: '"' + match[1].strip(' ') + '"'),   # " no "
     (r'\b(\d{1,3}(?:,\d{3})*) , (\d{3})\b', r'\1,\2'),     # 12 , 000
     (r'(?<=\d) \. (?=\d)', '.'),                           # 4 . 50
     (r'(?<=\d) ?: ?(?=\d\d\b)', ':'),                      # 8: 30
@@ -136,14 +144,23 @@ def read_daily(path):
     try:
         with zipfile.ZipFile(path) as archive:
             pattern = r'dialogues_(train|validation|test)\.txt$'
-            member = next(name for name in archive.namelist() if re.search(pattern, name))
+            member = next(info for info in archive.infolist() if re.search(pattern, info.filename))
+            if member.file_size > LARGEST_TEXT:
+                raise UserError(f'{path} unpacks to {member.file_size:,} bytes, which DailyDialog '
+                                f'does not: delete it, or give another')
             lines = archive.read(member).decode('utf-8').split('\n')
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, StopIteration) as e:
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, StopIteration, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f'{path} is not a zip with a UTF-8 dialogues_….txt in it ({e!r}): '
                         'delete it, or give another') from None
     dialogs = []
     for line in lines:
-        utterances = [repair(utterance) for utterance in line.split('__eou__')]
+        parts = line.split('__eou__')
+        if max(map(len, parts)) > LONGEST_UTTERANCE:
+            raise UserError(f'{path} has an utterance of more than {LONGEST_UTTERANCE:,} '
+                            f'characters: it is not DailyDialog; give another')
+        utterances = [repair(utterance) for utterance in parts]
         dialogs.append([utterance for utterance in utterances if utterance])
     return dialogs
 
@@ -164,7 +181,7 @@ def read_prosocial(path):
         for i, record in enumerate(records):
             dialog_id = record.get('dialogue_id', f'row {i}')
             rows.append((dialog_id, record['context'].strip(), record['response'].strip()))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f'{path} is not rows of JSON with context and response '
                         f'({type(e).__name__}: {e})') from None
 
@@ -231,8 +248,8 @@ def tokenizer_texts():
                 yield f'Bot: {utterance}'
 
 
-tok = make_tokenizer(tokenizer, tokenizer_texts(), vocab_size,
-                     special_tokens=('pad', 'bos', 'eos', 'sep'))
+tok, _ = make_dataset_tokenizer(tokenizer, tokenizer_texts(), vocab_size,
+                                special_tokens=('pad', 'bos', 'eos', 'sep'))
 
 
 # Encode every pair, and drop those that occur again: dialogs can begin alike

@@ -17,17 +17,17 @@ from pocket.datasets import (
     dataset_folder,
     file_size,
     hugging_face_url,
+    make_dataset_tokenizer,
     print_next_step,
     training_sample,
     write_corpus,
 )
 from pocket.errors import UserError
 from pocket.files import download
-from pocket.tokenizer import make_tokenizer
 
 shards = 1                   # [1, 14] how many of the 14 files to use
 input: tuple[str, ...] = ()  # local copies of such files instead; may be given several times
-tokenizer = 'gpt2'           # byte, bpe, sentencepiece, or one of tiktoken's
+tokenizer = 'gpt2'           # byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
 vocab_size = 32768           # of a bpe or sentencepiece, which are trained here
 val_every = 1000             # [2, inf) about one page in this many is val, by a hash of its text
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
@@ -73,7 +73,7 @@ else:
 
 # Train the tokenizer on the first pages of train, then encode and write all of them
 parts = [functools.partial(read_pages, file) for file in files]
-tok = make_tokenizer(tokenizer, training_sample(parts), vocab_size)
+tok, _ = make_dataset_tokenizer(tokenizer, training_sample(parts), vocab_size)
 source = {'source': 'HuggingFaceFW/fineweb-edu, sample 10BT', 'files': files}
 how_split = f'a hash of its text puts about 1 page in {val_every:,} into val'
 write_corpus(folder, tok, parts, source, how_split)

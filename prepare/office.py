@@ -33,6 +33,7 @@ from pocket.configurator import configure
 from pocket.datasets import (
     choose_val_by_blocks,
     dataset_folder,
+    make_dataset_tokenizer,
     print_next_step,
     read_text,
     write_pairs,
@@ -40,7 +41,6 @@ from pocket.datasets import (
 from pocket.errors import UserError
 from pocket.files import download, sha256_of
 from pocket.template import ChatTemplate, encode_conversation
-from pocket.tokenizer import make_tokenizer
 
 src: str | None = None       # a text file of sources, one per line (with --tgt)
 tgt: str | None = None       # its targets
@@ -49,7 +49,7 @@ character = 'MICHAEL'        # whose lines of the transcript are the targets
 context = 4                  # [1, inf) a source has at most this many turns of the scene
 split: Literal['blocks', 'contiguous90'] = 'blocks'  # contiguous90: first 90 % / last 10 %
 seed = 0                     # chooses the blocks
-tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, or one of tiktoken's, such as gpt2
+tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
 vocab_size = 8192            # of those that are trained, on train; few pairs want a small head
 name = 'office'              # the dataset is data/NAME
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
@@ -77,7 +77,7 @@ def read_tidy_lines(path):
 
     Only \n and \r\n end a line: other line ends that Unicode has must not shift the pairs.
     """
-    lines = read_text(path).removeprefix('\ufeff').split('\n')
+    lines = read_text(path, translate=False).removeprefix('\ufeff').split('\n')
     if not lines[-1]:
         lines.pop()
     return [' '.join(line.split()) for line in lines]
@@ -251,7 +251,8 @@ learned = train + val if tokenizer == 'char' else train
 texts = []
 for pair in learned:
     texts += [pair.source, pair.target]
-tok = make_tokenizer(tokenizer, texts, vocab_size, special_tokens=('pad', 'bos', 'eos'))
+tok, _ = make_dataset_tokenizer(tokenizer, texts, vocab_size,
+                                special_tokens=('pad', 'bos', 'eos'))
 
 
 # Encode and write

@@ -15,16 +15,16 @@ from pocket.datasets import (
     dataset_folder,
     file_size,
     hugging_face_url,
+    make_dataset_tokenizer,
     print_next_step,
     read_documents,
     training_sample,
     write_corpus,
 )
 from pocket.files import download
-from pocket.tokenizer import make_tokenizer
 
 input: str | None = None     # a folder with local copies of the two files (None: download them)
-tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, or one of tiktoken's, such as gpt2
+tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
 vocab_size = 4096            # of a bpe or sentencepiece, which are trained here
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
 endpoint: str | None = None  # a mirror of https://huggingface.co (None: $HF_ENDPOINT, or itself)
@@ -59,7 +59,7 @@ def val_pieces():
 
 # Train the tokenizer on the first stories of train, then encode and write all of them
 shards = [train_pieces, val_pieces]
-tok = make_tokenizer(tokenizer, training_sample(shards), vocab_size)
+tok, _ = make_dataset_tokenizer(tokenizer, training_sample(shards), vocab_size)
 source = {'source': 'roneneldan/TinyStories', 'bytes': sizes}
 write_corpus(folder, tok, shards, source, 'the official one', characters=sum(sizes.values()))
 print_next_step('--dataset=tinystories', data_dir)

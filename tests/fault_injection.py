@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -556,13 +557,102 @@ def memory_chat(lab, rng, turns=500):
 
 
 # --------------------------------------------------------------------------------------------------
+# Changed files, and output that nobody reads
+
+
+def flip_bits(lab, rng):
+    """A checkpoint or token file with a flipped bit is refused, or the bit says nothing.
+
+    A zip has a few such bits: dates, versions, and whatever stands between its records.
+    """
+    def sample(run):
+        options = ['--max_new_tokens=20', '--temperature=0', '--start=ba']
+        return lab.project.start('sample.py', f'--out_dir={run}', *options).communicate(timeout=100)
+
+    undisturbed, _ = undisturbed_run(lab)
+    expected, _ = lab.once('sample', lambda: sample(undisturbed))
+    out = lab.fresh('flipped')
+    shutil.copytree(undisturbed, out)
+    checkpoint = bytearray((out / 'best.pt').read_bytes())
+    checkpoint[rng.randrange(len(checkpoint))] ^= 1 << rng.randrange(8)
+    (out / 'best.pt').write_bytes(checkpoint)
+    text, error = sample(out)
+    refused = text == '' and len(error.strip().splitlines()) == 1
+    lab.seen['refused' if refused else 'harmless'] += 1
+    assert refused or text == expected, error
+
+    dataset = lab.root / 'data' / 'flipped'
+    prepare = ['prepare/text.py', '--input=text.txt', '--tokenizer=byte', '--name=flipped']
+    lab.once('dataset', lambda: lab.project.run(*prepare))
+    tokens = bytearray((dataset / 'train.bin').read_bytes())
+    whole = bytes(tokens)
+    tokens[rng.randrange(len(tokens))] ^= 1 << rng.randrange(8)
+    (dataset / 'train.bin').write_bytes(tokens)
+    error = lab.project.fails('train.py', *SHORT, '--dataset=flipped', f'--out_dir={out}')
+    (dataset / 'train.bin').write_bytes(whole)
+    assert 'not what was prepared' in error or 'has id' in error, error
+
+
+def lost_output(lab, rng):
+    """A reader that leaves (`| head`), or a full disk under a log: the run saves its last step, and
+    resumed it ends like one that nothing disturbed.
+    """
+    undisturbed, _ = undisturbed_run(lab)
+    out = lab.fresh('unheard')
+    kind = rng.choice(['reader leaves', 'disk is full'])
+    with small_disk(lab.fresh('small'), 4096) as mounted:
+        if kind == 'disk is full' and mounted:
+            with open(lab.root / 'small' / 'log', 'w') as log:
+                log.write('x' * rng.randint(3000, 4000))
+                log.flush()
+                done = subprocess.run(
+                    [sys.executable, 'train.py', *SHORT, f'--out_dir={out}'], cwd=lab.root,
+                    stdout=log, stderr=subprocess.PIPE, text=True, encoding='utf-8')
+            error = done.stderr
+        else:
+            process = lab.project.start('train.py', *SHORT, f'--out_dir={out}')
+            wait_for_lines(process, 'step ', rng.randint(1, 5))
+            process.stdout.close()
+            error = process.stderr.read()
+            process.wait(100)
+    lab.seen[kind] += 1
+    assert 'Traceback' not in error, error
+    assert len(error.strip().splitlines()) <= 1, error
+    finish(lab, out, SHORT)
+    same_run(undisturbed, out)
+
+
+def prepared_anew(lab, rng):
+    """A run is not resumed on another text, of whatever length."""
+    folder = lab.root / 'data' / 'mine'
+    out = lab.fresh('anew')
+    shutil.rmtree(folder, ignore_errors=True)
+    prepare = ['prepare/text.py', '--tokenizer=byte']
+    text = toy_text(30_000)
+    lab.write('short.txt', text)
+    lab.project.run(*prepare, '--input=short.txt')
+    options = [*SHORT, '--dataset=mine', f'--out_dir={out}']
+    lab.project.run('train.py', *options)
+    lab.project.run('train.py', *options, '--resume', '--max_iters=10')
+    before = content(out)
+
+    place = rng.randrange(len(text))
+    lab.write('other.txt', text[:place] + 'Q' + text[place + rng.randint(0, 1):])
+    lab.project.run(*prepare, '--input=other.txt')
+    error = lab.project.fails('train.py', *options, '--resume', '--max_iters=12')
+    assert 'prepared anew' in error, error
+    assert content(out) == before
+
+
+# --------------------------------------------------------------------------------------------------
 # All of it
 
 EXPERIMENTS = {
     function.__name__: function
     for function in (
         kill_train, kill_prepare, kill_download, kill_export, disk, disk_ranks, resume, cycles,
-        two_runs, two_prepares, two_downloads, sample_while_training, memory_train, memory_chat,
+        two_runs, two_prepares, two_downloads, sample_while_training, flip_bits, lost_output,
+        prepared_anew, memory_train, memory_chat,
     )
 }
 EXPERIMENTS['resume_compiled'] = partial(resume, more=['--compile'])

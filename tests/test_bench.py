@@ -61,10 +61,10 @@ def test_row_shows_rates_ratio_and_utilization(project):
     (project.root / 'peer').mkdir()
     (project.root / 'peer' / 'model.py').write_text(NANOGPT, encoding='utf-8')
     out, _ = project.run('bench.py', '--rows=CPU example', f'--nanogpt={project.root / "peer"}',
-                         '--seconds=0.02', '--device=cpu')
-    result = json.loads(out.splitlines()[-1])
+                         '--seconds=0.02', '--device=cpu', '--to=figures.json')
+    result = json.loads((project.root / 'figures.json').read_text(encoding='utf-8'))
     work = result['work']["train nanoGPT's CPU example (0.8 M), 12 x 64"]
-    assert list(work) == ['ours', 'nanogpt']
+    assert list(work) == ['ours', 'nanogpt', 'nanogpt-bf16']
     for measured in work.values():
         assert len(measured['rates']) == 1
         assert measured['rates'][0] > 0
@@ -119,7 +119,8 @@ def test_bad_options_are_refused_in_one_sentence(project, args, message):
 @pytest.mark.slow
 def test_every_row_runs(project):
     """With every baseline that is installed. GPT-2 124M is among the models: this takes minutes."""
-    out, _ = project.run('bench.py', '--peers', '--seconds=0.01', '--device=cpu', timeout=1200)
-    work = json.loads(out.splitlines()[-1])['work']
+    project.run('bench.py', '--peers', '--seconds=0.01', '--device=cpu', '--to=figures.json',
+                timeout=1200)
+    work = json.loads((project.root / 'figures.json').read_text(encoding='utf-8'))['work']
     assert len(work) == 16
     assert all(measured['ours']['rates'][0] > 0 for measured in work.values())

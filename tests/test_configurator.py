@@ -359,3 +359,40 @@ def test_the_bare_name_of_a_config_will_do(project):
 def test_plot_says_how_a_run_is_named(project):
     err = project.fails('-m', 'pocket.plot', 'out/stdlib')
     assert 'write --run=out/stdlib' in err
+
+
+@pytest.mark.parametrize('text, message', [
+    ('batch_size = 10**5000', 'of at most 64 bits, got a number too long to show'),
+    ('name = [[1] * 10**6] * 10**6', r'name must be text, got \[\[1, 1, 1, 1, 1, 1, \.\.\.\]'),
+    ('class Odd:\n    def __repr__(self): 1 / 0\nname = Odd()', 'name must be text, got '),
+    ('raise GeneratorExit', 'config file mine.py, line 1: GeneratorExit'),
+    ('class Odd(Exception):\n    def __str__(self): 1 / 0\nraise Odd', 'Odd: no explanation'),
+])
+def test_config_file_with_odd_objects(run, text, message):
+    with pytest.raises(UserError, match=message):
+        run('mine.py', mine=text)
+
+
+def test_control_c_while_a_config_file_runs(run):
+    with pytest.raises(KeyboardInterrupt):
+        run('mine.py', mine='raise KeyboardInterrupt')
+
+
+def test_number_beyond_64_bits_is_called_that(run):
+    with pytest.raises(UserError, match='a whole number of at most 64 bits, got .1e30.'):
+        run('--batch_size=1e30')
+
+
+@pytest.mark.parametrize('error, sentence', [
+    (PermissionError(13, 'Permission denied', '/closed/x'), 'cannot use /closed/x: Permission denied'),
+    (OSError(40, 'Too many levels of symbolic links', 'a\x1b'), None),
+])
+def test_files_that_the_system_refuses_are_a_sentence(error, sentence):
+    text, status = errors.explain(type(error), error)
+    assert status == 2 and '\x1b' not in text
+    assert sentence in (None, text)
+
+
+def test_errors_of_our_own_keep_their_traceback():
+    assert errors.explain(FileNotFoundError, FileNotFoundError(2, 'No such file', 'x')) is None
+    assert errors.explain(ValueError, ValueError('a bug')) is None

@@ -6,23 +6,26 @@ have brought to light.
     pytest -n 0 -m slow tests/test_fault_injection.py       all, many trials: a quarter of an hour
 """
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 
 if sys.platform != 'linux':
     pytest.skip('needs SIGKILL, /proc and limits on files', allow_module_level=True)
 
 import fault_injection
-from conftest import TINY, read_log, same_run
+from conftest import TINY, make_toy, read_log, same, same_run
 from fault_helpers import Lab, SlowServer, server
 
-from pocket import datasets, files
-from pocket.errors import UserError
+from pocket import data, datasets, files, plot
+from pocket.errors import Output, UserError
 from pocket.tokenizer import ByteTokenizer
 
 
@@ -36,7 +39,7 @@ def lab(tmp_path_factory):
 
 A_FEW = {  # {name: number of trials}
     'kill_train': 1, 'kill_download': 2, 'kill_export': 1, 'disk': 1, 'resume': 1, 'two_runs': 1,
-    'two_downloads': 1,
+    'two_downloads': 1, 'flip_bits': 1, 'lost_output': 1, 'prepared_anew': 1,
 }
 
 
@@ -183,6 +186,184 @@ def test_atomic_write_of_a_file_that_is_being_read_on_windows(tmp_path, monkeypa
         files.atomic_write(tmp_path / 'a', lambda f: f.write(b'newer'))
     assert os.listdir(tmp_path) == ['a']
     assert (tmp_path / 'a').read_bytes() == b'new'
+
+
+def test_atomic_write_goes_through_links_and_spares_devices(tmp_path):
+    (tmp_path / 'target').write_bytes(b'old')
+    (tmp_path / 'link').symlink_to('target')
+    (tmp_path / 'dangling').symlink_to('new')
+    (tmp_path / 'circle').symlink_to('circle')
+    os.mkfifo(tmp_path / 'pipe')
+    for name in ('link', 'dangling'):
+        files.atomic_write(tmp_path / name, lambda f: f.write(b'new'))
+        assert (tmp_path / name).is_symlink() and (tmp_path / name).read_bytes() == b'new'
+    assert (tmp_path / 'target').read_bytes() == b'new'
+
+    for path in (tmp_path / 'pipe', '/dev/null', '/', tmp_path / ('a' * 300), tmp_path / 'circle'):
+        with pytest.raises(UserError, match='cannot write'):
+            files.atomic_write(path, lambda f: f.write(b'new'))
+    assert Path('/dev/null').is_char_device()
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+@pytest.mark.parametrize('to, message', [
+    ('/', 'it is not a file'),
+    ('/dev/null', 'it is not a file'),
+    ('a' * 300 + '.png', "can't be a path"),
+    ('~nobody9/x.png', "can't be a path"),
+    ('circle', "can't be a path"),
+])
+def test_pictures_are_written_to_files_only(trained, to, message, tmp_path):
+    (tmp_path / 'circle').symlink_to('circle')
+    run = f'--run={trained.root / "out" / "toy"}'
+    assert message in trained.fails('-m', 'pocket.plot', run, f'--to={to}', cwd=tmp_path,
+                                    env={'PYTHONPATH': str(trained.root)})
+    assert Path('/dev/null').is_char_device()
+
+
+def test_dollars_in_titles_are_no_formulas(trained, tmp_path):
+    log = {'step': [1.0, 2.0], 'val_loss': [2.0, 1.0]}
+    for runs in ([('$x', log)], [(r'$\frac{$', log), ('b$', log)]):
+        plot.draw(runs, tmp_path / '$.png', title=r'$\frac{$ \x1b')
+    assert (tmp_path / '$.png').is_file()
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs in the way
+
+
+def test_folder_that_holds_other_runs_is_never_moved(project):
+    """nanoGPT's default, --out_dir=out, given twice."""
+    other = project.root / 'out' / 'other'
+    other.mkdir(parents=True)
+    (other / '.lock').touch()  # a run that has no checkpoint yet
+    project.train('--out_dir=out', '--max_iters=2')
+    error = project.fails('train.py', *TINY, '--out_dir=out')
+    assert 'holds a run, and other as well' in error and '--out_dir=out/new' in error
+    assert (project.root / 'out' / 'best.pt').is_file() and other.is_dir()
+    assert os.listdir(project.root).count('out.1') == 0
+
+
+def test_folder_that_we_are_in_is_never_moved(project):
+    shutil.rmtree(project.root / 'data')
+    make_toy(project.root / 'elsewhere')
+    where = ['--out_dir=.', f'--data_dir={project.root / "elsewhere" / "data"}', '--max_iters=2']
+    project.train(*where)
+    shutil.rmtree(project.root / 'elsewhere' / 'data')
+    make_toy(project.root.parent)
+    where[1] = f'--data_dir={project.root.parent / "data"}'
+    (project.root / 'elsewhere').rmdir()
+    assert 'the folder that we are in' in project.fails('train.py', *TINY, *where)
+    assert (project.root / 'train.py').is_file()
+
+
+# --------------------------------------------------------------------------------------------------
+# Datasets that change
+
+
+def test_damaged_token_files_are_noticed(tmp_path):
+    pairs = {'train': [('ab', 'cd')] * 9, 'val': [('ab', 'cd')]}
+    tok = ByteTokenizer(('bos', 'eos'))
+    datasets.write_pairs(tmp_path / 'x', tok, pairs, {}, 'none')
+    meta = data.load_meta(tmp_path / 'x')
+    data.Pairs(tmp_path / 'x', meta, 'train', [tok.decoder_start_id], 16)
+    for name in ('train.bin', 'train.idx'):
+        path = tmp_path / 'x' / name
+        content = bytearray(path.read_bytes())
+        other = content.copy()
+        other[8 if name == 'train.idx' else 0] ^= 1
+        path.write_bytes(other)
+        with pytest.raises(UserError, match=f'{name} is not what was prepared'):
+            data.Pairs(tmp_path / 'x', meta, 'train', [tok.decoder_start_id], 16)
+        path.write_bytes(content)
+
+    del meta['files']  # prepared by an earlier version
+    data.Pairs(tmp_path / 'x', meta, 'train', [tok.decoder_start_id], 16)
+
+
+def test_mapped_file_that_is_replaced_or_changed(tmp_path, monkeypatch):
+    """Replaced or deleted, the old one is still read; what is written into it is noticed."""
+    monkeypatch.setattr(data, 'IN_MEMORY', 100)
+    folder = make_toy(tmp_path)
+    meta = data.load_meta(folder)
+    stream = data.Stream(folder, meta, 'train', 16, 4)
+    before = [batch['idx'] for batch in stream.batches(1, 3, 2)]
+
+    other = np.zeros(5000, dtype='<u2')
+    other.tofile(folder / 'other')
+    os.replace(folder / 'other', folder / 'train.bin')
+    assert same([batch['idx'] for batch in stream.batches(1, 3, 2)], before)
+    (folder / 'train.bin').unlink()
+    assert same([batch['idx'] for batch in stream.batches(1, 3, 2)], before)
+
+    make_toy(tmp_path)
+    stream = data.Stream(folder, meta, 'train', 16, 4)
+    fingerprint = stream.fingerprint
+    os.truncate(folder / 'train.bin', 200)
+    with pytest.raises(UserError, match='was written to while it was in use'):
+        list(stream.batches(1, 3, 2))
+    other.tofile(folder / 'train.bin')
+    with pytest.raises(UserError, match='was written to while it was in use'):
+        list(stream.batches(1, 3, 2))
+    assert data.Stream(folder, meta, 'train', 16, 4).fingerprint != fingerprint
+
+
+def test_run_whose_mapped_file_is_shortened_saves_first(project):
+    path = project.root / 'data' / 'toy' / 'train.bin'
+    os.truncate(path, 2**28 + 2)  # sparse: it takes no room, and is too large to be read at once
+    meta = project.root / 'data' / 'toy' / 'meta.json'
+    meta.write_text(meta.read_text().replace('5000', str(2**27 + 1)))
+    endless = ['--max_iters=100000', '--eval_interval=100000', '--log_interval=1']
+    process = project.start('train.py', *TINY, *endless, '--out_dir=out/toy')
+    assert any(line.startswith('step 5:') for line in iter(process.stdout.readline, ''))
+    os.truncate(path, 2**28)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'train.bin was written to while it was in use; saved at step' in err
+    assert len(err.splitlines()) == 1
+    assert project.checkpoint('toy')['step'] >= 5
+
+
+# --------------------------------------------------------------------------------------------------
+# Output
+
+
+def run_in_shell(project, command):
+    """Run a shell command in a project, `python` in it being this one. Returns what it leaves."""
+    command = command.replace('python', shlex.quote(sys.executable))
+    return subprocess.run(['sh', '-c', command], cwd=project.root, capture_output=True, text=True,
+                          encoding='utf-8', env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+@pytest.mark.parametrize('command', [
+    'python train.py --help=all > /dev/full',
+    'python prepare/text.py --input=model.py > /dev/full',
+    pytest.param('python sample.py --max_new_tokens=9 > /dev/full', marks=pytest.mark.slow),
+    pytest.param('python train.py --dataset=toy > /dev/full', marks=pytest.mark.slow),
+    pytest.param('python bench.py --help > /dev/full', marks=pytest.mark.slow),
+])
+def test_full_disk_under_stdout_is_a_sentence(project, command):
+    done = run_in_shell(project, command)
+    assert done.returncode == 1
+    assert done.stderr.endswith('cannot write to stdout: No space left on device\n'), done.stderr
+    assert len(done.stderr.splitlines()) <= 2  # sample.py names its model
+
+
+def test_reader_that_leaves_is_no_error(project):
+    done = run_in_shell(project, 'python train.py --help=all | head -n 1')
+    assert done.returncode == 0 and done.stderr == '' and done.stdout
+
+
+def test_output_that_fails_is_told_once():
+    """… and whatever is printed afterwards goes nowhere."""
+    with open('/dev/full', 'w', encoding='utf-8') as full:
+        output = Output(full)
+        told = []
+        output.on_failure = told.append
+        for _ in range(3):
+            print('text', file=output, flush=True)
+        assert [str(error) for error in told] == [
+            'cannot write to stdout: No space left on device']
 
 
 # --------------------------------------------------------------------------------------------------

@@ -183,6 +183,25 @@ def test_same_seed_same_tokens():
     assert not torch.equal(first, count_tokens(seed=2))
 
 
+@pytest.mark.parametrize('temperature', [1e-7, 1e-40, 5e-324])
+def test_temperatures_next_to_zero_are_zero(temperature):
+    logits = torch.randn(50, 23)
+    got = sample_next_token(logits, SamplingParams(temperature=temperature, top_k=5))
+    assert torch.equal(got, logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize('use_cache', [True, False])
+def test_beam_search_gives_each_prompt_its_own_room(use_cache):
+    """A long prompt beside a short one: both end where their own context is full."""
+    model = small_gpt(pos='rotary')
+    prompts = [[1, 2, 3], [4] * 12, [5, 6], [7] * 16]
+    together = beam_search(model, prompts, 10, num_beams=2, use_cache=use_cache)
+    assert [len(beams[0][0]) for beams in together] == [10, 5, 10, 1]
+    for prompt, beams in zip(prompts, together):
+        [alone] = beam_search(model, [prompt], 10, num_beams=2, use_cache=use_cache)
+        assert alone[0][0] == beams[0][0]
+
+
 def test_extreme_logits_stay_finite():
     huge = torch.tensor([[1e30, -1e30, 0.0]])
     assert sample_next_token(huge, SamplingParams(top_p=0.9, min_p=0.1)).item() == 0

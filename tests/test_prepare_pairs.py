@@ -389,6 +389,65 @@ def test_dialog_with_sentencepiece(project, corpora):
     assert source[0] == tok.special_tokens['bos']
 
 
+def bomb(path):
+    """A zip of 150 KB that unpacks to 150 MB."""
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open('dialogues_train.txt', 'w') as file:
+            for _ in range(150):
+                file.write(bytes(2**20))
+
+
+def encrypt(path):
+    """Set the flag that says so, in both headers."""
+    content = bytearray(path.read_bytes())
+    for mark, place in ((b'PK\x03\x04', 6), (b'PK\x01\x02', 8)):
+        start = content.find(mark)
+        while start >= 0:
+            content[start + place] |= 1
+            start = content.find(mark, start + 1)
+    path.write_bytes(content)
+
+
+def damage(path):
+    """Deflated text of which a byte has changed."""
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('dialogues_train.txt', ''.join(map(str, range(9000))))
+    content = bytearray(path.read_bytes())
+    content[1000:1010] = bytes(10)
+    path.write_bytes(content)
+
+
+def make_endless_utterance(path):
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('dialogues_train.txt', "' a" * 10_000)
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (bomb, 'train.zip unpacks to 157,286,400 bytes'),
+    (encrypt, 'train.zip is not a zip with a UTF-8'),
+    (damage, 'train.zip is not a zip with a UTF-8'),
+    (make_endless_utterance, 'an utterance of more than 20,000 characters'),
+])
+def test_dialog_zips_that_are_dangerous_or_damaged(project, corpora, spoil, message):
+    spoil(corpora / 'daily' / 'train.zip')
+    error = project.fails('prepare/dialog.py', '--corpora=daily', '--daily=daily', cwd=corpora)
+    assert message in error
+
+
+def test_dialog_repairs_take_no_minute(project, corpora):
+    """A quotation mark before many spaces, none after them."""
+    write_zips(corpora / 'daily', train=[['"' + ' ' * 5000 + 'a' for _ in range(9)]])
+    project.run('prepare/dialog.py', '--corpora=daily', '--daily=daily', '--tokenizer=char',
+                cwd=corpora, timeout=20)
+
+
+@pytest.mark.parametrize('text', ['[' * 200_000, '[{"context": ' + '1' * 5000 + '}]'])
+def test_dialog_json_that_python_cannot_read(project, corpora, text):
+    (corpora / 'train.json').write_text(text, encoding='utf-8')
+    error = project.fails('prepare/dialog.py', '--corpora=prosocial', '--prosocial=.', cwd=corpora)
+    assert 'is not rows of JSON' in error
+
+
 @pytest.mark.parametrize('args, message', [
     (['--daily=daily', '--corpora=daily'], 'test.zip is not a zip'),
     (['--daily=.', '--corpora=daily'], 'there is no *train*.zip'),

@@ -6,6 +6,7 @@ Run it alone: pytest -n 0 tests/test_prepare_text.py
 import json
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -147,8 +148,8 @@ def test_pairs_from_every_kind_of_table(project, tmp_path):
 
 
 @pytest.mark.parametrize('name, content, options, message', [
-    ('a.csv', 'target,source\nx,y\n', ['--field=q,target'], 'line 2 has no text in q and target'),
-    ('b.tsv', 'hello\tyou\n\nhello\n', [], 'line 3 has no text in source and target'),
+    ('a.csv', 'target,source\nx,y\n', ['--field=q,target'], "has no column 'q': it has target"),
+    ('b.tsv', 'hello\tyou\n\nhello\n', [], 'line 3 has 1 field, but the first row has 2'),
     ('c.tsv', 'hello\tyou\n', ['--tokenizer=byte'], 'too few'),
 ])
 def test_bad_tables_of_pairs(project, tmp_path, name, content, options, message):
@@ -175,7 +176,7 @@ BAD_FILES = {
     ('', 'say what to read: --input=FILE'),
     ('--input=nowhere.txt', 'there is no file nowhere.txt'),
     ('--input=*.foo', 'there is no file *.foo'),
-    ('--input=empty', 'there is no .txt, .md, .py, .jsonl, .csv, .tsv file in empty'),
+    ('--input=empty', 'there is no .txt, .md, .py, .jsonl, .ndjson, .csv, .tsv file in empty'),
     ('--input=void.txt', 'only 0 characters'),
     ('--input=binary.txt', 'binary.txt looks binary: byte 0x00 at position 3'),
     ('--input=latin.txt', 'latin.txt is not UTF-8 text: byte 0xe9 at position 3'),
@@ -184,7 +185,7 @@ BAD_FILES = {
      "field.jsonl, line 2 has no text in text: {'words': 'x'}; name what to read with --field"),
     ('--input=field.jsonl --field=text,words', 'field must be one name'),
     ('--input=good.txt --pairs --field=q', 'field must be two names'),
-    ('--input=table.csv', "table.csv, line 2 has no text in text: {'a': '1', 'b': '2'}; name what"),
+    ('--input=table.csv', "table.csv has no column 'text': it has a, b; name what to read"),
     ('--input=quote.csv', 'quote.csv, line 3 is not .csv'),
     ('--input=good.txt --vocab_size=256', '256'),
     ('--input=good.txt --tokenizer=gpt5', 'sentencepiece'),
@@ -209,3 +210,183 @@ def test_dataset_is_locked_while_it_is_prepared(project, tmp_path):
     with lock(folder):
         assert 'another process is preparing' in project.fails(*args)
     project.run(*args)
+
+
+# --- Files that change, and numbers that are too long ---------------------------------------------
+
+def test_number_that_is_too_long_is_a_sentence(project, tmp_path):
+    path = tmp_path / 'x.jsonl'
+    path.write_text('{"text": ' + '1' * 5000 + '}\n', encoding='utf-8')
+    error = project.fails('prepare/text.py', f'--input={path}')
+    assert 'x.jsonl, line 1 is not JSON' in error
+
+
+def test_another_val_is_another_split(project, tmp_path):
+    """So work that was stopped is not continued with it; see write_corpus()."""
+    path = tmp_path / 'x.txt'
+    path.write_text(toy_text(5000), encoding='utf-8')
+    splits = []
+    for val in ('0.101', '0.104'):
+        project.run('prepare/text.py', f'--input={path}', f'--val={val}', '--tokenizer=byte')
+        meta, _, _ = read_dataset(project.root / 'data' / 'mine')
+        splits.append(meta['split'])
+    assert splits[0] != splits[1]
+
+
+@pytest.mark.parametrize('kind', ['many documents', 'one document'])
+def test_file_that_grows_while_it_is_read_is_a_sentence(project, tmp_path, kind):
+    """Written by a script that appends to its own input, between the first and the second pass."""
+    path = tmp_path / 'x.csv'
+    lines = 300 if kind == 'many documents' else 1
+    rows = ''.join(f'"{i} {toy_text(100, seed=i).strip()}"\n' for i in range(lines))
+    path.write_text(f'text\n{rows}', encoding='utf-8')
+    script = project.root / 'prepare' / 'text.py'
+    grows = tmp_path / 'grows.py'
+    grows.write_text(GROWS, encoding='utf-8')
+    error = project.fails(grows, str(script), str(path), f'--input={path}', '--tokenizer=byte')
+    assert 'grew while it was read' in error
+
+
+GROWS = """
+import runpy
+import sys
+from pathlib import Path
+
+_, script, path, *sys.argv[1:] = sys.argv
+sys.path.insert(0, str(Path(script).parent.parent))
+from pocket import datasets
+
+count = datasets.first_of_each
+
+def append(hashes):
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write('"something else"\\n')
+    return count(hashes)
+
+datasets.first_of_each = append
+sys.argv[0] = script
+runpy.run_path(script, run_name='__main__')
+"""
+
+
+# --- Files of other programs ----------------------------------------------------------------------
+
+FORMATS = {
+    'x.json': '\n'.join(json.dumps({'source': f'Hi {i}, you', 'target': f'Yo {i}'}) for i in range(9)),
+    'x.ndjson': '\n'.join(json.dumps({'Question': f'Hi {i}, you', 'answer': f'Yo {i}'})
+                          for i in range(9)),
+    'array.json': json.dumps([[f'Hi {i}, you', f'Yo {i}'] for i in range(9)]),
+    'tabs.txt': ''.join(f'Hi {i}, you\tYo {i}\n' for i in range(9)),
+    'semicolons.csv': ''.join(f'Hi {i}, you;Yo {i}\n' for i in range(9)),
+    'quoted.tsv': 'prompt\tresponse\n' + ''.join(f'"Hi {i}, you"\t"Yo {i}"\n' for i in range(9)),
+    'extra.csv': 'id,output,input\n' + ''.join(f'{i},Yo {i},"Hi {i}, you"\n' for i in range(9)),
+}
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_pairs_in_the_formats_of_other_programs(project, tmp_path, name):
+    (tmp_path / name).write_text(FORMATS[name], encoding='utf-8')
+    out, _ = project.run('prepare/text.py', f'--input={tmp_path / name}', '--pairs',
+                         '--tokenizer=byte', '--name=talk')
+    _, tok, pairs = read_pairs(project.root / 'data' / 'talk')
+    found = pair_texts(tok, pairs['train'] + pairs['val'])
+    assert sorted(found) == [(f'Hi {i}, you', f'Yo {i}') for i in range(9)]
+    assert ('input and output are read, not id' in out) == (name == 'extra.csv')
+    assert ('from the first line on' in out) == (name == 'semicolons.csv' or name == 'tabs.txt')
+
+
+@pytest.mark.parametrize('name, content, options, message', [
+    ('a.json', '{"source": "x", "target": "y"}\n' * 2, [], 'no text in text'),
+    ('a.json', '{"source": "x", "target": "y"}\n' * 2, [], 'or add --pairs'),
+    ('a.csv', 'question,answer\nx,y\n', [], "no column 'text': it has question, answer"),
+    ('a.csv', 'source,target\nHi, you,Yo\n', ['--pairs'], 'line 2 has 3 fields'),
+    ('a.csv', '1,x,y\n2,z,w\n', ['--pairs'], 'does not say which columns are source and target'),
+    ('a.jsonl', '{"messages": []}\n{"messages": []}\n', ['--pairs'], 'prepare/chat.py'),
+    ('a.txt', 'Hi, you\nYes\n', ['--pairs'], 'neither JSON nor a table'),
+])
+def test_what_is_not_read_by_guess(project, tmp_path, name, content, options, message):
+    (tmp_path / name).write_text(content, encoding='utf-8')
+    assert message in project.fails('prepare/text.py', f'--input={tmp_path / name}', *options)
+
+
+def test_bad_rows_are_left_out_and_counted(project, tmp_path):
+    lines = [json.dumps({'author': 'x', 'body': f'message {i} ' * 3}) for i in range(20)]
+    lines[3:3] = ['{"author": "x", "body": null}', '{"author": "x"}', '{"body":']
+    (tmp_path / 'x.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    args = ['prepare/text.py', f'--input={tmp_path / "x.jsonl"}', '--field=body',
+            '--tokenizer=byte']
+    error = project.fails(*args)
+    assert 'line 4 has no text in body' in error and '--skip_bad leaves out such rows' in error
+    out, _ = project.run(*args, '--skip_bad')
+    assert '3 bad rows left out; the first:' in out and '20 documents' in out
+    documents = read_documents(project.root / 'data' / 'mine')
+    assert len(documents['train'] + documents['val']) == 20
+
+
+def test_half_an_emoji_is_replaced(project, tmp_path):
+    lines = [f'{{"text": "message {i}, so funny"}}' for i in range(20)]
+    lines[4] = '{"text": "cut in the middle \\ud83d"}'
+    lines[5] = '{"text": "odd byte \\udc80"}'
+    (tmp_path / 'x.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    project.run('prepare/text.py', f'--input={tmp_path / "x.jsonl"}', '--tokenizer=char')
+    documents = read_documents(project.root / 'data' / 'mine')
+    texts = documents['train'] + documents['val']
+    assert 'cut in the middle \ufffd' in texts and 'odd byte \ufffd' in texts
+
+
+@pytest.mark.parametrize('kind', ['char', 'byte', 'bpe', 'sentencepiece'])
+def test_documents_are_kept_apart_and_an_empty_prompt_begins_one(project, tmp_path, kind):
+    texts = [f'Note {i}: buy milk, please' for i in range(30)]
+    (tmp_path / 'x.txt').write_text('\n---\n'.join(texts), encoding='utf-8')
+    out, _ = project.run('prepare/text.py', f'--input={tmp_path / "x.txt"}', '--separator=---',
+                         f'--tokenizer={kind}')
+    assert 'warning' not in out
+    documents = read_documents(project.root / 'data' / 'mine')
+    assert sorted(documents['train'] + documents['val']) == sorted(texts)
+    _, tok, _ = read_dataset(project.root / 'data' / 'mine')
+    assert tok.encode_prompt('') == [tok.eos_id]
+
+
+def test_a_single_text_has_no_documents(project, novel):
+    """Its only end is that of val: nobody could learn how it begins."""
+    project.run('prepare/text.py', f'--input={novel}', '--tokenizer=byte')
+    meta, tok, _ = read_dataset(project.root / 'data' / 'mine')
+    assert tok.encode_prompt('') == [10] and 'documents' not in meta['tokenizer']
+
+
+def test_separator_that_never_occurs(project, novel):
+    out, _ = project.run('prepare/text.py', f'--input={novel}', '--tokenizer=byte',
+                         '--separator=\\n\\n')
+    assert "warning: the separator '\\\\n\\\\n' does not occur" in out and "$'\\n'" in out
+    assert out.count('warning') == 1
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='links need a permission there')
+def test_links_to_folders_are_followed_once(project, tmp_path):
+    folder = tmp_path / 'in'
+    elsewhere = tmp_path / 'elsewhere'
+    folder.mkdir()
+    elsewhere.mkdir()
+    for i in range(10):
+        (folder / f'{i}.txt').write_text(f'inside {i} ' * 5, encoding='utf-8')
+        (elsewhere / f'{i}.txt').write_text(f'outside {i} ' * 5, encoding='utf-8')
+    (folder / 'photo.png').write_bytes(b'')
+    (folder / 'link').symlink_to(elsewhere)
+    (folder / 'again').symlink_to(elsewhere)
+    (elsewhere / 'back').symlink_to(folder)
+    out, _ = project.run('prepare/text.py', f'--input={folder}', '--tokenizer=byte')
+    assert '20 documents' in out and '0 duplicates' in out and 'not read: 1 .png' in out
+
+
+def test_default_size_of_sentencepiece_suits_chinese(project, tmp_path):
+    """A short text has more different characters than tokens by default."""
+    rng = random.Random(0)
+    characters = [chr(0x4e00 + i) for i in range(700)]
+    text = ''.join(rng.choice(characters) for _ in range(20_000))
+    (tmp_path / 'x.txt').write_text(text, encoding='utf-8')
+    args = ['prepare/text.py', f'--input={tmp_path / "x.txt"}', '--tokenizer=sentencepiece']
+    out, _ = project.run(*args)
+    assert '512 tokens are too few' in out
+    meta, _, _ = read_dataset(project.root / 'data' / 'mine')
+    assert meta['vocab_size'] > 700
+    assert 'it needs at least' in project.fails(*args, '--vocab_size=512')

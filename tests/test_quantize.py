@@ -11,8 +11,8 @@ import torch
 from conftest import toy_text
 from torch import nn
 
-from model import GPT, GPTConfig, Head
-from pocket.generate import new_cache
+from model import GPT, GPTConfig, Head, Seq2Seq, Seq2SeqConfig
+from pocket.generate import beam_search, new_cache
 from pocket.quantize import Int8Linear, PackedLinear, prepare_for_decoding
 from pocket.tokenizer import make_tokenizer
 
@@ -137,3 +137,19 @@ def test_sample_with_int8(trained):
     out, _ = trained.run('sample.py', '--out_dir=out/toy', '--quantize=int8', '--start=ba',
                          '--max_new_tokens=5')
     assert out.startswith('ba')
+
+
+@pytest.mark.parametrize('bits', [None, 8])
+@pytest.mark.parametrize('kind', [GPT, Seq2Seq])
+def test_adaptive_softmax_in_bfloat16(kind, bits):
+    """It computes in float32, whatever the rest of the model does; sampled and by beam search."""
+    Config = {GPT: GPTConfig, Seq2Seq: Seq2SeqConfig}[kind]
+    torch.manual_seed(0)
+    model = kind(Config(block_size=16, vocab_size=60, n_layer=1, n_head=2, n_embd=32,
+                        cutoffs=(20, 40), div_value=2.0, tie_weights=False)).eval()
+    prepare_for_decoding(model.to(torch.bfloat16), bits)
+    decoder_start = [1] if kind is Seq2Seq else None
+    [row] = model.generate([[1, 2, 3]], 5, decoder_start=decoder_start)
+    assert len(row) >= 5
+    [best] = beam_search(model, [[1, 2, 3]], 5, 3, decoder_start=decoder_start)
+    assert len(best) >= 1

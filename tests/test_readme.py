@@ -201,6 +201,8 @@ TESTED_ELSEWHERE = {
     'python prepare/office.py': 'it downloads; with local files in test_prepare_pairs.py',
     'python sample.py --init_from=gpt2 --start="The" --dtype=bfloat16':
         'it downloads; from a local server in test_pretrained.py',
+    'python sample.py --init_from=smollm2 --chat':
+        'it downloads; a small Llama in test_llama.py',
     'python train.py config/finetune_gpt2.py': 'it downloads; from a local folder in test_pretrained.py',
     'python -m pocket.export --out_dir=out/finetune_gpt2 --to=my_gpt2':
         'needs that download; of small ones in test_pretrained.py',

@@ -296,6 +296,28 @@ def test_exported_checkpoint_can_be_evaluated_but_not_resumed(state):
     assert resume_config(state, resuming=False) == state['config']
 
 
+def test_resume_and_eval_only_together_evaluate_an_exported_file(project, trained):
+    state = trained.checkpoint('toy', 'best.pt')
+    del state['optimizers']
+    run = project.root / 'out' / 'exported'
+    run.mkdir(parents=True)
+    torch.save(state, run / 'best.pt')
+    for option in ('--resume', '--init_from=resume'):
+        out, _ = project.run('train.py', option, '--eval_only', '--out_dir=out/exported')
+        assert 'best.pt (step ' in out
+
+
+def test_end_by_patience_is_announced_and_explained_when_resumed(project):
+    worse = ['--patience=1', '--max_iters=400', '--eval_interval=20', '--learning_rate=3.0',
+             '--muon_lr=1', '--batch_size=1', '--gradient_accumulation_steps=1', '--warmup_iters=0']
+    out, _ = project.train(*worse, '--out_dir=out/toy')
+    reason = ('val has not improved for 1 evaluations, so --patience ends the run; '
+              '--resume --patience=2 would continue it')
+    assert reason in out
+    out, _ = project.run('train.py', '--resume', '--out_dir=out/toy')
+    assert f'checkpoints go to out/toy; {reason}' in out.replace(os.sep, '/')
+
+
 def check_tokenizer(trained, **change):
     """Does the checkpoint of the finished run still fit, if so much changes in meta.json?"""
     state = trained.checkpoint('toy')

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pocket import checkpoint
-from pocket.chat import SETTING_TYPES, Detokenizer, Settings
+from pocket.chat import SETTING_TYPES, ChatModel, Detokenizer, Settings
 from pocket.configurator import read_options
 from pocket.errors import UserError
 from pocket.tokenizer import make_tokenizer
@@ -42,6 +42,53 @@ def test_out_dir_and_weights_choose_the_checkpoint(trained):
     run = trained.root / 'out' / 'toy'
     out, _ = trained.run('sample.py', *QUICK, '--start=ba do', f'--out_dir={run}', '--weights=last')
     assert out.startswith('ba do')
+
+
+def test_prompt_from_a_file_is_read_as_training_texts_are(trained, tmp_path):
+    plain, _ = trained.run('sample.py', *GREEDY, '--start=ba do\ngimme')
+    prompt = tmp_path / 'prompt.txt'
+    contents = (b'\xef\xbb\xbfba do\r\ngimme', 'ba do\r\ngimme'.encode('utf-16'))
+    for content in contents:
+        prompt.write_bytes(content)
+        out, _ = trained.run('sample.py', *GREEDY, f'--start=FILE:{prompt}')
+        assert out == plain
+
+
+def test_stop_string_that_never_comes_is_said(trained):
+    out, err = trained.run('sample.py', *GREEDY, '--start=ba', '--stop=Q', '--stop=\\n')
+    assert "no sample came to --stop='Q'" in err and "$'\\n'" in err
+    letter = out[len('ba'):].strip()[0]
+    _, err = trained.run('sample.py', *GREEDY, '--start=ba', f'--stop={letter}')
+    assert err == ''
+
+
+class ChatOfDocuments(ChatModel):
+    """A ChatModel whose prompts can be looked at without a model."""
+
+    def __init__(self, tok, template=None):
+        self.tok = tok
+        self.template = template
+        self.drop_unknown = False
+
+
+def test_start_can_name_the_beginning_of_a_document():
+    tok = make_tokenizer('char', ['hello'], special_tokens=('eot',))
+    chat = ChatOfDocuments(tok)
+
+    def encode(text):
+        return chat.encode_prompt(text, (), Settings())
+
+    assert encode('<|endoftext|>') == [tok.eos_id]
+    assert encode('<|endoftext|>hell') == [tok.eos_id, *tok.encode('hell')]
+    with pytest.raises(UserError, match='does not know'):
+        encode('hell<|endoftext|>')
+    assert encode('') == [0]
+    tok.has_documents = True
+    assert encode('') == [tok.eos_id]
+
+    # Without such a token it is text
+    chat.tok = make_tokenizer('char', ['<|endoftext|>'])
+    assert encode('<|endoftext|>') == chat.tok.encode('<|endoftext|>')
 
 
 def test_several_prompts_and_samples_in_one_batch(trained, tmp_path):

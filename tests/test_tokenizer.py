@@ -259,6 +259,11 @@ def test_an_incomplete_character_is_decoded_as_ufffd():
 
 def test_an_encoded_prompt_is_never_empty():
     assert ByteTokenizer().encode_prompt('') == [10]
+    documents = ByteTokenizer()
+    documents.has_documents = True
+    assert documents.encode_prompt('') == [256] and documents.encode_prompt('a') == [97]
+    assert tokenizer_from_dict(documents.to_dict()).encode_prompt('') == [256]
+    assert tokenizer_from_dict(ByteTokenizer().to_dict()).encode_prompt('') == [10]
     assert CharTokenizer.train('ab\n').encode_prompt('') == [0]
     assert CharTokenizer.train('ba').encode_prompt('') == [0]
     assert CharTokenizer.train('ab\n').encode_prompt('b') == [2]

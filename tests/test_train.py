@@ -353,17 +353,45 @@ def test_advice_if_the_loss_stays_at_chance_level():
     assert advise(0.9 * chance, step=40) is None
 
 
+@pytest.mark.parametrize('explicit, prepared_by, steps, expected', [
+    ({}, 'prepare/text.py', 100, (100, 10, 3)),
+    ({}, 'prepare/text.py', 5, (60, 6, 3)),
+    ({}, 'prepare/text.py', 900, (800, 200, 0)),
+    ({}, None, 100, (800, 200, 0)),
+    ({'max_iters': 'command line'}, 'prepare/text.py', 100, (800, 200, 0)),
+    ({'max_epochs': 'config/x.py'}, 'prepare/text.py', 100, (800, 200, 0)),
+    ({'eval_interval': 'command line'}, 'prepare/text.py', 100, (100, 200, 3)),
+    ({'patience': 'command line'}, 'prepare/text.py', 100, (100, 10, 0)),
+])
+def test_a_small_text_of_ones_own_is_not_memorized_by_default(explicit, prepared_by, steps, expected):
+    class Data:
+        def steps_for(self, epochs, micro_batches):
+            return steps * epochs // training.EPOCHS_OF_OWN_TEXT
+
+    config = {'max_iters': 800, 'eval_interval': 200, 'patience': 0,
+              'gradient_accumulation_steps': 1}
+    meta = {} if prepared_by is None else {'prepared_by': prepared_by}
+    config = training.suit_length_to_text(config, explicit, meta, Data())
+    assert (config['max_iters'], config['eval_interval'], config['patience']) == expected
+
+
 def test_advice_if_the_model_memorizes():
-    assert '--patience=3' in advise(1.0, step=40, bad_evals=3, best=2.0)
-    assert '--dropout=0.2 ' in advise(1.0, step=40, bad_evals=3, best=2.0)
-    assert '--dropout=0.4 ' in advise(1.0, dropout=0.3, step=40, bad_evals=3, best=2.0)
-    assert advise(1.0, step=40, bad_evals=2, best=2.0) is None
-    assert advise(1.0, step=40, bad_evals=4, best=2.0) is None  # it has been said
-    assert advise(2.5, step=40, bad_evals=3, best=2.0) is None  # train has not fallen either
+    def advise(*losses, dropout=0.0):
+        return training.advise_on_memorizing(losses, {'dropout': dropout, 'patience': 0})
+
+    memorizes = [(3.0, 3.0), (2.0, 2.5), (1.0, 2.6)]
+    assert '--patience=2' in advise(*memorizes)
+    assert '--dropout=0.2 ' in advise(*memorizes)
+    assert '--dropout=0.4 ' in advise(*memorizes, dropout=0.3)
+    assert advise((3.0, 3.0)) is None
+    assert advise((3.0, 3.0), (2.0, 2.5)) is None
+    assert advise(*memorizes, (0.5, 2.9)) is None  # it has been said
+    assert advise((3.0, 3.0), (2.0, 2.5), (2.1, 2.6)) is None  # train has not fallen either
+    assert advise((3.0, 2.0), (2.5, 2.1)) is None  # train is still above val
 
 
 def test_advice_if_there_is_too_little_text():
-    config = {'max_minutes': None, 'dropout': 0.0}
+    config = {'max_minutes': None, 'dropout': 0.0, 'patience': 0}
     assert 'each token will be seen 30 times' in training.advise_before(30, config)
     assert training.advise_before(20, config) is None
     assert training.advise_before(30, {**config, 'max_minutes': 5}) is None

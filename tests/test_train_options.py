@@ -6,6 +6,7 @@ train.py: every mistake in options and data has an answer, one sentence on stder
 How options are read is in test_configurator.py; what files from strangers can do wrong is in
 test_untrusted_files.py.
 """
+import re
 from pathlib import Path
 
 import pytest
@@ -201,13 +202,13 @@ def test_encoder_decoder_needs_pairs(tmp_path, check_fits):
 
 
 def test_batch_tokens_are_for_pairs(tmp_path, check_fits):
-    message = r'batch_tokens \(config/x.py\) means nothing .* a stream: set --batch_size instead'
+    message = r'batch_tokens \(config/x.py\) has no effect .* a stream: set --batch_size instead'
     with pytest.raises(UserError, match=message):
         check_fits(make_toy(tmp_path), {'batch_tokens': 'config/x.py'})
 
 
 def test_batch_size_is_for_streams(tmp_path, check_fits):
-    message = r'batch_size \(command line\) means nothing .* pairs: set --batch_tokens instead'
+    message = r'batch_size \(command line\) has no effect .* pairs: set --batch_tokens instead'
     with pytest.raises(UserError, match=message):
         check_fits(make_pairs(tmp_path), {'batch_size': 'command line'})
 
@@ -223,3 +224,47 @@ def test_run_folder_is_named_after_the_last_config_file():
     assert training.run_folder(None, 'toy', arguments, False) == training.short_path(out / 'b')
     assert training.run_folder(None, 'toy', ['--seed=1'], False) == training.short_path(out / 'toy')
     assert training.run_folder('mine', 'toy', arguments, False) == Path('mine')
+
+
+@pytest.mark.parametrize('changes, typed, message', [
+    ({'min_lr': 0.1}, {}, 'min_lr .0.1. is above the peak'),
+    ({'warmup_iters': 900}, {'warmup_iters'}, 'warmup_iters .900. is beyond the end of the run'),
+    ({'warmup_iters': 900}, {}, None),  # the default, in a short trial
+    ({'warmup_iters': 900, 'max_minutes': 5.0}, {'warmup_iters'}, None),
+    ({'min_lr': 0.1, 'schedule': 'constant'}, {}, None),
+])
+def test_learning_rates_that_contradict_themselves(defaults, changes, typed, message):
+    config = {**defaults, 'max_iters': 800, **changes}
+    problems = training.check_schedule(config, dict.fromkeys(typed, 'command line'))
+    if message is None:
+        assert problems == []
+    else:
+        [problem] = problems
+        assert re.match(message, problem)
+
+
+@pytest.mark.parametrize('option', [
+    '--sample_tokens=-1', '--lr_decay_iters=-5', '--div_value=nan', '--learning_rate=inf',
+    '--gradient_accumulation_steps=1e12', '--max_iters=1e30', '--batch_size=1e308',
+    '--max_epochs=1e300',
+])
+def test_option_out_of_range_is_refused_before_anything_else(project, option):
+    name = option[2:].split('=')[0]
+    assert f'{name} must be ' in project.fails('train.py', option)
+
+
+def test_environment_that_is_no_number_is_a_sentence(project):
+    error = project.fails('train.py', fresh=True, env={'WORLD_SIZE': 'abc'})
+    assert "WORLD_SIZE must be a whole number, got 'abc'" in error
+
+
+@pytest.mark.parametrize('error', [UserError('of the data'), RuntimeError('CUDA out of memory')])
+@pytest.mark.parametrize('mode', [True, 'auto'])
+def test_errors_that_are_not_of_the_compiler_are_not_blamed_on_it(monkeypatch, mode, error):
+    monkeypatch.setattr(torch, 'compile', lambda model: model)
+
+    def fail(model):
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        training.compile_or_stay_eager(torch.nn.Linear(1, 1), mode, torch.device('cuda'), fail)

@@ -6,6 +6,7 @@ code that runs, no memory that the file itself does not take.
     pytest -n 0 -m slow tests/test_untrusted_files.py       fuzzing at length: a quarter of an hour
 """
 import copy
+import io
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from pocket import checkpoint, configurator, data, pretrained, template
 from pocket.configurator import configure
-from pocket.errors import UserError
+from pocket.errors import Output, UserError
 from pocket.generate import (
     SamplingParams,
     generate_stream,
@@ -252,6 +253,9 @@ CLAIMS = [  # (fields of the config, what the error says)
     ({'n_inner': 2**24}, 'c_fc'),
     ({'cutoffs': tuple(range(1, 20))}, 'cutoffs'),
     ({'n_head': True}, 'n_head must be of type int, got bool'),
+    ({'pos': 'learned', 'norm': 'rmsnorm', 'n_embd': 2**24, 'n_layer': 2**10}, 'weights|must be'),
+    ({'block_size': 2**20, 'n_embd': 64}, 'far more than the file'),
+    ({'cutoffs': (2, (1,) * 10**4)}, r'got \(2, \(1, 1, 1, 1, 1, 1, \.\.\.'),
 ]
 
 
@@ -309,6 +313,136 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     save_file(tensors, folder / 'model.safetensors')
     with pytest.raises(UserError, match='transformer.wpe.weight in .* has .*NaN'):
         pretrained.load(folder)
+
+
+def test_flipped_bits_in_weights_are_noticed(tmp_path):
+    path = tmp_path / 'x.pt'
+    checkpoint.save(path, tiny_state(tmp_path))
+    checkpoint.load(path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = [member for member in archive.infolist() if '/data/' in member.filename]
+    rng = random.Random(0)
+    for record in records:
+        flipped = bytearray(content)
+        # A record ends where the header of the next begins, after padding: so count from its start
+        name_length, more_length = content[record.header_offset + 26::2][:2]
+        more_length = int.from_bytes(content[record.header_offset + 28:][:2], 'little')
+        start = record.header_offset + 30 + name_length + more_length
+        flipped[start + rng.randrange(record.file_size)] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match='damaged: its record .*checksum is wrong'):
+            checkpoint.load(path)
+
+
+def zip_as_torch_does(path, content, records=()):
+    """Write a file whose data.pkl is content; records: {name: bytes} of data/."""
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('x/data.pkl', content)
+        archive.writestr('x/version', '3')
+        archive.writestr('x/byteorder', 'little')
+        for name, record in dict(records).items():
+            archive.writestr(f'x/data/{name}', record)
+
+
+class Asks:
+    """Pickled, it asks whoever loads it to call function(*args)."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is measured there')
+def test_pickles_that_grow_are_refused(tmp_path):
+    """A few bytes that ask for gigabytes, although torch.load() would allow them."""
+    import resource
+
+    nested = (1, 2)
+    for _ in range(60):
+        nested = (nested, nested)
+    expanded = torch.ones(1).expand(2**31)
+    state = tiny_state(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = tmp_path / 'x.pt'
+    shared = pickle.dumps(nested, protocol=2)
+    as_key = b'\x80\x02}' + shared[2:-1] + b'K\x01s.'  # {nested: 1}, which takes for ever to hash
+    for content, message in [
+        (pickle.dumps(Asks(bytearray, 2**32), protocol=2), 'contains code'),
+        (shared, 'is not a checkpoint'),
+        (as_key, 'is not a checkpoint'),
+    ]:
+        zip_as_torch_does(path, content)
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(path)
+    torch.save({**state, 'optimizers': [{'state': {0: {'exp_avg': expanded}}}]}, path)
+    with pytest.raises(UserError, match='smaller than its weights'):
+        checkpoint.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_tensor_larger_than_its_record_is_refused(tmp_path):
+    """torch.load() would read what is behind the record in memory."""
+    path = tmp_path / 'x.pt'
+    torch.save({'model': torch.ones(8)}, path)
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read('x/data.pkl')
+    claims = content.replace(b'K\x08', b'K\x50')  # 8 numbers become 80
+    assert claims != content
+    zip_as_torch_does(path, content, {0: bytes(32)})
+    with pytest.raises(UserError, match='parts are missing'):
+        checkpoint.load(path)
+    zip_as_torch_does(path, claims, {0: bytes(32)})
+    with pytest.raises(UserError, match='has another size than its tensor'):
+        checkpoint.load(path)
+
+
+def test_two_records_of_one_name_are_refused(tmp_path):
+    """Python reads one of them, torch may read the other: whatever the case."""
+    path = tmp_path / 'x.pt'
+    torch.save(tiny_state(tmp_path), path)
+    with zipfile.ZipFile(path, 'a') as archive:
+        archive.writestr('x/DATA.PKL', b'N.')
+    with pytest.raises(UserError, match='is not a checkpoint'):
+        checkpoint.load(path)
+
+
+def test_checkpoint_that_cannot_be_read_is_not_called_truncated(tmp_path, monkeypatch):
+    path = tmp_path / 'x.pt'
+    torch.save(tiny_state(tmp_path), path)
+
+    def refuse(*args):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(zipfile, 'ZipFile', refuse)
+    with pytest.raises(UserError, match='cannot read .*: Permission denied'):
+        checkpoint.load(path)
+
+
+def test_all_that_our_checkpoints_hold_is_allowed(tmp_path):
+    """Every kind of model, dtype and optimizer, with the state that training leaves."""
+    for i, state in enumerate(states_of_all_kinds(tmp_path)):
+        path = tmp_path / f'{i}.pt'
+        tensors = {str(dtype): torch.zeros(3, dtype=dtype) for dtype in (
+            torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+            torch.int16, torch.int8, torch.uint8, torch.bool)}
+        tensors['transposed'] = torch.ones(2, 3).t()
+        tensors['empty'] = torch.ones(0)
+        betas = (0.9, 0.99)
+        groups = [{'betas': betas} for _ in range(8)]
+        checkpoint.save(path, {**state, 'optimizers': [tensors, groups]})
+        loaded = checkpoint.load(path)
+        assert loaded['optimizers'][1] == groups
+        for name, tensor in tensors.items():
+            assert torch.equal(loaded['optimizers'][0][name], tensor)
+
+
+def test_errors_without_a_text_have_a_first_and_a_last_line():
+    assert checkpoint.first_line(ValueError()) == 'ValueError'
+    assert checkpoint.last_line(ValueError()) == 'ValueError'
+    assert checkpoint.last_line(ValueError('a\nb ')) == 'b'
 
 
 def test_older_checkpoints_load(tmp_path):
@@ -579,6 +713,28 @@ def test_checkpoint_cannot_name_a_script_to_run(project):
     assert not (project.root / 'it ran').exists()
 
 
+def test_run_from_elsewhere_does_not_say_where_to_write(project):
+    """Its data_dir is not obeyed, nor does its dataset's name run a script that makes it."""
+    proof = project.root / 'strange place'
+    run = project.root / 'downloaded'
+    run.mkdir()
+    state = {**tiny_state(project.root), 'optimizers': [], 'val_loss': 2.0}
+    for config, advice in [
+        ({'dataset': 'stdlib', 'data_dir': str(proof)}, f'add --data_dir={proof} if it is right'),
+        ({'dataset': 'stdlib'}, 'add --dataset=…'),
+        ({'dataset': '../data/toy'}, 'add --dataset=…'),
+    ]:
+        torch.save({**state, 'config': config}, run / 'best.pt')
+        torch.save({**state, 'config': config}, run / 'last.pt')
+        for option in ('--eval_only', '--resume'):
+            error = project.fails('train.py', option, '--out_dir=downloaded')
+            assert 'is not in out/, so it may not say that' in error and advice in error
+    assert not proof.exists() and not (project.root / 'data' / 'stdlib').exists()
+
+    torch.save({**state, 'config': {'dataset': 'toy'}}, run / 'best.pt')
+    project.run('train.py', '--eval_only', '--out_dir=downloaded', '--device=cpu')
+
+
 @pytest.mark.parametrize('name', ['a' * 300, '../' * 2000], ids=['long', 'deep'])
 def test_dataset_name_that_is_no_path_is_refused(project, name):
     assert "can't be a path" in project.fails('train.py', f'--dataset={name}')
@@ -620,6 +776,32 @@ def test_chat_template_that_the_tokenizer_cannot_write_is_refused(change):
     tok = make_tokenizer('char', ['UB: ba'], special_tokens=('sep', 'eos'))
     with pytest.raises(ValueError):
         template.check_template(ChatTemplate.from_dict({**GOOD_CHAT, **change}), tok)
+
+
+# --------------------------------------------------------------------------------------------------
+# Terminals
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+CLEARS_SCREEN = '\x1b[2J\x1b]52;c;aGk=\x07\x9b1m\r'
+
+
+def test_control_characters_are_visible_on_a_terminal_only():
+    shown = Terminal()
+    print(f'a\tb\n{CLEARS_SCREEN}é', file=Output(shown))
+    assert shown.getvalue() == 'a\tb\n\\x1b[2J\\x1b]52;c;aGk=\\x07\\x9b1m\\x0dé\n'
+
+    file = io.StringIO()
+    print(CLEARS_SCREEN, file=Output(file))
+    assert file.getvalue() == CLEARS_SCREEN + '\n'
+
+
+def test_errors_show_control_characters():
+    assert str(UserError(f'no file {CLEARS_SCREEN!s}x')).startswith('no file \\x1b[2J\\x1b]52')
 
 
 # --------------------------------------------------------------------------------------------------

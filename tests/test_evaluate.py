@@ -1,0 +1,142 @@
+"""
+pocket/evaluate.py: which replies are compared with what, and the scores of text without spaces.
+
+Run it alone: pytest -n 0 tests/test_evaluate.py
+"""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pocket import evaluate
+from pocket.data import Pairs, load_meta
+from pocket.datasets import write_pairs
+from pocket.evaluate import Reply, generate_replies, pick_bleu_tokenize, score_replies
+from pocket.template import ChatTemplate, reply_start_ids
+from pocket.tokenizer import make_tokenizer
+
+TEMPLATE = ChatTemplate()
+CHINESE = ['我今天去公园散步，谢谢你问我。', '他的车坏了。', '我们明天早上八点出发。']
+JAPANESE = ['今日は公園に行きました。', 'とても楽しかったです。']
+THAI = ['วันนี้ฉันไปเดินเล่นในสวนสาธารณะ', 'ขอบคุณที่ถาม']
+ENGLISH = ['I went to the park today, thank you.', 'His car broke down this morning.']
+
+
+def perfect(references, is_cut=False):
+    return [Reply('', reference, reference, is_cut) for reference in references]
+
+
+def scores(lines):
+    """{name: number} of the lines that begin with a name and a number."""
+    found = {}
+    for line in lines:
+        name, number, *_ = line.split(' ')
+        if number.replace('.', '').isdigit():
+            found[name] = float(number)
+    return found
+
+
+# --- Whole references, and room for replies -------------------------------------------------------
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Pairs whose targets have 10, 60 and 300 bytes."""
+    tok = make_tokenizer('byte', special_tokens=('pad', 'bos', 'eos'))
+    rows = [(f'poem {n}', 'abcde fghi' * (n // 10)) for n in (10, 60, 300)]
+    write_pairs(tmp_path, tok, {'train': rows, 'val': rows}, {'source': 'made up'}, 'none')
+    return tmp_path, tok, dict(rows)
+
+
+def replies_of_parrot(monkeypatch, pairs, block_size, max_new_tokens=None):
+    """The replies of a model that always knows the right one, if it may write enough."""
+    folder, tok, rows = pairs
+    data = Pairs(folder, load_meta(folder), 'val', reply_start_ids(tok, TEMPLATE), block_size)
+    limits = []
+
+    def generate_stream(model, prompts, limit, *args, **options):
+        limits.append(limit)
+        known = [[*tok.encode(rows[tok.decode(prompt)]), tok.eos_id] for prompt in prompts]
+        for i in range(limit):
+            column = [row[i] if i < len(row) else -1 for row in known]
+            if max(column) < 0:
+                return
+            yield torch.tensor(column)
+
+    monkeypatch.setattr(evaluate, 'generate_stream', generate_stream)
+    config = SimpleNamespace(block_size=block_size, vocab_size=tok.vocab_size)
+    model = SimpleNamespace(config=config, is_encoder_decoder=False, eval=lambda: None)
+    replies = generate_replies(model, tok, TEMPLATE, data, 3, max_new_tokens)
+    return replies, limits
+
+
+def test_right_replies_score_100_if_they_fit_the_context(monkeypatch, pairs, capsys):
+    replies, _ = replies_of_parrot(monkeypatch, pairs, block_size=320)
+    assert [reply.text for reply in replies] == [reply.reference for reply in replies]
+    assert not any(reply.is_cut for reply in replies)
+    assert scores(score_replies(replies))['BLEU'] == 100
+
+
+def test_references_are_whole_and_cut_replies_are_counted(monkeypatch, pairs):
+    _, _, rows = pairs
+    replies, _ = replies_of_parrot(monkeypatch, pairs, block_size=64)
+    assert [reply.reference for reply in replies] == list(rows.values())
+    assert [reply.is_cut for reply in replies] == [False, True, True]
+    assert len(replies[2].text) == 55  # of 56, which is 64 + 1 - 9 of the prompt: a space ends it
+    lines = score_replies(replies)
+    assert any(line.startswith('2 of 3 replies were cut off') for line in lines)
+    assert scores(lines)['BLEU'] < 50
+    assert scores(lines)['length'] == pytest.approx((1 + 55 / 60 + 55 / 300) / 3, abs=0.03)
+
+
+def test_replies_are_no_longer_than_anybody_speaks(monkeypatch, pairs):
+    _, limits = replies_of_parrot(monkeypatch, pairs, block_size=4096)
+    assert max(limits) == 2 * 301
+
+
+def test_samples_in_training_keep_their_length(monkeypatch, pairs):
+    replies, limits = replies_of_parrot(monkeypatch, pairs, block_size=64, max_new_tokens=20)
+    assert max(limits) == 20 and len(replies[2].text) == 20
+
+
+# --- Text without spaces --------------------------------------------------------------------------
+
+@pytest.mark.parametrize('references, names', [
+    (ENGLISH, ['13a']),
+    (CHINESE, ['zh']),
+    (JAPANESE, ['ja-mecab', 'char']),
+    (THAI, ['char']),
+    (['안녕하세요, 오늘은 공원에 갔어요.'], ['13a']),
+    ([*ENGLISH * 5, '公园'], ['13a']),
+    ([], ['13a']),
+])
+def test_bleu_finds_words_by_the_script(references, names):
+    name, note = pick_bleu_tokenize(references)
+    assert name in names
+    assert (note is None) == (name == '13a')
+
+
+def test_a_tokenizer_that_needs_spaces_is_warned_about():
+    assert pick_bleu_tokenize(CHINESE, 'char') == ('char', None)
+    assert pick_bleu_tokenize(ENGLISH, '13a') == ('13a', None)
+    name, note = pick_bleu_tokenize(CHINESE, '13a')
+    assert name == '13a' and 'no spaces between words' in note
+
+
+@pytest.mark.parametrize('references', [ENGLISH, CHINESE, THAI])
+def test_perfect_replies_score_100_in_any_script(references):
+    found = scores(score_replies(perfect(references)))
+    assert found['BLEU'] == 100 and found['chrF2'] == 100 and found['length'] == 1
+    assert found['distinct-1'] > 0.4 and found['distinct-2'] > 0.6
+
+
+def test_one_wrong_character_is_not_worth_nothing():
+    references = CHINESE * 5
+    replies = [Reply('', text, text.replace('我', '他'), False) for text in references]
+    assert 40 < scores(score_replies(replies))['BLEU'] < 100
+    assert scores(score_replies(replies, '13a'))['BLEU'] < 40
+
+
+def test_distinct_counts_words_where_there_are_spaces():
+    lines = score_replies([Reply('', 'a b', 'a b a b', False), Reply('', 'a b', 'a b', False)])
+    assert 'distinct-1 0.3333 (6 in 2 replies)' in lines
+    assert 'distinct-2 0.5000 (4 in 2 replies)' in lines
