@@ -563,4 +563,4 @@ def test_options_that_contradict_an_exported_folder_are_refused(exported):
 
     exported.run('prepare/text.py', '--input=my text.txt', '--tokenizer=byte', '--name=bytes')
     error = exported.fails('train.py', '--init_from=hf', '--dataset=bytes', '--out_dir=out/no')
-    assert 'has another tokenizer than this model' in error
+    assert 'has another tokenizer than hf' in error
