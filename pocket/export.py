@@ -7,6 +7,8 @@ Export a trained model, for other tools or as a small checkpoint.
     python -m pocket.export --out_dir=out/RUN --to=FILE.pt    any model, for sample.py: in bfloat16
                                                               and without the optimizer, a quarter
                                                               of best.pt or less
+    python -m pocket.export --out_dir=out/RUN --to=FILE.html  one page that runs the model by itself
+                                                              in any browser: docs/page.md
 
 The first two are for models that are made of nothing that GPT-2, Llama, Qwen2 or Qwen3 lack, such
 as that of config/llama_small.py.
@@ -22,6 +24,7 @@ out_dir: str | None = None  # the run
 to: str | None = None  # the folder to make, or the file
 weights: Literal['best', 'last'] = 'best'  # which of the run's checkpoints
 gguf_type: Literal['f32', 'f16', 'q8_0'] = 'f16'  # of the weights in a .gguf file
+html_weights: Literal['int8', 'float32'] = 'int8'  # of the weights in a .html file
 configure(__file__, globals())
 
 if not out_dir or not to:
@@ -61,6 +64,15 @@ def export_gguf(state, model, tok, template, target):
     return f'{megabytes(target)}', f'llama-cli -m {target}'
 
 
+def export_html(state, model, tok, template, target):
+    """Write a page that runs the model. Raises UserError."""
+    from pocket import page
+    if target.exists():
+        raise UserError(f'{target} is there already: name a new file with --to=, or remove it')
+    page.export_page(model, tok, template, target, html_weights)
+    return f'{megabytes(target)}', 'open it in a browser'
+
+
 def export_folder(state, model, tok, template, target):
     """Write a folder in Hugging Face's format. Raises UserError."""
     from pocket import pretrained
@@ -75,6 +87,7 @@ def export_folder(state, model, tok, template, target):
 EXPORTS = {  # by the suffix of --to
     '.pt': export_checkpoint,
     '.gguf': export_gguf,
+    '.html': export_html,
 }
 
 

@@ -10,6 +10,7 @@ same as in pocket/pretrained.py, which says whether a model is one of these.
 """
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -313,35 +314,44 @@ def special_metadata(tok, template):
 
 
 def bpe_vocabulary(tok):
-    """The Vocabulary of a tokenizer with byte-level byte-pair encoding. Raises UserError."""
+    """The Vocabulary of our BPE, OpenAI's, or a tokenizer.json. Raises UserError."""
     content = json.loads(tokenizer_json(tok))
     model = content['model']
     is_byte_level = 'ByteLevel' in json.dumps(content.get('decoder'))
-    if model.get('type', 'BPE') != 'BPE' or not is_byte_level:
-        raise UserError(f'llama.cpp gets tokenizers of byte-level BPE, char, byte and '
-                        f'sentencepiece from us: this one is a {model.get("type")} of another kind')
+    is_bpe = model.get('type', 'BPE') == 'BPE'
     if not tok.eos_ids:
         raise no_end(tok)
+    if not is_bpe or not (is_byte_level or model.get('byte_fallback')):
+        raise UserError(f'of Hugging Face\'s tokenizers, pocketGPT can write those of byte-pair '
+                        f'encoding with bytes for llama.cpp: this one is a {model.get("type")} of '
+                        f'another kind')
 
-    tokens = [f'[UNUSED{token_id}]' for token_id in range(tok.vocab_size)]
-    types = [TokenType.UNUSED] * tok.vocab_size
-    for token, token_id in model['vocab'].items():
+    tokens, types = hugging_face_tokens(content, tok.vocab_size)
+    merges = []
+    for merge in model['merges']:
+        if isinstance(merge, str):  # older files: one text
+            merge = merge.split(' ')
+        merges.append(merge)
+    if not is_byte_level:
+        return byte_fallback_vocabulary(tok, content, tokens, types, merges)
+    more = {
+        'merges': [' '.join(merge) for merge in merges] or NO_MERGES,
+        'pre': pre_tokenizer_name(content.get('pre_tokenizer')),
+    }
+    return Vocabulary('gpt2', tokens, types, more)
+
+
+def hugging_face_tokens(content, size):
+    """(tokens, types) of the content of a tokenizer.json: two lists of this size."""
+    tokens = [f'[UNUSED{token_id}]' for token_id in range(size)]
+    types = [TokenType.UNUSED] * size
+    for token, token_id in content['model']['vocab'].items():
         tokens[token_id] = token
         types[token_id] = TokenType.NORMAL
     for added in content.get('added_tokens', ()):
         tokens[added['id']] = added['content']
         types[added['id']] = TokenType.CONTROL if added['special'] else TokenType.USER_DEFINED
-
-    merges = []
-    for merge in model['merges']:
-        if not isinstance(merge, str):  # newer files: a list of two
-            merge = ' '.join(merge)
-        merges.append(merge)
-    more = {
-        'merges': merges or NO_MERGES,
-        'pre': pre_tokenizer_name(content.get('pre_tokenizer')),
-    }
-    return Vocabulary('gpt2', tokens, types, more)
+    return tokens, types
 
 
 # llama.cpp wants at least one. This character never occurs in byte-level tokens
@@ -390,6 +400,35 @@ def pre_tokenizer_name(pre_tokenizer):
                         f'for that is unknown to us: known are those of GPT-2, SmolLM, Llama 3 and '
                         f'Qwen')
     return PRE_TOKENIZERS[tuple(splits)]
+
+
+# The way Llama 2 and Mistral have it
+
+
+def byte_fallback_vocabulary(tok, content, tokens, types, merges):
+    """The Vocabulary of a byte-pair encoding of characters, with bytes for those it does not know.
+
+    Such tokenizers were made by sentencepiece, and are that for llama.cpp: the earlier a token is
+    merged, the higher its score. Raises UserError.
+    """
+    steps = json.dumps([content.get('normalizer'), content.get('pre_tokenizer')])
+    kinds = set(re.findall(r'"type": "(\w+)"', steps))
+    unknown = kinds - {'Sequence', 'Prepend', 'Replace', 'Metaspace'}
+    if unknown:
+        raise UserError(f'llama.cpp has no {", ".join(sorted(unknown))} in a tokenizer like this')
+
+    ranks = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(''.join(merge), rank)
+    scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
+    more = {'scores': scores, 'add_space_prefix': tokens[tok.encode('x')[0]].startswith('▁')}
+    for token_id, token in enumerate(tokens):
+        if re.fullmatch('<0x[0-9A-F]{2}>', token):
+            types[token_id] = TokenType.BYTE
+        if token == content['model'].get('unk_token'):
+            types[token_id] = TokenType.UNKNOWN
+            more['unknown_token_id'] = token_id
+    return Vocabulary('llama', tokens, types, more)
 
 
 # Characters

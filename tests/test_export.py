@@ -9,6 +9,7 @@ for minutes, so it is not among the packages that the tests need, and its tests 
 Run it alone: pytest -n 0 tests/test_export.py
 """
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +88,38 @@ def make_huggingface_tokenizer():
         {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True},
     ]}
     return HuggingFaceTokenizer(json.dumps(content), eos_ids=[1])
+
+
+def make_llama2_tokenizer():
+    """One as Llama 2's: sentencepiece's pieces and, instead of their scores, merges."""
+    sp = make_tokenizer('sentencepiece', [toy_text(3000)], 330, ('s', 'end')).sp
+    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    merges = []
+    for piece in sorted(vocab, key=lambda piece: -sp.get_score(vocab[piece])):
+        if not sp.is_byte(vocab[piece]) and not sp.is_control(vocab[piece]):
+            splits = [[piece[:i], piece[i:]] for i in range(1, len(piece))]
+            merges += [split for split in splits if split[0] in vocab and split[1] in vocab]
+    added = [{'id': vocab[token], 'content': token, 'special': True, 'single_word': False,
+              'lstrip': False, 'rstrip': False, 'normalized': False}
+             for token in ('<unk>', '<s>', '<end>')]
+    space = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+    back = {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}
+    start = {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}
+    bos = {'SpecialToken': {'id': '<s>', 'type_id': 0}}
+    text = {'Sequence': {'id': 'A', 'type_id': 0}}
+    content = {
+        'version': '1.0', 'added_tokens': added,
+        'normalizer': {'type': 'Sequence', 'normalizers': [
+            {'type': 'Prepend', 'prepend': '▁'}, space]},
+        'post_processor': {
+            'type': 'TemplateProcessing', 'single': [bos, text], 'pair': [bos, text, text],
+            'special_tokens': {'<s>': {'id': '<s>', 'ids': [vocab['<s>']], 'tokens': ['<s>']}}},
+        'decoder': {'type': 'Sequence', 'decoders': [
+            back, {'type': 'ByteFallback'}, {'type': 'Fuse'}, start]},
+        'model': {'type': 'BPE', 'vocab': vocab, 'merges': merges, 'unk_token': '<unk>',
+                  'byte_fallback': True, 'fuse_unk': True},
+    }
+    return HuggingFaceTokenizer(json.dumps(content), eos_ids=[vocab['<end>']])
 
 
 def some_tokenizers():
@@ -374,6 +407,12 @@ def test_what_llama_cpp_lacks_is_refused(tmp_path, bpe):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_the_package_gguf_the_message_says_what_to_install(tmp_path, bpe, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gguf', None)  # importing it now fails
+    with pytest.raises(UserError, match='pip install gguf'):
+        gguf_export.export_gguf(random_gpt(bpe.vocab_size), bpe, tmp_path / 'x.gguf')
+
+
 # --------------------------------------------------------------------------------------------------
 # … and llama.cpp reads it
 
@@ -427,6 +466,19 @@ def test_llama_cpp_encodes_and_decodes_as_ours(tmp_path, kind):
         assert llama.token_eos() == -1
     else:
         assert llama.token_eos() == tok.eos_id
+
+
+def test_llama_cpp_encodes_as_a_tokenizer_like_llama_2s(tmp_path):
+    pytest.importorskip('llama_cpp')
+    tok = make_llama2_tokenizer()
+    gguf_export.export_gguf(random_gpt(tok.vocab_size, **LLAMA), tok, tmp_path / 'x.gguf')
+    llama = load_llama_cpp(tmp_path / 'x.gguf')
+    for text in [*TEXTS, toy_text(300, seed=1)]:
+        ids = tok.encode_prompt(text)
+        assert len(ids) == 1 + len(tok.encode(text))  # it begins with <s>
+        assert llama.tokenize(text.encode(), add_bos=True, special=True) == ids
+        assert llama.detokenize(ids).decode() == tok.decode(ids) == text
+    assert llama.token_eos() == tok.eos_id
 
 
 def test_llama_cpp_answers_in_a_conversation(tmp_path, bpe):
@@ -486,6 +538,7 @@ def test_one_run_in_three_formats(tmp_path, bpe):
 
 
 def test_a_run_that_cannot_leave_says_what_to_change(tmp_path):
+    pytest.importorskip('gguf')
     project = Project(tmp_path / 'pocket')
     tok = make_tokenizer('byte')
     save_run(project, random_gpt(tok.vocab_size, **REFUSED[0][0]), tok)
