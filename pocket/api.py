@@ -97,7 +97,8 @@ def read_settings(fields, settings):
             try:
                 settings = update_settings(settings, {name: fields[name]})
             except UserError as e:
-                raise RequestError(str(e), name) from None
+                sentence = str(e).partition('; it stays')[0]    # which is for people in a chat
+                raise RequestError(sentence, name) from None
 
     for name in ('max_tokens', 'max_completion_tokens'):    # the old name and the new one
         if name in fields:
@@ -144,8 +145,8 @@ def read_messages(fields):
             role = message.get('role') if isinstance(message, dict) else message
             raise RequestError(f'{param} must have one of the roles {", ".join(ROLES)}, '
                                f'got {role!r}', param)
-        read.append({'role': ROLES[message['role']],
-                     'content': read_content(message.get('content'), param)})
+        content = read_content(message.get('content'), param)
+        read.append({'role': ROLES[message['role']], 'content': content})
 
     if all(message['role'] == 'system' for message in read):
         raise RequestError('messages must have one from the user, to reply to', 'messages')
@@ -372,7 +373,10 @@ class Api:
     async def answer(self, request, fields, form, encode, prompt):
         """The answer to a request, as a whole or as a stream."""
         settings = read_settings(fields, self.model.settings)
-        self.server.check_limits(settings)
+        try:
+            self.server.check_limits(settings)
+        except UserError as e:
+            raise RequestError(str(e), 'max_tokens') from None
         try:
             seed = parse_seed(fields.get('seed'))
         except UserError as e:

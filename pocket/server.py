@@ -71,9 +71,10 @@ MAX_REQUEST_BYTES = 2**20
 MAX_NEW_TOKENS = 100_000
 MAX_BEAMS = 16          # each beam has a cache of its own
 MAX_WAITING = 32        # requests that wait for the model
-MAX_UNREAD = 256                # events that may wait for a client that reads slowly
+MAX_UNREAD = 256        # events that may wait for a client that reads slowly
 MAX_CONNECTIONS = 500
 SLOW_CLIENT_SECONDS = 20    # to send the headers, to send the body, to read part of the answer
+SEND_BUFFER_BYTES = 2**14   # what may lie unread in the kernel, and in asyncio, before that counts
 
 # What the page proposes to begin with. A text without an entry here gets the last one.
 CHAT_EXAMPLES = ('Hello, how are you?', 'What is the capital of France?', 'Tell me a short story.')
@@ -139,6 +140,10 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        # By default, the kernel takes megabytes: all that a model generates in an hour
+        sock = transport.get_extra_info('socket')
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        transport.set_write_buffer_limits(high=SEND_BUFFER_BYTES)
         self.watch_headers()
 
     def data_received(self, data):
@@ -171,6 +176,18 @@ class Connection(H11Protocol):
                 timer.cancel()
 
 
+class Server(uvicorn.Server):
+    """uvicorn's server, which calls a function once it serves, and Ctrl-C ends it properly."""
+
+    def __init__(self, config, on_start):
+        super().__init__(config)
+        self.on_start = on_start
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        self.on_start()
+
+
 # ---- What the page shows
 
 
@@ -184,7 +201,7 @@ def model_title(name):
     if path.suffix == '.pt':
         return path.parent.name or path.stem
     if path.is_dir():
-        return path.resolve().name
+        return path.absolute().name
     return str(name)
 
 
@@ -217,14 +234,20 @@ def page_data(chat_model, seed, start):
             'free': isinstance(template, ChatTemplate),     # may a person speak as somebody else?
         }
 
+    # Where it lies on this machine is nobody's business
+    name = str(chat_model.name)
+    title = model_title(name)
+    if Path(name).is_absolute():
+        name = title
+
     settings = {**asdict(chat_model.settings), 'seed': seed}
     settings['drop_unknown'] = str(chat_model.drop_unknown)
 
     # A setting is explained as sample.py --help explains it
     options = read_options((ROOT / 'sample.py').read_text('utf-8'))
     return {
-        'name': str(chat_model.name),
-        'title': model_title(chat_model.name),
+        'name': name,
+        'title': title,
         'num_params': chat_model.model.num_params(),
         'speakers': speakers,
         'start': start,
@@ -327,12 +350,16 @@ class ChatServer:
             ClientDisconnect: answer_nobody,
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
-        config = uvicorn.Config(app, http=Connection, ws='none', log_level='error',
+        config = uvicorn.Config(app, http=Connection, ws='none', lifespan='off', log_level='error',
                                 limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
+        self.server = Server(config, self.announce)
 
     def run(self):
         """Open the page in a browser, if there is one, and serve it until Ctrl-C."""
+        self.server.run([self.sock])
+
+    def announce(self):
+        """Say where the page is, and open it in a browser, if there is one."""
         url = url_of(self.sock)
         page_url = url
         if self.api_key is not None:
@@ -343,7 +370,6 @@ class ChatServer:
         has_display = any(name in os.environ for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'BROWSER'))
         if sys.platform != 'linux' or has_display:
             threading.Thread(target=webbrowser.open, args=[page_url], daemon=True).start()
-        self.server.run([self.sock])
 
     # ---- Guards
 
