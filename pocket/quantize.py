@@ -35,12 +35,15 @@ def prepare_for_decoding(model, bits=None):
     else:
         return model
 
-    for module in list(model.modules()):
-        if module in in_adaptive_softmax:
-            continue
+    # Note where the layers are, not the layers: the memory of each is free once it is replaced
+    places = []
+    for module in model.modules():
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, replacement(child))
+            if isinstance(child, nn.Linear) and module not in in_adaptive_softmax:
+                places.append((module, name))
+    child = None
+    for module, name in places:
+        setattr(module, name, replacement(getattr(module, name)))
     return model
 
 
@@ -105,7 +108,8 @@ class Int8Linear(DecodingLinear):
 
     def store(self, weight):
         # The largest weight of a channel becomes 127. A channel of zeros must not divide by zero.
-        scale = (weight.float().abs().amax(dim=1) / 127).clamp(min=1e-12)  # (out,)
+        largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # without a copy
+        scale = (largest.float() / 127).clamp(min=1e-12)  # (out,)
 
         self.fbgemm = weight.is_cpu and has_fbgemm()
         if self.fbgemm:

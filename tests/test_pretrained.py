@@ -97,6 +97,8 @@ def test_a_gpt2_is_loaded_as_transformers_computes_it(small):
     {'n_inner': 40, 'tie_word_embeddings': False},
     {'activation_function': 'gelu', 'n_head': 1, 'n_layer': 3},
     {'activation_function': 'relu'},
+    {'activation_function': 'gelu_pytorch_tanh', 'layer_norm_epsilon': 1e-2},
+    {'activation_function': 'gelu_fast', 'vocab_size': 1024},  # rounded up
 ], ids=str)
 def test_a_gpt2_with_other_switches_is_loaded(tmp_path, config):
     theirs = make_reference(tmp_path, **config)
@@ -250,19 +252,29 @@ def test_a_config_that_is_no_json_object_is_refused(small, tmp_path):
 class Hub(http.server.BaseHTTPRequestHandler):
     """Plays huggingface.co, which redirects requests for weights; misbehaves on request."""
     files = {}  # {name: content}
-    seen = []  # (path, first byte) of each request
-    trouble = ''
+    commit = None  # what its headers say, None: nothing
+    seen = []  # (path, first byte) of each request for a file
+    trouble = ''  # what is wrong, or the status of every answer
 
     def do_GET(self):
         first = int(self.headers.get('Range', 'bytes=0-')[6:-1])
         name = self.path.split('/')[-1]
-        self.seen.append((self.path, first))
-        if self.trouble == '404':
-            self.send_error(404)
+        if self.command == 'GET':
+            self.seen.append((self.path, first))
+        if self.trouble.startswith('40'):
+            status, _, error_code = self.trouble.partition(' ')
+            self.send_response(int(status))
+            self.send_header('X-Error-Code', error_code)
+            self.end_headers()
             return
-        if name == 'model.safetensors' and not self.path.startswith('/cdn/'):
+        if name not in self.files:
+            self.send_response(404)
+            self.end_headers()
+            return
+        if name.endswith('.safetensors') and not self.path.startswith('/cdn/'):
             self.send_response(302)
             self.send_header('Location', '/cdn' + self.path)
+            self.send_commit()
             self.end_headers()
             return
 
@@ -273,42 +285,57 @@ class Hub(http.server.BaseHTTPRequestHandler):
             body = b'<html>please log in</html>'
         self.send_response(206 if first else 200)
         self.send_header('Content-Length', str(len(body) - first))
+        self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_commit()
         self.end_headers()
 
         is_cut = self.trouble == 'cut' or (self.trouble == 'cut once' and first == 0)
         end = len(body)
         if is_cut and len(body) > 100_000:
             end = first + 70_000
-        self.wfile.write(body[first:end])
+        if self.command == 'GET':
+            self.wfile.write(body[first:end])
+
+    do_HEAD = do_GET
+
+    def send_commit(self):
+        if self.commit is not None:
+            self.send_header('X-Repo-Commit', self.commit)
 
     def log_message(self, *args):
         pass
 
 
 @pytest.fixture
-def hub(small, tmp_path, monkeypatch):
-    """Serve the small model as 'gpt2', the cache empty; its folder in the cache."""
-    folder, _ = small
+def hub_address(tmp_path, monkeypatch):
+    """Start the Hub, the cache empty: the folder of the cache."""
     Hub.files = {}
-    for name in ('config.json', 'model.safetensors'):
-        Hub.files[name] = (folder / name).read_bytes()
     Hub.seen = []
     Hub.trouble = ''
-
-    commit = 'c0ffee' * 6 + 'cafe'
-    sha256 = hashlib.sha256(Hub.files['model.safetensors']).hexdigest()
-    pinned = pretrained.NAMES['gpt2']._replace(commit=commit, sha256=sha256)
-    monkeypatch.setitem(pretrained.NAMES, 'gpt2', pinned)
-
+    Hub.commit = None
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     for name in ('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE', 'XDG_CACHE_HOME'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
     monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{httpd.server_port}/')
-    yield tmp_path / 'hf' / 'hub' / 'models--openai-community--gpt2' / 'snapshots' / commit
+    yield tmp_path / 'hf' / 'hub'
     httpd.shutdown()
     httpd.server_close()
+
+
+@pytest.fixture
+def hub(small, hub_address, monkeypatch):
+    """Serve the small model as 'gpt2', the cache empty; its folder in the cache."""
+    folder, _ = small
+    for name in ('config.json', 'model.safetensors'):
+        Hub.files[name] = (folder / name).read_bytes()
+
+    commit = 'c0ffee' * 6 + 'cafe'
+    sha256 = hashlib.sha256(Hub.files['model.safetensors']).hexdigest()
+    pinned = pretrained.NAMES['gpt2']._replace(commit=commit, sha256=sha256)
+    monkeypatch.setitem(pretrained.NAMES, 'gpt2', pinned)
+    return hub_address / 'models--openai-community--gpt2' / 'snapshots' / commit
 
 
 NO_NETWORK = 'http://127.0.0.1:9'
@@ -408,6 +435,124 @@ def test_a_download_onto_a_full_disk_is_not_taken_for_complete(hub, small_file_l
     assert_fetched(hub)
 
 
+COMMIT = 'beef' * 10
+TOKENIZER = {
+    'version': '1.0',
+    'added_tokens': [{'id': 0, 'content': '<|end|>', 'special': True, 'single_word': False,
+                      'lstrip': False, 'rstrip': False, 'normalized': False}],
+    'pre_tokenizer': {'type': 'Whitespace'},
+    'model': {'type': 'WordLevel', 'vocab': {'<|end|>': 0, 'hi': 1}, 'unk_token': '<|end|>'},
+}
+
+
+@pytest.fixture(params=['in one file', 'in shards'])
+def chat_model_on_hub(request, tmp_path, hub_address):
+    """Serve a small Llama with a tokenizer, and nothing else of what such folders may have."""
+    transformers = pytest.importorskip('transformers')
+    config = transformers.LlamaConfig(vocab_size=2000, hidden_size=32, intermediate_size=32,
+                                      num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    shard_size = '200KB' if request.param == 'in shards' else '1GB'
+    model.save_pretrained(tmp_path / 'served', max_shard_size=shard_size)
+    for path in (tmp_path / 'served').iterdir():
+        if path.name != 'generation_config.json':
+            Hub.files[path.name] = path.read_bytes()
+    Hub.files['tokenizer.json'] = json.dumps(TOKENIZER).encode()
+    Hub.commit = COMMIT
+    return hub_address, model
+
+
+@pytest.mark.parametrize('name, repository', [
+    ('smollm2', 'HuggingFaceTB/SmolLM2-135M-Instruct'),
+    ('some-one/a_model-1.5', 'some-one/a_model-1.5'),
+])
+def test_a_repository_is_downloaded_once_at_its_newest_commit(
+        chat_model_on_hub, monkeypatch, name, repository):
+    from huggingface_hub import try_to_load_from_cache
+    cache, theirs = chat_model_on_hub
+    Hub.trouble = 'cut once'
+    ours, _ = pretrained.load(name)
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    resumed = [path for path, first in Hub.seen if first > 0 and path.startswith('/cdn/')]
+    assert resumed
+    assert resumed[0].startswith(f'/cdn/{repository}/resolve/{COMMIT}/')
+    assert pretrained.load_tokenizer(name).encode('hi') == [1]
+    assert pretrained.load_template(name) is None
+
+    # Hugging Face's tools find it: the newest snapshot has the name of a commit
+    folder = cache / f'models--{repository.replace("/", "--")}' / 'snapshots' / COMMIT
+    assert sorted(path.name for path in folder.iterdir()) == sorted(Hub.files)
+    for file in Hub.files:
+        assert try_to_load_from_cache(repository, file, cache_dir=cache) == str(folder / file)
+
+    # From now on without a network
+    requests = len(Hub.seen)
+    monkeypatch.setenv('HF_ENDPOINT', NO_NETWORK)
+    assert pretrained.fetch(name) == folder
+    assert len(Hub.seen) == requests
+
+
+def test_what_is_damaged_or_missing_in_the_cache_is_downloaded_again(chat_model_on_hub):
+    cache, _ = chat_model_on_hub
+    folder = pretrained.fetch('o/n')
+    weights = sorted(folder.glob('*.safetensors'))[0]
+    for path in (weights, folder / 'tokenizer.json', folder / 'config.json'):
+        content = path.read_bytes()
+        path.unlink()
+        if path == weights:
+            path.write_bytes(content[:-9])
+        assert pretrained.fetch('o/n') == folder
+        assert path.read_bytes() == content
+
+
+def test_the_commit_may_come_from_the_api_or_not_at_all(chat_model_on_hub):
+    from huggingface_hub import try_to_load_from_cache
+    cache, _ = chat_model_on_hub
+    Hub.commit = None
+    assert pretrained.fetch('o/none').name == 'main'
+    assert try_to_load_from_cache('o/none', 'config.json', cache_dir=cache)
+    Hub.files['api'] = json.dumps({'sha': COMMIT}).encode()  # asked for as /api/models/o/api
+    assert pretrained.fetch('o/api').name == COMMIT
+
+
+@pytest.mark.parametrize('trouble, message', [
+    ('401 GatedRepo', 'o/n is gated .status 401.: ask for access at http'),
+    ('403 GatedRepo', 'o/n is gated .status 403.'),
+    ('401 RepoNotFound', 'o/n does not exist, or is private .status 401.: check the name'),
+    ('404 RepoNotFound', 'there is no model o/n, or it has no config.json .status 404.'),
+])
+def test_a_gated_or_missing_repository_is_a_sentence(chat_model_on_hub, trouble, message):
+    Hub.trouble = trouble
+    with pytest.raises(UserError, match=message) as caught:
+        pretrained.fetch('o/n')
+    assert '\n' not in str(caught.value)
+
+
+def test_a_repository_without_safetensors_is_refused(chat_model_on_hub):
+    for name in list(Hub.files):
+        if 'safetensors' in name:
+            del Hub.files[name]
+    with pytest.raises(UserError, match='could not download model.safetensors .*status 404'):
+        pretrained.fetch('o/n')
+
+
+def test_without_a_network_a_repository_is_a_sentence(hub_address, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', NO_NETWORK)
+    with pytest.raises(UserError, match='127.0.0.1:9 does not answer .*--init_from=FOLDER'):
+        pretrained.fetch('smollm2')
+
+
+def test_another_owners_model_is_not_taken_for_gpt2(hub_address, small):
+    """models--gpt2 in the cache is OpenAI's, from before repositories had owners."""
+    old = hub_address / 'models--gpt2' / 'snapshots' / COMMIT
+    copy_of(small[0], old)
+    (old.parents[1] / 'refs').mkdir()
+    (old.parents[1] / 'refs' / 'main').write_text(COMMIT, encoding='utf-8')
+    assert pretrained.fetch('gpt2') == old
+    with pytest.raises(UserError, match='there is no model somebody/gpt2'):
+        pretrained.fetch('somebody/gpt2')
+
+
 def test_public_models_are_pinned():
     pinned = {name: repository for name, repository in pretrained.NAMES.items()
               if repository.is_pinned}
@@ -466,6 +611,71 @@ def test_gpt2s_tokenizer_is_recognized(tmp_path, gpt2_tokenizer_cached):
         folder = make_tokenizer_folder(tmp_path / f'wrong {number}', file, described)
         with pytest.raises(UserError, match=message):
             pretrained.load_tokenizer(folder)
+
+
+def make_byte_level_bpe(folder, eos='<|endoftext|>'):
+    """Save a GPT-2 tokenizer of transformers, learned from a made-up text in another language."""
+    tokenizers = pytest.importorskip('tokenizers')
+    transformers = pytest.importorskip('transformers')
+    library = tokenizers.ByteLevelBPETokenizer()
+    library.train_from_iterator([toy_text(3000) + 'größer als Äpfel'], 280, show_progress=False,
+                                special_tokens=[eos])
+    folder.mkdir()
+    library.save_model(str(folder))  # vocab.json and merges.txt, as GPT-2 had
+    tok = transformers.GPT2TokenizerFast(str(folder / 'vocab.json'), str(folder / 'merges.txt'),
+                                         eos_token=eos, bos_token=eos, unk_token=eos)
+    tok.add_tokens(['dodobaba'])
+    tok.add_special_tokens({'pad_token': '<pad>'})
+    return tok
+
+
+OTHER_TEXTS = ['gimme  ein größer Bär 🐻 fu dodo', 'x = dodobaba(12)\n\n\treturn', '', ' a', "it's"]
+
+
+@pytest.mark.parametrize('files', ['tokenizer.json', 'vocab.json and merges.txt'])
+@pytest.mark.parametrize('rows', [282, 320])  # 320: rounded up
+def test_a_gpt2_with_a_tokenizer_of_its_own_is_read(tmp_path, files, rows):
+    """Special tokens first, and tokens that were added later."""
+    folder = tmp_path / 'theirs'
+    theirs = make_byte_level_bpe(folder)
+    theirs.save_pretrained(folder)
+    assert len(theirs) == 282
+    if files != 'tokenizer.json':
+        (folder / 'tokenizer.json').unlink()
+    make_reference(folder, vocab_size=rows, eos_token_id=0, bos_token_id=0)
+
+    ours = pretrained.load_tokenizer(folder)
+    model, _ = pretrained.load(folder)
+    assert ours.vocab_size == 282 <= model.config.vocab_size == rows
+    assert ours.eos_ids == [0]
+    assert ours.special_tokens == {'eot': 0, 'pad': 281}
+    for text in OTHER_TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == text == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    with_special = 'a<|endoftext|>b<pad>'
+    assert ours.encode_with_specials(with_special) == theirs.encode(with_special)
+    assert not {0, 281} & set(ours.encode(with_special))
+
+
+def test_a_folder_of_gpt2s_size_with_another_tokenizer_is_refused(tmp_path, capsys):
+    """BERT's vocab.txt, a sentencepiece model: never guessed to be GPT-2's."""
+    for number, file in enumerate(['vocab.txt', 'spiece.model', 'merges.txt']):
+        folder = make_tokenizer_folder(tmp_path / str(number))
+        (folder / file).write_text('a\nb\n', encoding='utf-8')
+        message = f'has 50257 ids of its own, but no tokenizer.json .*only {file}.*save_pretrained'
+        with pytest.raises(UserError, match=message):
+            pretrained.load_tokenizer(folder)
+
+
+def test_a_folder_of_gpt2s_size_without_any_tokenizer_gets_gpt2s_and_a_word(
+        tmp_path, capsys, gpt2_tokenizer_cached):
+    for size in (50257, 50304):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / 'config.json').write_text(f'{{"vocab_size": {size}}}', encoding='utf-8')
+        assert pretrained.load_tokenizer(folder).encode('Hello world') == [15496, 995]
+        assert 'has no tokenizer: taking GPT-2\'s' in capsys.readouterr().err
 
 
 def test_shakespeare_in_gpt2s_tokens_is_as_long_as_nanogpts(tmp_path, gpt2_tokenizer_cached):

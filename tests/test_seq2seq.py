@@ -437,7 +437,7 @@ def test_one_beam_is_greedy_and_more_find_no_less():
     assert [found[0][0] for found in one_beam] == greedy
     four_beams = beam_search(model, SOURCES, 12, 4, **OPTIONS)
     for one, four in zip(one_beam, four_beams):
-        assert four[0][1] >= one[0][1] - 1e-6  # no law, but so with this model
+        assert four[0][1] >= one[0][1] - 1e-5  # no law, but so with this model
 
 
 def test_beam_search_never_takes_banned_tokens():
