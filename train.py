@@ -153,27 +153,18 @@ if resuming:
 val_bytes = val_data.count_bytes(tok.byte_lengths())
 sample_prompt = training.encode_sample_start(tok, sample_start)
 
-# A small text of the user's own is learned in a few epochs: in more it would only be memorized
-if state is None and not eval_only:
-    config = training.suit_length_to_text(config, explicit, meta, train_data)
-    max_iters = config['max_iters']
-    eval_interval = config['eval_interval']
-    patience = config['patience']
-
 # How long to train, in steps
+is_new = state is None and not eval_only
+config = training.settle_length(config, explicit, meta, train_data, is_new)
 steps_per_epoch = train_data.steps_for(1, gradient_accumulation_steps)
-if max_epochs is not None:
-    max_iters = train_data.steps_for(max_epochs, gradient_accumulation_steps)
-decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
-eval_interval = eval_interval or steps_per_epoch
+max_iters = config['max_iters']
+decay_iters = lr_decay_iters or max_iters
+eval_interval = config['eval_interval'] or steps_per_epoch
 
 # The folder of the run: an earlier run is never overwritten
-config['max_iters'] = max_iters
-config['out_dir'] = str(run_dir)
-if data_dir is not None:  # the default keeps following the scripts, so it is not recorded
-    config['data_dir'] = str(data_folder.parent.resolve())
+config = training.record_folders(config, run_dir, data_folder)
 if master_process and not eval_only:
-    run_lock = training.claim_run_dir(run_dir, config, is_new=state is None)
+    run_lock = training.claim_run_dir(run_dir, config, is_new)
 
 # Model
 torch.manual_seed(seed)
@@ -267,10 +258,8 @@ def report(val_loss):
     val = format_loss(val_loss, val_data.num_targets, val_bytes)
     note = ', the best so far' if is_best else ''
     print(f'step {step}: train {train_loss:.4f}, val {val}{note}', flush=True)
-    advice = training.advise(train_state, train_loss, config, tok.vocab_size)
-    if advice is None or is_finished():
-        losses = [*log.losses(), (train_loss, val_loss)]
-        advice = training.advise_on_memorizing(losses, config)
+    losses = [*log.losses(), (train_loss, val_loss)]
+    advice = training.advise(losses, train_state, config, tok.vocab_size)
     if advice:
         print(f'advice: {advice}', flush=True)
 

@@ -212,6 +212,17 @@ def open_split(folder, meta, split, config, tok, template):
 # The folder of a run, and its log
 
 
+def record_folders(config, run_dir, data_folder):
+    """The options, with the folders that a resumed run looks into.
+
+    The default data_dir keeps following the scripts, so it is not recorded.
+    """
+    config = config | {'out_dir': str(run_dir)}
+    if config['data_dir'] is not None:
+        config['data_dir'] = str(data_folder.parent.resolve())
+    return config
+
+
 def claim_run_dir(out_dir, config, is_new):
     """Make the folder of a run and lock it; an earlier run in it is moved to NAME.1, never
     overwritten.
@@ -611,6 +622,19 @@ EPOCHS_OF_OWN_TEXT = 5
 FEWEST_STEPS = 60  # for very little text: room for a warmup; patience may end the run before
 
 
+def settle_length(config, explicit, meta, train_data, is_new):
+    """The options, with max_iters as the number of steps that this run has.
+
+    is_new: whether the run begins now, and so may still be made to suit a small text.
+    """
+    if is_new:
+        config = suit_length_to_text(config, explicit, meta, train_data)
+    if config['max_epochs'] is None:
+        return config
+    accumulation = config['gradient_accumulation_steps']
+    return config | {'max_iters': train_data.steps_for(config['max_epochs'], accumulation)}
+
+
 def suit_length_to_text(config, explicit, meta, train_data):
     """The options, with a length that suits the user's own text if it is small; says so.
 
@@ -644,13 +668,17 @@ def advise_before(epochs, config):
     return None
 
 
-def advise(state, train_loss, config, vocab_size):
-    """Advice for a run that goes wrong, as an evaluation shows it; None if it does not."""
+def advise(losses, state, config, vocab_size):
+    """Advice for a run that goes wrong, as an evaluation shows it; None if it does not.
+
+    losses: [(train loss, val loss)] of all evaluations so far, this one included.
+    """
+    train_loss, _ = losses[-1]
     chance_level = math.log(vocab_size)
     if train_loss > 0.95 * chance_level and state.step >= 2 * config['warmup_iters']:
         return ('the loss is still at chance level: the learning rates are far too low or too '
                 'high; the defaults of train.py are --learning_rate=1e-2 --muon_lr=0.015')
-    return None
+    return advise_on_memorizing(losses, config)
 
 
 def advise_on_memorizing(losses, config):

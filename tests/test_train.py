@@ -342,7 +342,8 @@ def test_infinite_gradient_is_divergence(project):
 def advise(train_loss, dropout=0.0, **numbers):
     """Advice after an evaluation, for a vocabulary of 1,000 and a warm-up of 20 steps."""
     config = {'warmup_iters': 20, 'dropout': dropout}
-    return training.advise(TrainState(**numbers), train_loss, config, vocab_size=1000)
+    return training.advise([(train_loss, train_loss)], TrainState(**numbers), config,
+                           vocab_size=1000)
 
 
 def test_advice_if_the_loss_stays_at_chance_level():
@@ -369,9 +370,9 @@ def test_a_small_text_of_ones_own_is_not_memorized_by_default(explicit, prepared
             return steps * epochs // training.EPOCHS_OF_OWN_TEXT
 
     config = {'max_iters': 800, 'eval_interval': 200, 'patience': 0,
-              'gradient_accumulation_steps': 1}
+              'gradient_accumulation_steps': 1, 'max_epochs': None}
     meta = {} if prepared_by is None else {'prepared_by': prepared_by}
-    config = training.suit_length_to_text(config, explicit, meta, Data())
+    config = training.settle_length(config, explicit, meta, Data(), is_new=True)
     assert (config['max_iters'], config['eval_interval'], config['patience']) == expected
 
 
