@@ -4,6 +4,7 @@ Generate text with a trained model, let it complete what you type, or chat with 
     python sample.py                                            from the newest run in out/
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
     python sample.py --start="ROMEO:" --start=FILE:prompt.txt   several prompts at once
+    python sample.py --start=FILE:en.txt --lines --num_beams=5  translate a file line by line
     python sample.py --out_dir=out/office_encdec --chat         chat, or complete what you type
     python sample.py --web                                      the same in the browser
     python sample.py --init_from=gpt2 --start="The"             GPT-2, downloaded once
@@ -19,6 +20,7 @@ weights: Literal['best', 'last'] = 'best'  # which of its checkpoints
 init_from: str | None = None       # instead: smollm2, gpt2, OWNER/NAME, or a folder with one
 start: tuple[str, ...] = ('',)     # the prompt, or FILE:prompt.txt; may be given several times
 num_samples = 1                    # [1, 65536] samples per prompt
+lines = False                      # reply to each line of a prompt with a line: translates files
 system: str | None = None          # what a chat model is told first, such as "You are a pirate."
 chat = False                       # chat, or complete what you type, until /quit, Ctrl-D or Ctrl-C
 interactive = False                # the same as --chat
@@ -31,6 +33,7 @@ min_p: float | None = None         # keep tokens at least this fraction as proba
 repetition_penalty = 1.0           # above 1: tokens that have already occurred become less likely
 num_beams = 1                      # above 1: no sampling, a beam search for the most probable text
 length_penalty = 0.6               # of a beam search: above 0 favors longer texts
+n_best = 1                         # [1, 1024] of a beam search: texts per prompt, with scores
 stop: tuple[str, ...] = ()         # end a sample before this string; may be given several times
 ignore_eot = False                 # continue past the end-of-text token
 drop_unknown = False               # leave out characters that the tokenizer does not know
@@ -48,12 +51,19 @@ config, explicit = configure(__file__, globals())
 
 # Only now what takes a second to import: --help and typing errors have been answered at once
 import sys
-from contextlib import suppress
 from dataclasses import asdict, replace
 
-from pocket.chat import PRESETS, SETTING_TYPES, Settings, load, update_settings
+from pocket.chat import (
+    PRESETS,
+    SETTING_TYPES,
+    Settings,
+    load,
+    saved_checkpoints,
+    update_settings,
+)
 from pocket.datasets import read_text
 from pocket.template import ChatTemplate
+from pocket.terminal import edit_lines, read_input
 
 # Mistakes in the options are reported before a model is loaded
 options = {name: config[name] for name in SETTING_TYPES}
@@ -66,21 +76,33 @@ else:
         if name in explicit:
             raise UserError(f'--{name} is for the page and the API: add --web')
 
+if lines and num_samples > 1:
+    raise UserError('--lines gives one line for a line: omit --num_samples; --n_best=5 '
+                    '--num_beams=5 gives several, with their scores')
+if n_best > settings.num_beams:
+    raise UserError(f'--n_best={n_best} texts are the best of as many beams or more: add '
+                    f'--num_beams={n_best}, or more')
+
 model = load(out_dir, init_from, weights, device, dtype, quantize,
-             stop=stop, ignore_eot=ignore_eot, drop_unknown=drop_unknown, system=system)
+             to_chat=chat or interactive or web, stop=stop, ignore_eot=ignore_eot,
+             drop_unknown=drop_unknown, system=system)
 model.settings = settings
 
 
-def read_prompt(text):
-    """The prompt that --start gives: text, or FILE: and the path of a text file."""
+def read_start(text):
+    """The text that --start gives: itself, or FILE: and the path of a text file."""
     if text.startswith('FILE:'):
         path = find_path(text.removeprefix('FILE:'))
         try:
-            content = read_text(path)  # as the scripts in prepare/ do
+            return read_text(path)  # as the scripts in prepare/ do
         except UserError as e:
             raise UserError(f'cannot read the prompt {text}: {e}') from None
-        return model.encodable(content)
-    return model.encodable(text)
+    return text
+
+
+def read_prompt(text):
+    """The prompt that --start gives, in characters that the tokenizer knows."""
+    return model.encodable(read_start(text))
 
 
 def show(text):
@@ -117,8 +139,20 @@ def print_samples():
     warn_about_stop_strings()
 
     if sys.stdout.isatty():
+        print_next_steps()
+
+
+def print_next_steps():
+    """Say on stderr what else one can do. Before there is a run, that is more."""
+    if out_dir or init_from or saved_checkpoints():
         print('next: --chat continues what you type, --web does so in the browser; '
               '--help lists all options', file=sys.stderr)
+        return
+    print('next:\n'
+          '  python sample.py --chat    talk to Plunkett, a lost umbrella\n'
+          '  python sample.py --web     the same in the browser\n'
+          '  python train.py            train a model of your own, in a minute or two\n'
+          '  python sample.py --help    all options', file=sys.stderr)
 
 
 def print_heading(row, texts):
@@ -144,6 +178,58 @@ def warn_about_stop_strings():
             print(f'warning: no sample came to --stop={text!r}{advice}', file=sys.stderr)
 
 
+# ---- A line for a line
+
+
+LINES_PER_BATCH = 32
+
+
+def print_lines():
+    """Print a line for each prompt or, with --lines, for each line of each prompt.
+
+    With a model of plain text that is the prompt and its continuation; with one that replies, the
+    reply; a blank line stays blank. With --n_best a prompt gets several: its number, a score, and
+    a text, separated by tabs.
+    """
+    texts = []
+    for prompt in map(read_start, start):
+        if lines:
+            prompts = prompt.removesuffix('\n').split('\n')
+        else:
+            prompts = [prompt]
+        texts += [model.encodable(text) for text in prompts]
+    for first in range(0, len(texts), LINES_PER_BATCH):
+        batch = texts[first:first + LINES_PER_BATCH]
+        asked = [text for text in batch if text.strip()]
+        answers = iter(answer_lines(asked, first))
+        for number, text in enumerate(batch, start=first + 1):
+            if not text.strip():
+                print()
+                continue
+            for answer, score in next(answers):
+                if model.template is None:
+                    answer = text + answer
+                answer = ' '.join(answer.splitlines()).strip()
+                if score is not None:
+                    answer = f'{number}\t{score:.4f}\t{answer}'
+                print(answer, flush=True)
+    warn_about_stop_strings()
+
+
+def answer_lines(texts, first):
+    """For each text a list of (what the model writes, score); score None without --n_best.
+
+    first: how many lines came before, for a seed of their own.
+    """
+    prompts = [model.encode_prompt(text, (), settings) for text in texts]
+    if not prompts:
+        return []
+    if n_best > 1:
+        return model.n_best(prompts, settings, n_best)
+    batch_seed = None if seed is None else seed + first
+    return [[(text, None)] for text in model.generate_texts(prompts, settings, batch_seed)]
+
+
 # ---- Chat
 
 
@@ -160,8 +246,7 @@ def chat_loop():
 
     Ends at /quit, at the end of the input, or with Ctrl-C while waiting for a line.
     """
-    with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401 - with it, input() has arrow keys, a history, and whole pastes
+    pastes_are_marked = edit_lines()
     invitation = 'Say something' if model.template else 'Type the start of a text'
     print(f'{model.name}: {model.model.num_params() / 1e6:.1f} M parameters. '
           f'{invitation}; /help lists commands, /quit exits.')
@@ -170,7 +255,7 @@ def chat_loop():
     num_replies = 0
     while True:
         try:
-            line = read_line(turns)
+            line = read_line(turns, pastes_are_marked)
         except UserError as e:      # a mistake in one line ends that line only
             print(e, file=sys.stderr)
             continue
@@ -189,7 +274,7 @@ def chat_loop():
             turns = turns[-model.template.max_turns:]
 
 
-def read_line(turns):
+def read_line(turns, pastes_are_marked):
     """The next line to reply to. None: it was empty, or a command, which is done by now.
 
     Raises UserError if the line makes no sense, EOFError if it ends the conversation.
@@ -198,7 +283,7 @@ def read_line(turns):
     prompt = '> '
     if model.template:  # input() may write straight to the terminal, not through sys.stdout
         prompt = f'{show_control_characters(model.template.user)}: '
-    line = input(prompt)
+    line = read_input(prompt, pastes_are_marked)
     if line.startswith('/'):
         handle_command(line.strip(), turns)
         return None
@@ -279,5 +364,7 @@ if web:
     ChatServer(model, listening_socket, host, seed, read_prompt(start[0]), api_key).run()
 elif chat or interactive:
     chat_loop()
+elif lines or n_best > 1:
+    print_lines()
 else:
     print_samples()

@@ -83,8 +83,10 @@ eval_interval = 200                # [0, inf) steps between evaluations on all o
 eval_only = False                  # evaluate out_dir/best.pt and stop
 eval_split: Literal['val', 'test', 'train'] = 'val'  # what --eval_only evaluates
 eval_replies = 200                 # [0, inf) --eval_only, pairs: score this many replies
-num_beams = 1                      # [1, inf) --eval_only: replies by beam search (1: greedy)
-bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char'] = 'auto'  # how BLEU finds words
+eval_bleu = 0                      # [0, inf) pairs: this many replies at each evaluation, for BLEU
+best_by: Literal['loss', 'bleu'] = 'loss'  # what makes an evaluation the best one: best.pt
+num_beams = 1                      # [1, inf) of replies to score: beam search (1: greedy)
+bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char', 'none'] = 'auto'  # words for BLEU
 eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
 patience = 0                       # [0, inf) stop after as many evaluations without progress
 log_interval = 50                  # [1, inf) steps between lines
@@ -114,7 +116,8 @@ from pocket.data import load_meta
 from pocket.device import autocast, peak_memory, pick_device, pick_dtype
 from pocket.distributed import master_process, rank, world_size
 from pocket.errors import UserError
-from pocket.evaluate import evaluate, format_loss, print_evaluation, sample_text, to_device
+from pocket.evaluate import bleu_of, evaluate, format_loss, print_evaluation, sample_text, to_device
+from pocket.progress import Progress
 
 # Which run is this? A new one, one that is resumed, or one that is only evaluated
 resuming = (resume or init_from == 'resume') and not eval_only
@@ -221,7 +224,7 @@ model = distributed.wrap_model(model, some_unused=bool(cutoffs))
 
 # Print a summary (only the master process prints: errors.py silences the others)
 print(training.describe_run(raw_model, matrices, others, train_data, config, device, amp_dtype))
-print(f'device: {device}, {amp_dtype} ({dtype_reason}), {engine}', flush=True)
+print(f'device: {device}, {amp_dtype} ({dtype_reason})\nmode: {engine}', flush=True)
 
 # --------------------------------------------------------------------------------------------------
 # Helpers of the loop
@@ -230,8 +233,7 @@ print(f'device: {device}, {amp_dtype} ({dtype_reason}), {engine}', flush=True)
 def print_sample(max_new_tokens):
     """Print a text that the model generates now or, for pairs, three replies."""
     text = sample_text(raw_model, tok, template, val_data, sample_prompt, max_new_tokens, seed)
-    line = '-' * 80
-    print(f'{line}\n{text}\n{line}', flush=True)
+    print('-' * 80, text, '-' * 80, sep='\n', flush=True)
 
 
 def save(name):
@@ -254,7 +256,8 @@ def elapsed():
 def report(val_loss):
     """After an evaluation: print and log it, save checkpoints, and show a sample if asked."""
     train_loss = train_state.loss_sum / train_state.loss_tokens
-    is_best = train_state.record_evaluation(val_loss)
+    bleu = bleu_of(raw_model, tok, template, val_data, config)  # None without --eval_bleu
+    is_best = train_state.record_evaluation(val_loss, bleu if best_by == 'bleu' else None)
     val = format_loss(val_loss, val_data.num_targets, val_bytes)
     note = ', the best so far' if is_best else ''
     print(f'step {step}: train {train_loss:.4f}, val {val}{note}', flush=True)
@@ -264,7 +267,7 @@ def report(val_loss):
         print(f'advice: {advice}', flush=True)
 
     latest_lr = optimizers[0].param_groups[0]['lr']
-    log.add(train_state, elapsed(), train_loss, latest_lr, tokens_per_second)
+    log.add(train_state, elapsed(), train_loss, latest_lr, progress.tokens_per_second)
     if not master_process:
         return
     log.write()  # order matters: after a crash anywhere, resuming from last.pt recovers
@@ -280,7 +283,7 @@ def is_finished():
     if training.patience_is_over(config, train_state):
         return True
     if max_minutes is not None:
-        return training.share_of_time_left(max_minutes, seconds, eval_seconds) == 0
+        return training.share_of_time_left(max_minutes, seconds, progress.eval_seconds) == 0
     return step >= max_iters
 
 
@@ -293,16 +296,15 @@ log = training.RunLog(run_dir, last_step=train_state.evaluated)
 print(training.describe_goal(train_state, config, run_dir, max_iters / steps_per_epoch), flush=True)
 
 step = first_step = train_state.step
-t_start = t_log = time.perf_counter()
-log_tokens = train_state.tokens
-tokens_per_second = eval_seconds = 0.0  # of the latest steps; of the latest evaluation
+t_start = time.perf_counter()
+progress = Progress(train_state, max_iters, max_minutes, eval_interval, val_data.num_targets)
 _, seconds = training.synchronize(signals, elapsed())
 lr_floor = min_lr / learning_rate if learning_rate else 0.0
 model.train()
 while True:
 
     # The learning rate of this step; with --max_minutes it follows the clock
-    share_left = training.share_of_time_left(max_minutes, seconds, eval_seconds)
+    share_left = training.share_of_time_left(max_minutes, seconds, progress.eval_seconds)
     lr_factor = optim.lr_factor(step, schedule, warmup_iters, decay_iters, lr_floor, share_left)
     lr = learning_rate * lr_factor
 
@@ -318,11 +320,10 @@ while True:
             break
         _, seconds = training.synchronize(signals, elapsed())
         if scores is not None:  # None: a stop was requested during evaluation
-            eval_seconds = seconds - eval_start
+            progress.eval_seconds = seconds - eval_start
             training.check_finite('validation loss', scores['loss'], lr, train_state, log)
             report(scores['loss'])
-        t_log = time.perf_counter()
-        log_tokens = train_state.tokens
+        progress.resume()
     if is_finished() or signals.agreed:
         break
 
@@ -371,19 +372,12 @@ while True:
     train_state.loss_sum += step_loss * int(num_targets)
     train_state.loss_tokens += int(num_targets)
 
-    # Log
+    # Log, and move the bar
+    progress.record_step(train_state, step_loss)
     log_due = step % log_interval == 0 or step == first_step + 1
     if log_due and not signals.agreed:  # if the terminal was closed, there is nowhere to print to
-        now = time.perf_counter()
-        tokens_per_second = (train_state.tokens - log_tokens) / (now - t_log)  # of targets
-        if max_minutes is None:
-            seconds_left = (now - t_start) / (step - first_step) * (max_iters - step)
-        else:
-            seconds_left = max(0, 60 * max_minutes - elapsed())
-        print(f'step {step}: loss {step_loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s, '
-              f'{timedelta(seconds=int(min(seconds_left, 1e13)))} left', flush=True)
-        t_log = now
-        log_tokens = train_state.tokens
+        progress.print_line(lr)
+progress.hide()
 
 # --------------------------------------------------------------------------------------------------
 # The end

@@ -39,7 +39,9 @@ from pocket.template import (
 from pocket.tokenizer import UnknownCharacters
 
 RUNS = ROOT / 'out'
-BUNDLED_MODEL = ROOT / 'pocket' / 'bundled' / 'shakespeare'  # until there is a run
+# Until there is a run: one that continues a text, and one to chat with
+BUNDLED_MODEL = ROOT / 'pocket' / 'bundled' / 'shakespeare'
+BUNDLED_CHARACTER = ROOT / 'pocket' / 'bundled' / 'plunkett'
 
 
 # In front of a prompt for a model of plain text: what follows begins a document. Anywhere else it
@@ -143,17 +145,21 @@ def saved_checkpoints():
     return sorted(paths, key=lambda path: path.stat().st_mtime)
 
 
-def find_checkpoint(out_dir=None, weights='best'):
+def find_checkpoint(out_dir=None, weights='best', to_chat=False):
     """Path of a checkpoint. out_dir: the folder of a run, or a checkpoint; None: the newest run.
 
-    As long as there is no run, None gives the bundled model and says so on stderr. A run stopped
-    before its first evaluation has only last.pt, whatever weights asks for. Raises UserError.
+    As long as there is no run, None gives a bundled model and says so on stderr: the character if
+    it is to chat, else Shakespeare. A run stopped before its first evaluation has only last.pt,
+    whatever weights asks for. Raises UserError.
     """
     bundled = False
     if out_dir is None:
         saved = saved_checkpoints()
         bundled = not saved
-        out_dir = BUNDLED_MODEL if bundled else saved[-1].parent
+        if saved:
+            out_dir = saved[-1].parent
+        else:
+            out_dir = BUNDLED_CHARACTER if to_chat else BUNDLED_MODEL
     folder = short_path(find_path(out_dir))
     if folder.is_file():
         return folder   # a checkpoint by its own name
@@ -165,18 +171,18 @@ def find_checkpoint(out_dir=None, weights='best'):
         raise UserError(f'there is no checkpoint in {folder}: name a run with --out_dir=…; '
                         f'there are {", ".join(runs) or "none yet"}')
     if bundled:
-        print(f'no run in {short_path(RUNS)} yet, so this is the bundled model, {folder}; '
+        print(f'no run in {short_path(RUNS)} yet, so this is a bundled model; '
               f'python train.py trains one of your own', file=sys.stderr)
     return existing[0]
 
 
 def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None, quantize='',
-         **more):
+         to_chat=False, **more):
     """A ChatModel from a run, or from somebody else's model. Raises UserError.
 
-    out_dir, weights: see find_checkpoint(). init_from: the name of a public model or a folder with
-    one, see pocket/pretrained.py, instead of a run. device, dtype,
-    quantize: the options of sample.py. more: see ChatModel.
+    out_dir, weights, to_chat: see find_checkpoint(). init_from: the name of a public model or a
+    folder with one, see pocket/pretrained.py, instead of a run. device, dtype, quantize: the
+    options of sample.py. more: see ChatModel.
     """
     device = pick_device(device)
     # With int8 this is the dtype of the little that is not quantized: float32 on a CPU, which saves
@@ -193,7 +199,7 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
         tok = pretrained.load_tokenizer(init_from)
         template = pretrained.load_template(init_from)
     else:
-        name = find_checkpoint(out_dir, weights)
+        name = find_checkpoint(out_dir, weights, to_chat)
         state = checkpoint.load(name)
         model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
         if state.get('chat') is not None:   # a model that was trained on conversations
@@ -365,6 +371,37 @@ class ChatModel:
             yield row, texts[row] + detokenizers[row].finish()
         for detokenizer in detokenizers:
             self.stops_found.update(detokenizer.found)
+
+    def generate_texts(self, prompts, settings, seed=None):
+        """The whole texts that follow prompts, lists of ids, in one batch: list of str."""
+        texts = [''] * len(prompts)
+        for row, piece in self.generate(prompts, settings, seed):
+            texts[row] += piece
+        return texts
+
+    def n_best(self, prompts, settings, n):
+        """The n most probable texts that follow each prompt, as far as a beam search finds them.
+
+        Returns a list per prompt: up to n pairs (text, score), best first. The score is the
+        text's log-probability, divided by ((5 + tokens) / 6)^length_penalty.
+        Raises UserError if n exceeds settings.num_beams.
+        """
+        if n > settings.num_beams:
+            raise UserError(f'n_best={n} texts are the best of as many beams or more: add '
+                            f'num_beams={n}, or more')
+        found = beam_search(self.model, prompts, settings.max_new_tokens, settings.num_beams,
+                            self.eos_ids, self.reply_start, settings.length_penalty, n, self.banned)
+        results = []
+        for beams in found:
+            candidates = []
+            for ids, score in beams:
+                detokenizer = Detokenizer(self.tok, self.stop)
+                text = ''.join(detokenizer.add(token_id) for token_id in ids)
+                text += detokenizer.finish()
+                candidates.append((text, score))
+                self.stops_found.update(detokenizer.found)
+            results.append(candidates)
+        return results
 
     def next_tokens(self, prompts, settings, seed):
         """Yields the next id of every row, -1 for a row that has ended."""

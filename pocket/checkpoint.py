@@ -32,7 +32,8 @@ class TrainState:
     step: int = 0  # optimizer steps so far
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # of training, those before a resume included
-    best: float = math.inf  # the lowest validation loss
+    best: float = math.inf  # the validation loss of best.pt: the lowest, or that of best_bleu
+    best_bleu: float = 0.0  # the highest BLEU on validation replies, with --best_by=bleu
     val_loss: float = math.inf  # the latest validation loss
     evaluated: int = 0  # the step of the latest evaluation
     bad_evals: int = 0  # evaluations since the best one
@@ -40,11 +41,18 @@ class TrainState:
     loss_tokens: int = 0  # … and their number
     grad_norm: float = 0.0  # of the latest step
 
-    def record_evaluation(self, val_loss):
-        """Note the validation loss at this step. Returns whether it is the best so far."""
-        is_best = val_loss < self.best
+    def record_evaluation(self, val_loss, bleu=None):
+        """Note the validation loss at this step. Returns whether it is the best so far.
+
+        bleu: what decides that instead of the loss, or None.
+        """
+        if bleu is None:
+            is_best = val_loss < self.best
+        else:
+            is_best = bleu > self.best_bleu or self.best == math.inf
         if is_best:
             self.best = val_loss
+            self.best_bleu = bleu or 0.0
             self.bad_evals = 0
         else:
             self.bad_evals += 1
@@ -293,9 +301,9 @@ def restore(state, path, model, optimizers, scaler):
 
 def train_state_of(state):
     """The TrainState in a checkpoint. Raises LookupError if numbers are missing."""
-    numbers = {'tokens': 0}  # the earliest checkpoints lack it
+    numbers = {'tokens': 0, 'best_bleu': 0.0}  # earlier checkpoints lack them
     for field in fields(TrainState):
-        if field.name in state or field.name != 'tokens':
+        if field.name in state or field.name not in numbers:
             numbers[field.name] = state[field.name]
     return TrainState(**numbers)
 

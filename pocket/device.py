@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from pocket import threads
 from pocket.errors import UserError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -13,7 +14,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 def pick_device(device):
     """A torch.device that exists here, from its name or 'auto': CUDA, else MPS, else the CPU.
 
-    Raises UserError if there is no such device. A CPU is also set up to train fast.
+    Raises UserError if there is no such device. A CPU is also set up to compute fast.
     """
     has_mps = torch.backends.mps.is_available()
     if device == 'auto':
@@ -44,6 +45,7 @@ def pick_device(device):
 
     if found.type == 'cpu':
         keep_freed_memory()
+        threads.share_cores()
     return found
 
 

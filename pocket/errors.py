@@ -26,6 +26,7 @@ def read_environment(name, default):
 
 world_size = max(1, read_environment('WORLD_SIZE', 1))
 rank = read_environment('RANK', 0) if world_size > 1 else 0
+SECONDS_TO_WAIT_FOR_THE_FIRST = 3  # of several processes, to report what may be everybody's mistake
 
 # how PyTorch and the operating systems put it
 OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory")
@@ -109,16 +110,19 @@ class OutputError(OSError):
 class Output:
     """sys.stdout, in which writing either succeeds or raises OutputError, and then stops for good.
 
-    on_failure: called with the OutputError instead, if set. On a terminal control characters are
-    made visible.
+    on_failure: called with the OutputError instead, if set. before_write: called before anything is
+    written, if set; it clears a progress bar. On a terminal control characters are made visible.
     """
 
     def __init__(self, stream):
         self.stream = stream
         self.is_terminal = stream.isatty()
         self.on_failure = None
+        self.before_write = None
 
     def write(self, text):
+        if self.before_write is not None:
+            self.before_write()
         if self.is_terminal:
             text = show_control_characters(text)
         try:
@@ -173,9 +177,11 @@ def show_user_errors(script):
             # reported it. So we wait, and report only if nobody ends us: then it is ours alone.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(SECONDS_TO_WAIT_FOR_THE_FIRST)
             text = f'process {rank}: {text}'
 
+        if getattr(sys.stdout, 'before_write', None) is not None:
+            sys.stdout.before_write()
         if issubclass(kind, KeyboardInterrupt):
             print(file=sys.stderr)  # the terminal shows ^C on the current line
         print(f'{script}: {text}', file=sys.stderr)

@@ -289,20 +289,12 @@ def score_replies(replies, bleu_tokenize='auto'):
     bleu_tokenize: how BLEU finds words, see pick_bleu_tokenize(). Raises UserError if sacrebleu, or
     what it needs for that, is not installed.
     """
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        raise UserError('BLEU and chrF need sacrebleu: pip install sacrebleu') from None
     texts = [reply.text for reply in replies]
     references = [reply.reference for reply in replies]
     tokenize, note = pick_bleu_tokenize(references, bleu_tokenize)
+    bleu = make_bleu(tokenize)
+    from sacrebleu.metrics import CHRF
     lines = [note] if note else []
-    try:
-        bleu = BLEU(tokenize=tokenize)
-    except (ImportError, RuntimeError) as e:
-        package = 'sacrebleu[ja]' if tokenize == 'ja-mecab' else 'sacrebleu[ko]'
-        raise UserError(f'--bleu_tokenize={tokenize} needs more packages ({first_line(e)}): '
-                        f'pip install "{package}"') from None
     for metric in (bleu, CHRF()):
         score = metric.corpus_score(texts, [references])
         lines.append(f'{score.name} {score.score:.2f} ({metric.get_signature()})')
@@ -333,6 +325,64 @@ def score_replies(replies, bleu_tokenize='auto'):
         lines.append(f'distinct-{n} {share:.4f} ({len(ngrams):,}{of_what} in {len(texts):,} '
                      'replies)')
     return lines
+
+
+def make_bleu(tokenize):
+    """sacrebleu's BLEU with one of its tokenizers, by name.
+
+    Raises UserError if sacrebleu, or what it needs for that, is not installed.
+    """
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise UserError('BLEU and chrF need sacrebleu: pip install sacrebleu') from None
+    try:
+        # force: no warning that the text looks tokenized, for 'none' says that it is
+        return BLEU(tokenize=tokenize, force=tokenize == 'none')
+    except (ImportError, RuntimeError) as e:
+        package = 'sacrebleu[ja]' if tokenize == 'ja-mecab' else 'sacrebleu[ko]'
+        raise UserError(f'--bleu_tokenize={tokenize} needs more packages ({first_line(e)}): '
+                        f'pip install "{package}"') from None
+
+
+def check_bleu_options(config, meta):
+    """Raise UserError before training if --eval_bleu or --best_by=bleu could not work.
+
+    config: train.py's options. meta: of the dataset.
+    """
+    if config['best_by'] == 'bleu' and not config['eval_bleu']:
+        raise UserError('--best_by=bleu needs to know BLEU at each evaluation: add --eval_bleu=200')
+    if not config['eval_bleu']:
+        return
+    if meta['kind'] == 'stream':
+        raise UserError(f'--eval_bleu compares replies, and {config["dataset"]} is plain text: '
+                        'omit it')
+    name = config['bleu_tokenize']
+    make_bleu('13a' if name == 'auto' else name)
+
+
+def bleu_of(model, tok, template, data, config):
+    """BLEU of --eval_bleu replies on val, printed with three of them. None without that option.
+
+    They are decoded as --eval_only would: greedily, or by beam search with --num_beams. The master
+    process does it for all. config: train.py's options. Puts the model back in train mode.
+    """
+    if not config['eval_bleu']:
+        return None
+    score = 0.0
+    if master_process:
+        replies = generate_replies(model, tok, template, data, config['eval_bleu'],
+                                   num_beams=config['num_beams'])
+        model.train()
+        references = [reply.reference for reply in replies]
+        tokenize, _ = pick_bleu_tokenize(references, config['bleu_tokenize'])
+        texts = [reply.text for reply in replies]
+        score = make_bleu(tokenize).corpus_score(texts, [references]).score
+        every = math.ceil(len(replies) / 3)
+        for reply in replies[::every]:
+            print(f'{reply.source}\n  -> {reply.text}')
+        print(f'BLEU {score:.2f} of {len(replies):,} replies', flush=True)
+    return all_reduce_sum(score)[0]
 
 
 def first_line(error):

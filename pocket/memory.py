@@ -91,18 +91,19 @@ def estimate(config, adamw_params, muon_params, tokens, dtype, device_type, worl
 
 
 def format_estimate(parts):
-    """An estimate in a few words; if it is large, with its parts.
+    """An estimate in a few words; if it is large, with its parts in a second line.
 
     >>> format_estimate({'parameters': 3e8, 'gradients': 3e8})
     'about 0.6 GB of memory'
-    >>> format_estimate({'parameters': 2e9, 'gradients': 1e9, 'head': 1e6})
-    'about 3.0 GB of memory (parameters 2.0, gradients 1.0)'
+    >>> print(format_estimate({'parameters': 2e9, 'gradients': 1e9, 'head': 1e6}))
+    about 3.0 GB of memory:
+           parameters 2.0, gradients 1.0
     """
     total = sum(parts.values())
     text = f'about {total / 1e9:.1f} GB of memory'
     if total >= 1e9:
         large = [f'{name} {size / 1e9:.1f}' for name, size in parts.items() if size >= 5e7]
-        text += f' ({", ".join(large)})'
+        text += f':\n       {", ".join(large)}'
     return text
 
 

@@ -27,14 +27,18 @@ from pocket.tokenizer import BytePairTokenizer, ByteTokenizer, CharTokenizer
 
 FOLDER = Path(__file__).parent
 BUNDLED = ROOT / 'pocket' / 'bundled'
+CODE = 'github:'  # a page on GitHub Pages finds the address of its repository itself
 
 
-def export_page(model, tok, template, path, weights='int8', name=None, start='', links=()):
+def export_page(model, tok, template, path, weights='int8', name=None, start='', links=(),
+                about='', examples=()):
     """Write a GPT, its tokenizer and its ChatTemplate (None: plain text) as one HTML file.
 
     weights: 'int8', each output channel with a scale of its own, or 'float32'. name: the page's
     title; None: the file's name. start: the text that a page without conversations begins with.
-    links: [(text, address)] to other pages. Raises UserError if the page can't run the model.
+    links: [(text, address)] to other pages; the address CODE is the repository. about: what the
+    page says before anything is typed. examples: texts to click on. Raises UserError if the page
+    can't run the model.
     """
     path = Path(path)
     check_model(model, tok, template, weights)
@@ -44,6 +48,8 @@ def export_page(model, tok, template, path, weights='int8', name=None, start='',
         'weights': weights,
         'start': start,
         'links': list(links),
+        'about': about,
+        'examples': list(examples),
     }
     payload = base64.b64encode(pack(model, tok, template, weights, info)).decode()
     page = fill_in((FOLDER / 'page.html').read_text(encoding='utf-8'), {
@@ -211,6 +217,18 @@ def both_cases(pattern):
 # --------------------------------------------------------------------------------------------------
 # The pages in docs/
 
+ABOUT = {  # by the name of the model: what its page says before anything is typed
+    'plunkett': 'Plunkett is an umbrella in a lost and found office. He learned to talk in minutes '
+                'on two CPU cores. Ask him something.',
+    'shakespeare': 'It writes in the style of Shakespeare, one character at a time. Enter: it '
+                   'continues your text. Shift+Enter: a new line.',
+}
+EXAMPLES = {  # texts to click on
+    'plunkett': ('Hello, who are you?', 'How did you get lost?', 'Do you like the rain?',
+                 'Do you have wifi there?'),
+    'shakespeare': ('JULIET:\n', 'KING RICHARD III:\n', 'First Citizen:\nWhat news'),
+}
+
 
 def main():
     """Write the pages of the bundled models.
@@ -220,12 +238,13 @@ def main():
     """
     names = sorted(path.parent.name for path in BUNDLED.glob('*/best.pt'))
     characters = [name for name in names if name != 'shakespeare']
+    code = ('Code', CODE)
     if not characters:
-        export_bundled('shakespeare', 'index.html', links=[])
+        export_bundled('shakespeare', 'index.html', links=[code])
         return
     name = characters[0]
-    export_bundled(name, 'index.html', links=[('Shakespeare', 'shakespeare.html')])
-    export_bundled('shakespeare', 'shakespeare.html', links=[(name.title(), 'index.html')])
+    export_bundled(name, 'index.html', links=[('Shakespeare', 'shakespeare.html'), code])
+    export_bundled('shakespeare', 'shakespeare.html', links=[(name.title(), 'index.html'), code])
 
 
 def export_bundled(name, file, links):
@@ -238,7 +257,8 @@ def export_bundled(name, file, links):
     template = None if state.get('chat') is None else template_from_dict(state['chat'])
     target = ROOT / 'docs' / file
     start = 'ROMEO:\n' if name == 'shakespeare' else ''
-    export_page(model, tok, template, target, name=name.title(), start=start, links=links)
+    export_page(model, tok, template, target, name=name.title(), start=start, links=links,
+                about=ABOUT.get(name, ''), examples=EXAMPLES.get(name, ()))
     print(f'{target}: {target.stat().st_size / 1e6:.2f} MB')
 
 

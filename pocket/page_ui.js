@@ -34,6 +34,7 @@ let number = 0  // of generations so far: each has a seed of its own
 let seen = null  // the newest answer to a look
 let chosen = -1  // index of the token whose attention is shown
 let kept = 0  // how long the tail was before the newest generation: what to try again from
+let discarded = null  // what there was before New, which can be undone
 
 // ---- The worker
 
@@ -149,6 +150,7 @@ function generate() {
   ended = false
   generating = true
   settings.seed += number++
+  discarded = null
   worker.postMessage({type: 'generate', prompt: prompt(''), tail, settings})
   showProblem('')
   showText()
@@ -217,10 +219,15 @@ function showText() {
   $('send').hidden = generating
   $('stop').hidden = !generating
   $('again').hidden = generating || tail.length <= kept
-  $('new').hidden = generating || !(tail.length || turns.length || $('text').value)
+  $('new').hidden = generating || isEmpty()
+  $('undo').hidden = !discarded
+  $('examples').hidden = generating || !isEmpty() && (isChat() || $('text').value !== model.start)
   $('send').disabled = !canGenerate()
   $('send').textContent = isChat() && (draft() || !turns.length || ended) ? 'Send' : 'Continue'
 }
+
+// Whether there is no text at all
+const isEmpty = () => !(tail.length || turns.length || $('text').value)
 
 function showConversation() {
   const reply = decode(tail).trimStart()
@@ -396,6 +403,7 @@ $('send').onclick = generate
 $('again').onclick = tryAgain
 $('stop').onclick = () => worker.postMessage({type: 'stop'})
 $('new').onclick = () => {
+  discarded = {turns, tail, kept, ended, typed, text: $('text').value}
   turns = []
   tail = []
   kept = 0
@@ -407,25 +415,53 @@ $('new').onclick = () => {
   look()
   $('text').focus()
 }
+$('undo').onclick = () => {
+  ;({turns, tail, kept, ended, typed} = discarded)
+  $('text').value = discarded.text
+  discarded = null
+  showText()
+  look()
+  $('text').focus()
+}
 $('layer').onchange = look
 $('head').onchange = look
 matchMedia('(prefers-color-scheme: dark)').onchange = () => seen && drawMap()
 
+function tryExample(example) {
+  $('text').value = example
+  typed = example.length
+  tail = []
+  generate()
+}
+
 // ---- Start, once the model is ready
+
+// The address of the repository whose GitHub Pages this page is one of, or nothing
+function repository() {
+  const owner = location.hostname.match(/^([^.]+)\.github\.io$/)
+  const name = location.pathname.split('/')[1]
+  if (owner && name) return `https://github.com/${owner[1]}/${name}`
+}
 
 function start() {
   const {config, num_params, weights, links} = model
   $('about').textContent = `${(num_params / 1e6).toFixed(1)} M parameters in ${weights}, in this ` +
     'page: no server, no network. It makes things up.'
-  $('links').append(...links.map(([text, href]) => make('a', text, {href})))
+  for (const [text, address] of links) {
+    const href = address === 'github:' ? repository() : address
+    if (href) $('links').append(make('a', text, {href}))
+  }
   for (const [id, count] of [['layer', config.n_layer], ['head', config.n_head]]) {
     $(id).append(...Array.from({length: count}, (_, i) => make('option', i + 1)))
   }
   $('layer').selectedIndex = Math.floor(config.n_layer / 2)
 
   $('write').className = isChat() ? '' : 'document'
-  $('hello').textContent = isChat() ? 'It replies in the style of its training data.' :
-    'Write the beginning of a text. Enter: the model continues it. Shift+Enter: a new line.'
+  $('hello').textContent = model.about || (isChat() ?
+    'It replies in the style of its training data.' :
+    'Write the beginning of a text. Enter: the model continues it. Shift+Enter: a new line.')
+  $('examples').append(...model.examples.map(example =>
+    make('button', example.trim(), {onclick: () => tryExample(example)})))
   $('text').placeholder = isChat() ? `Say something to ${model.template.me}` : ''
   $('text').value = isChat() ? '' : model.start
   typed = $('text').value.length

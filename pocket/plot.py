@@ -5,7 +5,9 @@ Loss curves of runs, drawn from their log.csv.
     python -m pocket.plot --run=out/a --run=out/b --x=seconds --to=ab.png    val loss of several
 """
 import csv
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +50,15 @@ def read(path):
     name = path.resolve().name if path.is_dir() else path.stem
     name = os.fsencode(name).decode('utf-8', 'replace')  # whatever the locale has made of it
     return name, log
+
+
+def read_dataset(path):
+    """The name of the dataset that a run was trained on; None if its folder does not say so."""
+    try:
+        text = (find_path(path) / 'config.json').read_text(encoding='utf-8')
+        return json.loads(text)['dataset']
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def draw(runs, path, x='step', title=None):
@@ -124,6 +135,12 @@ if __name__ == '__main__':
     if lacking:
         raise UserError(f'the log of {", ".join(lacking)} has no column {x!r}: '
                         'choose another with --x=')
+
+    datasets = {str(read_dataset(path)) for path in run} - {'None'}
+    if len(datasets) > 1:   # a character, a byte and a word are not equally hard to predict
+        print(f'warning: these runs were trained on different datasets '
+              f'({", ".join(sorted(datasets))}), so their losses per token do not compare',
+              file=sys.stderr)
 
     if to:
         target = check_path(to)

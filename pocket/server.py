@@ -76,8 +76,11 @@ MAX_CONNECTIONS = 500
 SLOW_CLIENT_SECONDS = 20    # to send the headers, to send the body, to read part of the answer
 SEND_BUFFER_BYTES = 2**14   # what may lie unread in the kernel, and in asyncio, before that counts
 
-# What the page proposes to begin with. A text without an entry here gets the last one.
-CHAT_EXAMPLES = ('Hello, how are you?', 'What is the capital of France?', 'Tell me a short story.')
+# What the page proposes to begin with. A model without an entry here gets the last one.
+CHAT_EXAMPLES = {
+    'plunkett': ('Hello, who are you?', 'How did you get lost?', 'Do you like the rain?'),
+    '': ('Hello, how are you?', 'What is the capital of France?', 'Tell me a short story.'),
+}
 TEXT_EXAMPLES = {
     'shakespeare': ('ROMEO:\n', 'JULIET:\n', 'To be, or not to be'),
     'stdlib': ('def main():\n', 'import os\n', 'class Stack:\n'),
@@ -207,10 +210,9 @@ def model_title(name):
 
 def examples(chat_model):
     """Prompts to click at: those that the tokenizer can encode."""
-    proposed = CHAT_EXAMPLES
-    if not chat_model.template:
-        name = str(chat_model.name)
-        proposed = next(texts for word, texts in TEXT_EXAMPLES.items() if word in name)
+    name = str(chat_model.name)
+    known = CHAT_EXAMPLES if chat_model.template else TEXT_EXAMPLES
+    proposed = next(texts for word, texts in known.items() if word in name)
 
     strict = copy(chat_model)
     strict.drop_unknown = False

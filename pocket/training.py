@@ -20,6 +20,7 @@ from pocket.configurator import check_ranges
 from pocket.data import Buckets, Chats, Pairs, Stream, ensure_prepared
 from pocket.datasets import find_run
 from pocket.errors import OUT_OF_MEMORY, Output, UserError
+from pocket.evaluate import check_bleu_options
 from pocket.files import ROOT, atomic_write, back_up, find_path, lock, short_path
 from pocket.template import reply_start_ids, template_from_dict
 from pocket.tokenizer import UnknownCharacters, tokenizer_from_dict
@@ -177,6 +178,7 @@ def check_dataset_fits(meta, tok, folder, config, explicit, state):
     if config['eval_split'] not in meta['counts']:
         raise UserError(f'{folder} has no {config["eval_split"]} split: '
                         f'it has {", ".join(meta["counts"])}')
+    check_bleu_options(config, meta)
 
 
 def check_same_data(state, splits, folder):

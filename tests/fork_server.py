@@ -13,15 +13,16 @@ every script gets an interpreter of its own: the same tests, but slower.
 
 How it works: the tests (start_python) send a request over a socket, a line of JSON {argv, cwd, env}
 together with four file descriptors: stdin, stdout, stderr and a status pipe. The server forks a
-keeper, which forks the child that runs the script. The keeper writes the child's process id to the
-status pipe, waits, and writes how the child ended. Keepers are needed because only a parent can
-wait for a process, and the server must be free for the next request.
+child that runs the script, and writes the child's process id to the status pipe. When the child has
+ended, it writes how. Only a parent can wait for a process, so the server waits for all children and
+for the next request at once.
 
-                 request              fork            fork
-    pytest ----------------> server ------> keeper ------> child: python ARGV
-       ^                                      |
-       +-------- process id, exit status -----+
+                 request              fork
+    pytest ----------------> server ------> child: python ARGV
+       ^                       |
+       +-----------------------+ process id, exit status
 """
+import gc
 import io
 import json
 import os
@@ -165,42 +166,64 @@ def import_what_scripts_import():
 
 
 def serve(channel):
-    """Fork a keeper for each request, until the tests close their end of the socket."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    """Fork a child for each request and say how it ended, until the tests close their end of the
+    socket.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest
+    # Children would copy, page by page, the objects that their garbage collectors look at. None of
+    # those that there are now is ever garbage
+    gc.collect()
+    gc.freeze()
+
+    running = {}  # {a file descriptor that is readable when the child has ended: (pid, status)}
     channel.send(b'ready')
     while True:
+        readable, _, _ = select.select([channel, *running], [], [])
+        for ended in readable:
+            if ended is not channel:
+                say_how_it_ended(ended, *running.pop(ended))
+        if channel not in readable:
+            continue
+
         request, fds, _, _ = socket.recv_fds(channel, 2**20, 4)
         if not request:
             return
-        if os.fork() == 0:
+        child = os.fork()
+        if child == 0:
             channel.close()
-            keep(request, fds)
-        for fd in fds:
+            for ended, (_, status) in running.items():
+                os.close(ended)
+                os.close(status)
+            be_child(request, fds)
+        *streams, status = fds
+        for fd in streams:  # or the tests would wait for us to close them
             os.close(fd)
+        os.write(status, f'{child}\n'.encode())
+        running[os.pidfd_open(child)] = (child, status)
 
 
-def keep(request, fds):
-    """In the keeper: fork the child, say its process id, wait for it, say how it ended, exit."""
-    stdin, stdout, stderr, status = fds
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.setpgid(0, 0)
-        os.dup2(stdin, 0)
-        os.dup2(stdout, 1)
-        os.dup2(stderr, 2)
-        for fd in fds:
-            os.close(fd)
-        os._exit(run_python(**json.loads(request)))
-
-    for fd in (stdin, stdout, stderr, 0, 1, 2):  # or the tests would wait for us to close them
-        os.close(fd)
-    os.write(status, f'{child}\n'.encode())
+def say_how_it_ended(ended, child, status):
+    """Write a child's exit status, negative if it was killed, to its status pipe."""
     _, how = os.waitpid(child, 0)
-    os.write(status, f'{os.waitstatus_to_exitcode(how)}\n'.encode())
-    os._exit(0)
+    os.close(ended)
+    try:
+        os.write(status, f'{os.waitstatus_to_exitcode(how)}\n'.encode())
+    except BrokenPipeError:
+        pass  # nobody wants to know any more
+    os.close(status)
+
+
+def be_child(request, fds):
+    """In the child: run the script with the streams of the request, and exit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setpgid(0, 0)
+    stdin, stdout, stderr, _ = fds
+    os.dup2(stdin, 0)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    for fd in fds:
+        os.close(fd)
+    os._exit(run_python(**json.loads(request)))
 
 
 def run_python(argv, cwd, env):

@@ -81,7 +81,7 @@ class Server:
         self.thread.start()
         files = partial(QuietFiles, directory=str(self.volume))
         self.http = ThreadingHTTPServer(('127.0.0.1', 0), files)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         self.ready.wait()
         return self
 

@@ -58,7 +58,7 @@ def pair_texts(tok, pairs):
 def serve(handler):
     """The address of a server on this machine, http://127.0.0.1:PORT."""
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     yield f'http://127.0.0.1:{httpd.server_port}'
     httpd.shutdown()
     httpd.server_close()

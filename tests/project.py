@@ -2,11 +2,16 @@
 A copy of the checkout in a temporary folder, whose scripts the tests run as a person would: by
 their command lines.
 """
+import atexit
+import functools
+import importlib.util
 import os
+import py_compile
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Before torch is imported: pytest runs a process per core, and small models gain nothing from more
@@ -20,13 +25,27 @@ SHARED = CHECKOUT.parent / 'shared' / 'data'
 sys.path.insert(0, str(CHECKOUT))
 
 # Options of a run that is small and quick, but has dropout and gradient accumulation, because both
-# can break a resume
+# can break a resume. The sample at its end is short: most tests don't look at it
 TINY = [
     '--dataset=toy', '--device=cpu', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16',
     '--batch_size=4', '--gradient_accumulation_steps=2', '--dropout=0.2',
-    '--max_iters=8', '--eval_interval=4', '--log_interval=2',
+    '--max_iters=8', '--eval_interval=4', '--log_interval=2', '--final_sample_tokens=10',
 ]
-COPIED = ('*.py', 'pocket/*', 'prepare/*.py', 'config/*.py', '__pycache__/*', '*/__pycache__/*')
+COPIED = ('*.py', 'pocket/*', 'prepare/*.py', 'prepare/characters/*.txt', 'config/*.py')
+
+
+@functools.cache
+def compiled_modules():
+    """A folder with model.py and pocket/ as compiled files, as Python keeps them in __pycache__.
+
+    Each project gets a copy: else each of the hundreds of scripts would compile them again.
+    """
+    folder = Path(tempfile.mkdtemp(prefix='pocketgpt-compiled-'))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in (CHECKOUT / 'model.py', *CHECKOUT.glob('pocket/*.py')):
+        name = importlib.util.cache_from_source(path.relative_to(CHECKOUT))
+        py_compile.compile(path, cfile=folder / name)
+    return folder
 
 
 class Project:
@@ -43,8 +62,9 @@ class Project:
                 if path.is_file():
                     copy = root / path.relative_to(CHECKOUT)
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    # copy2 keeps the modification time, so that compiled files stay valid
+                    # copy2 keeps the modification time, by which compiled files are valid
                     shutil.copy2(path, copy)
+        shutil.copytree(compiled_modules(), root, dirs_exist_ok=True)
 
     def start(self, script, *args, cwd=None, env=None, fresh=False, **popen_options):
         """Start `python SCRIPT ARGS` and return the running process.

@@ -87,6 +87,21 @@ def test_eval_only_measures_loss_and_replies(chatty):
     assert abs(loss - chatty.checkpoint('s2s', 'best.pt')['best']) < 1e-3
 
 
+def test_bleu_during_training_chooses_the_best(chatty):
+    pytest.importorskip('sacrebleu')
+    options = [*SEQ2SEQ, '--out_dir=out/bleu', '--label_smoothing=0.1', '--eval_bleu=5', '--best_by=bleu']
+    out, _ = chatty.run('train.py', *options)
+    assert out.count('of 5 replies') == 2 and 'BLEU ' in out
+    best = chatty.checkpoint('bleu', 'best.pt')
+    shown = re.findall(r'BLEU ([\d.]+) of', out)
+    assert best['best_bleu'] == pytest.approx(max(map(float, shown)), abs=0.01)
+
+    # Looking at replies changes nothing in training
+    whole = chatty.checkpoint('s2s')
+    for key, value in chatty.checkpoint('bleu')['model'].items():
+        assert torch.equal(value, whole['model'][key]), key
+
+
 def test_eval_protocol_smoothed_batch_mean(chatty):
     out, _ = chatty.run('train.py', '--eval_only', '--out_dir=out/s2s', '--eval_protocol=smoothed_batch_mean')
     found = re.search(r'loss with smoothing 0\.1, .*: ([\d.]+)', out)
@@ -137,7 +152,32 @@ def test_prompts_of_start_get_replies(chatty):
     assert 'U: ba\nB: ' in out and 'U: fu ni\nB: ' in out and '--- 2 of 2' in out
 
 
+def test_each_line_of_a_file_gets_a_line(chatty, tmp_path):
+    options = ['--out_dir=out/s2s', '--device=cpu', '--max_new_tokens=9']
+    prompts = tmp_path / 'prompts.txt'
+    prompts.write_bytes(b'ba\n\nfu ni\r\n' + b'lamp\n' * 35)
+    out, _ = chatty.run('sample.py', *options, f'--start=FILE:{prompts}', '--lines', '--temperature=0')
+    first, blank, third, *others = out.removesuffix('\n').split('\n')
+    assert blank == '' and len(set(others)) == 1 and len(others) == 35
+
+    said, _ = chatty.run('sample.py', *options, '--start=ba', '--start=fu ni', '--temperature=0')
+    assert f'B: {first}\n' in said and f'B: {third}\n' in said
+
+
+def test_n_best_texts_have_scores(chatty):
+    options = ['--out_dir=out/s2s', '--device=cpu', '--max_new_tokens=9', '--num_beams=3']
+    out, _ = chatty.run('sample.py', *options, '--start=ba\nfu ni', '--lines', '--n_best=2')
+    rows = [line.split('\t') for line in out.splitlines()]
+    assert [number for number, _, _ in rows] == ['1', '1', '2', '2']
+    assert float(rows[0][1]) >= float(rows[1][1]) and float(rows[2][1]) >= float(rows[3][1])
+
+    best, _ = chatty.run('sample.py', *options, '--start=ba\nfu ni', '--lines')
+    assert best.splitlines() == [rows[0][2], rows[2][2]]
+
+
 @pytest.mark.parametrize('args, message', [
+    (['--start=ba', '--n_best=2'], 'add --num_beams=2'),
+    (['--start=ba', '--lines', '--num_samples=2'], 'omit --num_samples'),
     (['--start=ba', '--num_beams=0'], 'num_beams must be'),
     (['--start=ba', '--num_beams=2', '--temperature=0.5'], 'samples nothing, so temperature would have no effect'),
     ([], 'give it something'),

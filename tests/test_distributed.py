@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_pairs, ranks
-from wrapped import stop_in_evaluation, write_preparation
+from wrapped import report_soon, stop_in_evaluation, write_preparation
 
 from model import GPT, GPTConfig
 from pocket import distributed
@@ -294,7 +294,7 @@ def test_error_is_reported_once(project, args, message):
 
 def test_error_of_one_process_is_reported_by_itself(project):
     """As if nobody had ended the second process."""
-    _, second = start(project, 2, *TOY, *EXACT, '--n_head=5')
+    _, second = ranks(project, 2, report_soon(project), *TOY, *EXACT, '--n_head=5')
     _, err = second.communicate(timeout=60)
     assert second.returncode == 2
     assert err.startswith('train.py: process 1: n_embd must be divisible')
@@ -307,7 +307,7 @@ def test_error_of_one_process_is_reported_by_itself(project):
 @pytest.mark.parametrize('victim', [0, 1])
 def test_if_one_process_is_killed_the_other_ends(project, victim):
     """… by itself, at once, although it waits for the one that is gone."""
-    processes = start(project, 2, *TINY, *ENDLESS)
+    processes = ranks(project, 2, report_soon(project), *TINY, *ENDLESS)
     wait_for_line(processes[0], 'step 3:')
     processes[victim].kill()
 

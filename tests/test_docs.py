@@ -6,6 +6,7 @@ test_readme.py.
 """
 import ast
 import doctest
+import functools
 import importlib
 import json
 import re
@@ -29,14 +30,22 @@ SOURCES = {
 }
 
 
+@functools.cache
 def definitions():
     """{name: source} of all classes, functions and methods."""
     found = {}
     for source in SOURCES.values():
+        lines = source.splitlines()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                found[node.name] = ast.get_source_segment(source, node)
+                found[node.name] = '\n'.join(lines[node.lineno - 1:node.end_lineno])
     return found
+
+
+@functools.cache
+def words_in_sources():
+    """All names, and the words of strings and comments."""
+    return set(re.findall(r'\w+', ' '.join(SOURCES.values())))
 
 
 def blocks(page, language):
@@ -110,7 +119,7 @@ def missing_files(text, folder):
 def unknown_names(text):
     """Functions, attributes, options and other names in a page that are nowhere in the code."""
     defined = definitions()
-    words = set(re.findall(r'\w+', ' '.join(SOURCES.values()))) | NOT_OURS
+    words = words_in_sources() | NOT_OURS
     text = re.sub('```python.*?```', '', text, flags=re.S)
     unknown = []
     for name in re.findall(r'\b(\w+)\(\)', text):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from pocket import evaluate
+from pocket.checkpoint import TrainState
 from pocket.data import Pairs, load_meta
 from pocket.datasets import write_pairs
+from pocket.errors import UserError
 from pocket.evaluate import Reply, generate_replies, pick_bleu_tokenize, score_replies
 from pocket.template import ChatTemplate, reply_start_ids
 from pocket.tokenizer import make_tokenizer
@@ -96,6 +98,66 @@ def test_replies_are_no_longer_than_anybody_speaks(monkeypatch, pairs):
 def test_samples_in_training_keep_their_length(monkeypatch, pairs):
     replies, limits = replies_of_parrot(monkeypatch, pairs, block_size=64, max_new_tokens=20)
     assert max(limits) == 20 and len(replies[2].text) == 20
+
+
+# --- BLEU -----------------------------------------------------------------------------------------
+
+def test_tokenized_text_is_compared_word_by_word(caplog):
+    references = ['ein mann , der läuft .', 'zwei hunde spielen im schnee .'] * 60
+    replies = perfect(references)
+    replies[0].text = 'eine frau , die läuft .'
+    [line] = [line for line in score_replies(replies, 'none') if line.startswith('BLEU')]
+    assert 'tok:none' in line and 98 < scores([line])['BLEU'] < 100
+    assert not caplog.records   # sacrebleu warns about text that looks tokenized
+
+
+@pytest.fixture
+def model_of_replies(monkeypatch):
+    """A model whose replies are all right, and a list of what was asked of it."""
+    pytest.importorskip('sacrebleu')
+    asked = []
+
+    def generate_replies(model, tok, template, data, count, num_beams):
+        asked.append((count, num_beams))
+        return perfect(ENGLISH * 3)
+
+    monkeypatch.setattr(evaluate, 'generate_replies', generate_replies)
+    return SimpleNamespace(train=lambda: asked.append('train')), asked
+
+
+def test_bleu_in_training(model_of_replies, capsys):
+    model, asked = model_of_replies
+    config = {'eval_bleu': 6, 'num_beams': 2, 'bleu_tokenize': 'auto'}
+    bleu = evaluate.bleu_of(model, None, TEMPLATE, None, config)
+    assert bleu == pytest.approx(100)
+    assert asked == [(6, 2), 'train']
+    out = capsys.readouterr().out
+    assert out.count('  -> ') == 3 and 'BLEU 100.00 of 6 replies' in out
+
+    config['eval_bleu'] = 0
+    assert evaluate.bleu_of(model, None, TEMPLATE, None, config) is None
+    assert len(asked) == 2
+
+
+def test_bleu_can_decide_which_evaluation_is_best():
+    state = TrainState()
+    assert state.record_evaluation(3.0, bleu=0.0)   # the first is the best so far, whatever it is
+    assert state.record_evaluation(3.5, bleu=20.0)
+    assert not state.record_evaluation(2.0, bleu=19.0)
+    assert (state.best, state.best_bleu, state.bad_evals) == (3.5, 20.0, 1)
+    assert state.record_evaluation(1.9)             # the loss decides from here on
+    assert (state.best, state.best_bleu) == (1.9, 0.0)
+
+
+@pytest.mark.parametrize('changes, kind, message', [
+    ({'best_by': 'bleu'}, 'pairs', 'add --eval_bleu'),
+    ({'eval_bleu': 9}, 'stream', 'plain text'),
+])
+def test_mistakes_in_options_of_bleu(changes, kind, message):
+    config = {'dataset': 'toy', 'best_by': 'loss', 'eval_bleu': 0, 'bleu_tokenize': 'auto'}
+    evaluate.check_bleu_options(config, {'kind': kind})
+    with pytest.raises(UserError, match=message):
+        evaluate.check_bleu_options({**config, **changes}, {'kind': kind})
 
 
 # --- Text without spaces --------------------------------------------------------------------------

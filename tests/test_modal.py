@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from conftest import CHECKOUT, TINY, Project
@@ -60,7 +62,7 @@ if 'resume' in args:
 (out / 'config.json').write_text('{"max_iters": 60}')
 while step < 60 and not stopped:
     step += 1
-    time.sleep(0.02)
+    time.sleep(0.01)
     with open(out / 'steps.txt', 'a') as f:
         print(step, file=f)
     if step % 20 == 0:
@@ -342,11 +344,16 @@ def modal_train(monkeypatch):
 
 @pytest.fixture
 def in_container(modal_train, tmp_path, monkeypatch):
-    """modal_train.py as in a container, with tmp_path as the volume, and TRAIN as train.py."""
+    """modal_train.py as in a container, with tmp_path as the volume, and TRAIN as train.py. It looks
+    for checkpoints more often than it really does.
+    """
     (tmp_path / 'train.py').write_text(TRAIN, encoding='utf-8')
     monkeypatch.setattr(modal_train, 'HERE', tmp_path)
     monkeypatch.setattr(modal_train, 'VOLUME', str(tmp_path))
     monkeypatch.setattr(modal_train, 'volume', FakeVolume())
+    clock = SimpleNamespace(
+        monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 10))
+    monkeypatch.setattr(modal_train, 'time', clock)
     return modal_train
 
 

@@ -515,19 +515,24 @@ def test_document_in_a_browser(tmp_path, chromium, bard):
 def test_conversation_in_a_browser(tmp_path, chromium):
     model, tok = byte_model(block_size=64)
     target = tmp_path / 'bot.html'
-    page.export_page(model, tok, TEMPLATE, target, weights='float32', links=[('Bard', 'bard.html')])
+    links = [('Bard', 'bard.html'), ('Code', page.CODE)]
+    page.export_page(model, tok, TEMPLATE, target, weights='float32', links=links, about='A bot.',
+                     examples=['Hi.'])
     chat = ChatModel(model, tok, TEMPLATE, temperature=0.0, top_k=None, max_new_tokens=12)
     replied = [chat('Hi.').strip()]
     replied.append(chat('Bye.', turns=[('you', 'Hi.'), ('bot', replied[0])]).strip())
 
     tab = Tab(chromium, target, color_scheme='dark')
-    assert tab.page.get_attribute('#links a', 'href') == 'bard.html'
+    assert tab.page.get_attribute('#links a', 'href') == 'bard.html'  # the only one, from a file
+    assert tab.page.inner_text('#hello') == 'A bot.'
     tab.set('temperature', 0)
     tab.set('max_new_tokens', 12)
-    for text in ('Hi.', 'Bye.'):
-        tab.page.fill('#text', text)
-        tab.page.click('#send')
-        tab.settle()
+    tab.page.click('#examples button')
+    tab.settle()
+    assert not tab.page.is_visible('#examples')
+    tab.page.fill('#text', 'Bye.')
+    tab.page.click('#send')
+    tab.settle()
     shown = tab.page.locator('#log li span').all_text_contents()
     assert [text.strip() for text in shown] == ['Hi.', replied[0], 'Bye.', replied[1]]
 
@@ -543,4 +548,6 @@ def test_conversation_in_a_browser(tmp_path, chromium):
     assert 1 < tab.page.evaluate('tail.length') <= 13
     tab.page.click('#new')
     assert tab.page.locator('#log li').count() == 0
+    tab.page.click('#undo')
+    assert tab.page.locator('#log li').count() == 6
     tab.done()

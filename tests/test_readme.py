@@ -5,9 +5,12 @@ docs/.
     pytest -n 0 tests/test_readme.py
 """
 import csv
+import importlib.util
+import json
 import re
 import shlex
 import shutil
+from xml.etree import ElementTree
 
 import pytest
 from conftest import CHECKOUT, TINY, make_pairs, toy_text
@@ -16,6 +19,7 @@ from pocket.configurator import convert, read_options
 
 SIMPLE = [*TINY, '--gradient_accumulation_steps=1', '--dropout=0']
 BUNDLED = CHECKOUT / 'pocket' / 'bundled'
+SVG = '{http://www.w3.org/2000/svg}'
 
 # --------------------------------------------------------------------------------------------------
 # Before and after training
@@ -77,12 +81,22 @@ def test_plot_draws_several_runs(trained, tmp_path):
     shutil.copy(trained.root / 'out' / 'toy' / 'log.csv', other)
     picture = tmp_path / 'ab.svg'
     runs = ['--run=out/toy', f'--run={other}']
-    out, _ = trained.run('-m', 'pocket.plot', *runs, '--x=seconds', f'--to={picture}')
-    assert 'ab.svg' in out
+    out, err = trained.run('-m', 'pocket.plot', *runs, '--x=seconds', f'--to={picture}')
+    assert 'ab.svg' in out and err == ''
     assert 'other: best val' in re.sub('<!--|-->', '', picture.read_text(encoding='utf-8'))
 
     trained.run('-m', 'pocket.plot', f'--run={other}')
     assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_plot_warns_of_losses_that_do_not_compare(trained, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(trained.root / 'out' / 'toy', run)
+    config = json.loads((run / 'config.json').read_text(encoding='utf-8'))
+    (run / 'config.json').write_text(json.dumps({**config, 'dataset': 'other'}), encoding='utf-8')
+    to = f'--to={tmp_path / "a.svg"}'
+    _, err = trained.run('-m', 'pocket.plot', '--run=out/toy', f'--run={run}', to)
+    assert '(other, toy), so their losses per token do not compare' in err
 
 
 def test_plot_refuses_what_is_no_run(trained, tmp_path):
@@ -95,6 +109,43 @@ def test_plot_refuses_what_is_no_run(trained, tmp_path):
         (['--run=out/toy', f'--to={tmp_path / "a.jpg"}'], '.png, .svg or .pdf'),
     ]:
         assert message in trained.fails('-m', 'pocket.plot', *options)
+
+
+# --------------------------------------------------------------------------------------------------
+# The chat that README shows
+
+
+@pytest.fixture
+def capture():
+    spec = importlib.util.spec_from_file_location('capture', CHECKOUT / 'docs' / 'capture.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_capture_draws_each_piece_at_its_time(capture):
+    pieces = [
+        capture.Piece(0.1, '$ ', False), capture.Piece(0.5, 'chat', True),
+        capture.Piece(1.0, '\nBot: a < b, said the', False), capture.Piece(1.25, ' model\n', False),
+    ]
+    svg = ElementTree.fromstring(capture.draw(pieces, columns=20))
+    spans = [[span.text, span.get('class'), span.get('style')] for span in svg.iter(f'{SVG}tspan')]
+    assert spans == [
+        ['$ ', 'name', 'animation-duration:100ms'], ['chat', 'typed', 'animation-duration:500ms'],
+        ['Bot: ', 'name', 'animation-duration:1000ms'],
+        ['a < b, said the', None, 'animation-duration:1000ms'],
+        ['model', None, 'animation-duration:1250ms'],  # wrapped: at most 20 columns
+    ]
+
+
+def test_picture_of_the_chat_is_small_and_plays():
+    picture = (CHECKOUT / 'docs' / 'chat.svg').read_bytes()
+    assert len(picture) < 200_000
+    svg = ElementTree.fromstring(picture)
+    text = ''.join(svg.itertext())
+    assert '$ python sample.py --chat' in text and 'Plunkett: ' in text
+    delays = [span.get('style') for span in svg.iter(f'{SVG}tspan')]
+    assert len(set(delays)) > 100
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,7 +217,8 @@ def test_readme_is_short_and_lists_the_scripts():
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_exist(page):
-    for target in re.findall(r'\]\(([^)#]+)\)', read(page)):
+    text = read(page)
+    for target in re.findall(r'\]\(([^)#]+)\)', text) + re.findall(r'src="([^"]+)"', text):
         assert target.startswith('http') or (page.parent / target).exists(), target
 
 
@@ -174,7 +226,7 @@ def test_links_and_pictures_exist(page):
 def test_scripts_and_options_in_commands_exist(page):
     """Every script, config file and option that a command names is there, and takes that value."""
     for command in commands(page):
-        words = shlex.split(command)
+        words = shlex.split(command.partition(' > ')[0])
         script, arguments = script_of(words)
         if script is None or words[0] == 'modal' or script.startswith('tests/'):
             continue
@@ -192,8 +244,7 @@ def test_scripts_and_options_in_commands_exist(page):
 
 # README's commands that test_commands_of_readme_run leaves out, and where they are tested instead
 TESTED_ELSEWHERE = {
-    'git clone URL pocketgpt': 'by whoever reads this',
-    'cd pocketgpt': 'by whoever reads this',
+    'git clone URL pocketgpt && cd pocketgpt': 'by whoever reads this',
     'python -m venv .venv && . .venv/bin/activate': 'by .ci/run',
     'pip install -r requirements.txt': 'by .ci/run',
     'pip install -r requirements-dev.txt': 'by .ci/run',
@@ -242,8 +293,14 @@ def test_commands_of_readme_run(project):
         if command in TESTED_ELSEWHERE or writes_a_prompt:
             continue
         python, *words = shlex.split(command)
+        if python == 'cp':
+            source, target = words
+            shutil.copy(project.root / source, project.root / target)
+            continue
         assert python == 'python', command
-        if words[0] == 'train.py' and '--help' not in command:
+        if words[0] == 'prepare/character.py':
+            words += ['--conversations=200', '--vocab_size=300']
+        elif words[0] == 'train.py' and '--help' not in command:
             words += SMALL
         elif words[0] == 'sample.py':
             words += ['--max_new_tokens=20', '--device=cpu']

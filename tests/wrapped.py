@@ -82,6 +82,13 @@ class NotCompiled(torch.nn.Module):
 torch.compile = lambda model: NotCompiled()
 '''
 
+# The processes after the first wait less long for the first to report a mistake
+REPORT_SOON = '''
+from pocket import errors
+
+errors.SECONDS_TO_WAIT_FOR_THE_FIRST = 0.3
+'''
+
 # The loss is fine, but the gradient is not
 EXPLODE = '''
 import torch
@@ -115,6 +122,13 @@ def stop_in_evaluation(project, rank=0, interrupt_at_the_end=False):
 def fail_to_compile(project):
     """train.py without a compiler: calling what torch.compile returns raises RuntimeError."""
     return write_wrapper(project, 'fail_to_compile.py', FAIL_TO_COMPILE)
+
+
+def report_soon(project):
+    """train.py, whose processes after the first wait a moment, not seconds, before they report a
+    mistake.
+    """
+    return write_wrapper(project, 'report_soon.py', REPORT_SOON)
 
 
 def explode(project):
