@@ -65,13 +65,16 @@ gpu_choices = [name.strip() for name in gpu_options.gpu.split(',')]
 if gpu_options.gpus != '1':
     gpu_choices = [f'{name}:{gpu_options.gpus}' for name in gpu_choices]
 
-# The image is a Linux with our requirements and a copy of our scripts.
-COPIED_FOLDERS = ('.', 'pocket', 'prepare', 'config')
+# The image is a Linux with our requirements and a copy of our scripts, and of what they read.
+COPIED_FOLDERS = ('pocket', 'prepare', 'config')
 
 
 def not_copied(path):
-    """Whether containers get no copy of a file: they only need .py files. path: in our folder."""
-    return path.suffix != '.py' or str(path.parent) not in COPIED_FOLDERS
+    """Whether containers get no copy of a file: they need neither data nor tests. path: in our
+    folder."""
+    is_script = path.suffix == '.py' and len(path.parts) == 1
+    is_needed = is_script or path.parts[0] in COPIED_FOLDERS
+    return not is_needed or '__pycache__' in path.parts
 
 
 image = modal.Image.debian_slim(python_version='3.11')

@@ -2,8 +2,8 @@
 The models, in one file to read from top to bottom: norms, attention, MLP, block, Transformer,
 then the two models built from them. GPT continues a text; Seq2Seq reads one and writes another.
 
-A plain formula that is slow is still written out here; the line below it replaces it with a faster
-version from pocket/kernels.py. How text is generated: pocket/generate.py.
+Formulas are written out plainly. Where that is slow, the line after them swaps in a faster version
+from pocket/kernels.py. How text is generated: pocket/generate.py.
 
   GPT-2        Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/model.py
   Transformer  Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
@@ -21,14 +21,14 @@ from pocket import kernels
 from pocket.generate import generate
 from pocket.kernels import Dropout  # nn.Dropout, but faster on a CPU
 
-# The letters of shapes, which stand at the ends of lines:
+# The letters used in shape comments:
 #   B  sequences in a batch    T  tokens in a sequence    C  channels of a token (n_embd)
 #   H  attention heads         S  tokens attended to      D  channels of a head (C / H)
-#   V  tokens in the vocabulary                           N  tokens of all sequences together
+#   V  tokens in the vocabulary                           N  tokens of a batch that have a target
 #
 # Names of parameters (wte, c_attn, ln_1, …) are GPT-2's, so that its weights load: w is for weight,
-# te and pe for token and position embeddings, c for the 1-D convolution that GPT-2 calls a linear
-# layer, ln for layer norm, h for hidden layers.
+# te and pe for token and position embeddings, c for convolution (GPT-2's code writes a linear layer
+# as a 1-D one), ln for layer norm, h for hidden layers.
 
 # --------------------------------------------------------------------------------------------------
 # Norms keep activations at a consistent scale
@@ -64,8 +64,9 @@ def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
     """softmax(q kᵀ / √D) v: for each query a mean of the values, weighted by how well keys match.
 
     q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D). k and v may have fewer heads than q:
-    then each of them serves a group of H / n_kv_head queries.
-    mask: bool, broadcastable to (B, H, T, S), True = may attend; every row needs a True.
+    then each of them serves a group of H / n_kv_head query heads.
+    mask: bool, broadcastable to (B, H, T, S), True = may attend; every row needs a True,
+    for softmax of nothing is nan.
     is_causal: no token sees a later one (needs T == S and no mask).
     dropout: a Dropout for the weights, or None.
     """
@@ -88,7 +89,7 @@ def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
     return weights @ v  # (B, H, T, D)
 
 
-# The same numbers, faster. To experiment with the formula above, comment out the first line and
+# The same formula, faster. To experiment with the formula above, comment out the first line and
 # uncomment the second
 attention = kernels.attention
 # attention = plain_attention
@@ -99,7 +100,7 @@ def position_angles(length, size, theta=10000.0, scaling=None):
 
     Each pair of channels is a clock hand that turns at its own speed: together they identify every
     position. Sinusoidal and rotary positions both use them. theta: larger for longer
-    texts, as the slowest hand should not go around twice. scaling: see scale_frequencies(), or
+    texts, as the slowest hand should not complete a turn. scaling: see scale_frequencies(), or
     None.
     """
     frequencies = theta ** (-torch.arange(0, size, 2).float() / size)
@@ -184,6 +185,7 @@ class Attention(nn.Module):
     def project_self(self, x, rope, cache):
         """Queries (B, H, T, D), and keys and values (B, n_kv_head, S, D) of all tokens so far."""
         qk, v = self.c_attn(x).split((self.q_width + self.kv_width, self.kv_width), dim=2)
+        # Queries and keys are treated alike, so they stay together: fewer and larger operations
         qk = self.split_heads(qk)  # (B, T, H + n_kv_head, D): queries, then keys
         n_kv_head = self.kv_width // self.head_dim
         n_head = self.q_width // self.head_dim
@@ -196,11 +198,9 @@ class Attention(nn.Module):
         if cache is None:
             return q, k, v
 
-        # The cache may keep its keys in another precision. Those of a prompt, which are all there
-        # is at first, are still at hand in the precision of x, in which products are fast
-        is_prompt = cache.length == 0
+        is_prefill = cache.length == 0
         all_k, all_v = cache.append(self.layer, k, v)  # (B, n_kv_head, S, D)
-        if is_prompt:
+        if is_prefill:  # k and v are complete, and in the faster precision of x
             return q, k, v
         return q, all_k, all_v
 
@@ -226,25 +226,17 @@ class Attention(nn.Module):
             cache.cross[self.layer] = k, v
         return q, k, v
 
-    def widths_of(self, linear):
-        """The widths of the matrices that lie in one of the linear layers for q, k and v."""
-        if linear.out_features == self.q_width:
-            return [self.q_width]
-        if linear.out_features == 2 * self.kv_width:
-            return [self.kv_width] * 2
-        return [self.q_width, self.kv_width, self.kv_width]
-
     def split_heads(self, x):
         """(B, T, n * D) to (B, T, n, D)."""
         B, T, width = x.shape
         return x.view(B, T, width // self.head_dim, self.head_dim)
 
     def normalize(self, x, num_queries):
-        """QK-norm: center the queries and keys of each head, and give all of them the same length.
+        """QK-norm: give the queries and keys of all heads the same length, √D.
 
         Then only their directions count, and no score exceeds √D no matter how large the weights
-        grow. x: (B, T, n, D), num_queries queries, then keys. Dehghani et al. 2023,
-        https://arxiv.org/abs/2302.05442
+        grow. (With 'rmsnorm', learned weights rescale them after that.) x: (B, T, n, D),
+        num_queries queries, then keys. Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
         """
         if self.qk_norm != 'rmsnorm':
             return F.layer_norm(x, x.shape[-1:])
@@ -255,11 +247,11 @@ class Attention(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The MLP works on each token independently
+# The MLP works on each token by itself: there a model transforms what attention has gathered
 
 
 class MLP(nn.Module):
-    """Two linear layers with a nonlinearity in between."""
+    """Up to a wider layer, through a nonlinearity, and back down."""
 
     def __init__(self, config):
         super().__init__()
@@ -362,7 +354,7 @@ class Block(nn.Module):
         return self.cross(x, mask, cache=cache, memory=encoded)
 
     def feed_forward(self, x, context, cache):
-        """Each token independently."""
+        """Each token by itself; with token_shift, half of what it reads is from the one before."""
         if self.token_shift:
             x = shift_tokens(x, cache, self.mlp, context.is_first)
         return self.mlp(x)
@@ -506,7 +498,7 @@ def plain_cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0
     return F.cross_entropy(logits, targets, reduction='sum', label_smoothing=label_smoothing)
 
 
-# The same number, without ever holding the N × V logits, the largest tensor if V is large
+# The same number in slices, as all N × V logits at once are the largest tensor if V is large
 cross_entropy = kernels.cross_entropy
 # cross_entropy = plain_cross_entropy
 
@@ -526,7 +518,7 @@ class Head(nn.Linear):
         return logits
 
     def loss(self, x, targets, label_smoothing=0.0):
-        """Summed cross-entropy of x (N, C) and targets (N,), none of them negative: float32."""
+        """Summed cross-entropy of x (N, C) and targets (N,), which must be >= 0. float32."""
         return cross_entropy(x, self.weight, self.bias, targets, label_smoothing, self.softcap)
 
 
@@ -580,7 +572,7 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings and on what each block adds to the residual stream
     attn_dropout: float = 0.0  # on attention weights
     bias: bool = True  # biases in Linear and LayerNorm, except as set by the next three
-    attn_bias: bool | None = None  # in the projections of attention; None: as bias
+    attn_bias: bool | None = None  # in the projections of attention; None: same as bias
     qkv_bias: bool | None = None  # … to queries, keys and values alone (Qwen2); None: as attn_bias
     head_bias: bool = False  # in the head
     pos: str = 'learned'  # learned, sinusoidal or rotary positions
@@ -615,9 +607,9 @@ class GPTConfig:
 class Seq2SeqConfig(GPTConfig):
     """Size and options of an encoder-decoder. The defaults: the 2017 base model, but pre-norm."""
     block_size: int = 256  # tokens of a target
-    src_block_size: int | None = None  # tokens of a source; None: as block_size
+    src_block_size: int | None = None  # tokens of a source; None: same as block_size
     n_layer: int = 6  # in the decoder
-    n_encoder_layer: int | None = None  # in the encoder; None: as n_layer
+    n_encoder_layer: int | None = None  # in the encoder; None: same as n_layer
     n_head: int = 8
     n_embd: int = 512
     pos: str = 'sinusoidal'
@@ -650,9 +642,9 @@ class LanguageModel(nn.Module):
             … with zero_init            zero                         zero
             untied head with zero_init  zero                         zero
 
-        c_proj starts small because 2 n_layer of them add up in the residual stream. With zero_init
-        and pre-norm all blocks start as the identity; with an untied head, too, all tokens start
-        equally probable, and the first loss is ln(vocab_size).
+        c_proj starts small because 2 n_layer of them add up in a GPT's residual stream. With
+        zero_init and pre-norm all blocks start as the identity; with an untied Head, too, all
+        tokens start equally probable, and the first loss is ln(vocab_size).
         """
         c = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -668,10 +660,13 @@ class LanguageModel(nn.Module):
 
         if isinstance(module, Attention) and c.init == 'xavier':
             # Queries, keys and values are separate matrices, stacked in one weight
-            stacked = [module.c_q, module.c_kv] if module.is_cross else [module.c_attn]
-            for linear in stacked:
-                for matrix in linear.weight.split(module.widths_of(linear)):
-                    nn.init.xavier_uniform_(matrix)
+            q_width, kv_width = module.q_width, module.kv_width
+            if module.is_cross:
+                matrices = [module.c_q.weight, *module.c_kv.weight.split(kv_width)]
+            else:
+                matrices = module.c_attn.weight.split((q_width, kv_width, kv_width))
+            for matrix in matrices:
+                nn.init.xavier_uniform_(matrix)
 
         if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):
             std = 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
@@ -685,10 +680,10 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def compute_loss(self, x, targets, label_smoothing, reduction):
-        """The loss of the last layer's x (B, T, C) against targets (B, T), -1 = no target: float32.
+        """The loss of the final hidden states x (B, T, C) against targets (B, T), -1 = no target.
 
         reduction: 'mean' or 'sum' over targets. Or, for validation, 'sum_and_correct': a tensor
-        (2,) with the sum and the number of targets that the model ranked first.
+        (2,) with the sum and the number of targets that the model ranked first. float32.
         """
         # Skip what has no target, prompts and padding: its logits are never computed
         has_target = targets != -1
@@ -702,9 +697,10 @@ class LanguageModel(nn.Module):
         return loss
 
     def generate(self, idx, max_new_tokens, **options):
-        """Continue idx: a (B, T) tensor gives (B, T + max_new_tokens), lists of ids give lists.
+        """Continue idx: a (B, T) tensor gives (B, T + max_new_tokens), or fewer columns if all rows
+        end early; lists of ids give lists. A Seq2Seq's replies don't repeat what they reply to.
 
-        Call model.eval() before, for dropout has no place here.
+        Call model.eval() first, to switch dropout off.
 
             model.generate(torch.tensor([[1, 2, 3]]), 20, temperature=0.8, top_k=50)
 

@@ -9,7 +9,7 @@ Train a GPT or an encoder-decoder on the dataset in data/NAME, on whatever hardw
 """
 from typing import Literal
 
-from pocket.configurator import configure, read_options
+from pocket.configurator import configure
 
 # The options. An interval that opens a comment, such as [0, 1), is checked: see configurator.py
 
@@ -54,7 +54,8 @@ cutoffs: tuple[int, ...] = ()      # adaptive softmax: --cutoffs=2000,10000 make
 div_value = 4.0                    # [1, inf) adaptive softmax: how much narrower each cluster is
 gradient_checkpointing = False     # less memory, for about a third more time
 
-# Batches and length; of the three lengths, the one that is typed counts, else minutes, else epochs
+# Batches, and the length of the run: set one of max_iters, max_epochs and max_minutes. If several
+# are set, the one on the command line counts, else minutes, else epochs
 batch_size = 16                    # [1, inf) windows of a stream per micro-batch
 batch_tokens = 4096                # [1, inf) for pairs and conversations: tokens, with padding
 gradient_accumulation_steps = 1    # [1, 65536] micro-batches per step
@@ -88,7 +89,7 @@ best_by: Literal['loss', 'bleu'] = 'loss'  # what makes an evaluation the best o
 num_beams = 1                      # [1, inf) of replies to score: beam search (1: greedy)
 bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char', 'none'] = 'auto'  # words for BLEU
 eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
-patience = 0                       # [0, inf) stop after as many evaluations without progress
+patience = 0                       # [0, inf) stop after this many evaluations without progress
 log_interval = 50                  # [1, inf) steps between lines
 sample_tokens = 0                  # [0, inf) tokens to sample after each evaluation
 final_sample_tokens = 300          # [0, inf) tokens to sample at the end
@@ -127,8 +128,7 @@ state_path = init_from
 if resuming or (eval_only and init_from in ('scratch', 'resume')):
     state_path = training.run_checkpoint(run_dir, resuming, eval_only)
     state = checkpoint.load(state_path)
-options = read_options(open(__file__, encoding='utf-8').read())
-config = training.settle_options(config, explicit, options, state, state_path, resuming)
+config = training.settle_options(config, explicit, __file__, state, state_path, resuming)
 globals().update(config)  # rebind the options above to their final values
 
 # Device and precision
@@ -208,7 +208,7 @@ if eval_only:
 
 
 def forward(model, batch):
-    """Summed loss of a batch: idx and targets and, for a seq2seq, src and src_pad, on the CPU."""
+    """Summed loss of a batch: idx and targets and, for a seq2seq, src and src_pad, in a dict."""
     with autocast(device, amp_dtype):
         _, loss = model(**to_device(batch, device), label_smoothing=label_smoothing,
                         reduction='sum')
@@ -220,7 +220,7 @@ raw_model = model  # unwrapped: for saving and sampling
 first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
 model, engine = training.compile_or_stay_eager(
     model, compile, device, try_step=lambda m: forward(m, next(first_batches)).backward())
-model = distributed.wrap_model(model, some_unused=bool(cutoffs))
+model = distributed.wrap_model(model, some_unused=bool(config['cutoffs']))
 
 # Print a summary (only the master process prints: errors.py silences the others)
 print(training.describe_run(raw_model, matrices, others, train_data, config, device, amp_dtype))
@@ -290,8 +290,7 @@ def is_finished():
 # --------------------------------------------------------------------------------------------------
 # The loop
 
-signals = training.StopSignals()
-signals.install()
+signals = training.StopSignals().install()
 log = training.RunLog(run_dir, last_step=train_state.evaluated)
 print(training.describe_goal(train_state, config, run_dir, max_iters / steps_per_epoch), flush=True)
 

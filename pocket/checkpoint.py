@@ -109,7 +109,7 @@ def load(path):
         state['chat'] = ChatTemplate().to_dict()
     try:
         check_weights(state, path.stat().st_size)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as e:
         raise UserError(f'{path} is inconsistent: {first_line(e)}') from None
     return state
 
@@ -407,7 +407,7 @@ def check_rope_scaling(scaling):
                    'original_max_position_embeddings'),
     }
     kind = scaling.get('rope_type')
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         return [f'rope_scaling must be of rope_type linear or llama3, '
                 f'got {short_repr(kind)}']
     for key in needed[kind]:
@@ -427,11 +427,12 @@ def check_widths(config):
     n_embd = config.n_embd
     n_head = max(1, config.n_head)
     n_kv_head = max(1, config.num_kv_heads)
+    head_size = config.head_dim or n_embd // n_head
     if config.head_dim is None and n_embd % n_head:
         problems.append(f'n_embd must be divisible by n_head, got {n_embd} and {n_head}')
-    elif config.pos == 'rotary' and max(1, config.head_size) % 2:
+    elif config.pos == 'rotary' and head_size % 2:
         problems.append(f'rotary positions need an even n_embd / n_head (or head_dim), '
-                        f'got {config.head_size}')
+                        f'got {head_size}')
     if n_head % n_kv_head:
         problems.append(f'n_head must be divisible by n_kv_head, got {n_head} and {n_kv_head}')
     if config.token_shift and n_embd % 2:
@@ -461,8 +462,8 @@ def check_adaptive_softmax(config):
     cutoffs = config.cutoffs
     if not clusters_are_possible(config):
         problems.append(
-            f'cutoffs must be rising numbers of ids between 0 and the vocabulary\'s '
-            f'{config.vocab_size}, 16 at most, div_value at least 1, the last cluster 1 wide, '
+            'cutoffs must be rising numbers of ids between 0 and the size of the vocabulary, '
+            '16 at most, div_value at least 1, the last cluster 1 wide, '
             f'got {short_repr(cutoffs)} and {config.div_value}')
     conflicts = [name for name in ('tie_weights', 'softcap', 'head_bias') if getattr(config, name)]
     if conflicts:

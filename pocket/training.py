@@ -16,7 +16,7 @@ import torch
 
 from pocket import checkpoint, distributed, memory, plot
 from pocket.checkpoint import CHANGEABLE_IN_MODEL, MODELS, check_config, resume_config
-from pocket.configurator import check_ranges
+from pocket.configurator import check_ranges, read_options
 from pocket.data import Buckets, Chats, Pairs, Stream, ensure_prepared
 from pocket.datasets import find_run
 from pocket.errors import OUT_OF_MEMORY, Output, UserError
@@ -58,11 +58,13 @@ def run_checkpoint(out_dir, resume, eval_only):
                     f'--out_dir=…, or omit --resume to start a new one')
 
 
-def settle_options(config, explicit, options, state, state_path, resuming):
+def settle_options(config, explicit, script, state, state_path, resuming):
     """The options to use: those of the checkpoint that a run continues, and free of contradictions.
 
-    state: a loaded checkpoint, or None for a new run. Raises UserError with all that is wrong.
+    script: the file whose first assignments are the options. state: a loaded checkpoint, or None
+    for a new run. Raises UserError with all that is wrong.
     """
+    options = read_options(Path(script).read_text(encoding='utf-8'))
     if state is not None:
         checkpoint.check_paths_of_run(state, state_path, config, explicit, options)
         config = resume_config(state, state_path, config, explicit, options, resuming)
@@ -329,6 +331,7 @@ class StopSignals:
         self.names += [LOST_OUTPUT, LOST_DATA]
         if isinstance(sys.stdout, Output):
             sys.stdout.on_failure = self.handle_lost_output
+        return self
 
     def handle_lost_output(self, error):
         """Save, whatever happens to what we print: as if the terminal had been closed."""

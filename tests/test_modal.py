@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -369,7 +370,22 @@ def test_containers_get_all_files_that_the_scripts_need(modal_train, project):
     project.train('--max_iters=2', '--eval_interval=2')
     project.run('sample.py', '--out_dir=out/toy', '--max_new_tokens=5')
     project.run('sample.py', '--out_dir=out/toy', '--chat', typed='/quit\n')
-    project.run('prepare/stdlib.py', '--help')
+    project.run('prepare/character.py', '--conversations=100', '--vocab_size=300')
+
+
+@pytest.mark.parametrize('name, is_copied', [
+    ('train.py', True),
+    ('pocket/chat.html', True),
+    ('pocket/bundled/shakespeare/best.pt', True),
+    ('prepare/characters/plunkett.txt', True),
+    ('pocket/__pycache__/data.cpython-311.pyc', False),
+    ('data/mine/train.bin', False),
+    ('out/mine/best.pt', False),
+    ('tests/conftest.py', False),
+    ('README.md', False),
+])
+def test_containers_get_no_more_than_that(modal_train, name, is_copied):
+    assert modal_train.not_copied(Path(name)) != is_copied
 
 
 @pytest.mark.filterwarnings('ignore:The train function is executing locally')

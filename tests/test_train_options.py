@@ -54,6 +54,11 @@ def test_options_out_of_range_are_reported_together(project):
         assert part in error
 
 
+def test_no_heads_are_a_sentence(check):
+    with pytest.raises(UserError, match='n_head must be from 1 to 16,777,216, got 0'):
+        check({}, {'n_head': 0})
+
+
 def test_contradictions_are_reported_together(check):
     with pytest.raises(UserError) as caught:
         check({
