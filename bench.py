@@ -6,6 +6,8 @@ How fast this machine trains, encodes and generates, and how much of its peak sp
     python bench.py --peers --rounds=3    three repeats, with baselines: torch.nn.Transformer and,
                                           if installed, transformers, ctranslate2, tokenizers
     python bench.py --nanogpt=FOLDER      and with nanoGPT: a clone of github.com/karpathy/nanoGPT
+    python bench.py --init_from=smollm2   generation with a pretrained model instead (a name or a
+                                          folder); as baselines transformers and llama.cpp
     python bench.py --profile             also write a trace of each row to out/bench, for
                                           chrome://tracing or ui.perfetto.dev
 
@@ -20,6 +22,7 @@ from pocket.configurator import configure
 rows = ''                    # only the rows with this in their name
 peers = False                # measure the baselines that are installed, too
 nanogpt: str | None = None   # a folder with nanoGPT's model.py, one more baseline; implies --peers
+init_from: str | None = None  # measure generation with this pretrained model instead
 rounds = 1                   # [1, inf) repeats of each measurement
 seconds = 2.0                # (0, inf) how long each measurement is timed
 profile = False              # write traces to out/bench
@@ -47,7 +50,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
-from pocket import checkpoint
+from pocket import checkpoint, pretrained
 from pocket.data import Stream, bucket_by_length
 from pocket.device import autocast, peak_memory, pick_device, pick_dtype
 from pocket.errors import UserError
@@ -357,12 +360,23 @@ def decode_gpt_uncached(batch_size):
 
 
 def time_our_decoding(batch_size, bits, new_tokens, use_cache):
-    """Time generate(). The cost is in bytes per token: each step reads all weights once."""
+    """Time generate() of a GPT-2 124M."""
     idx = random_prompts(batch_size, PROMPT_TOKENS)
-    model_dtype = compute_dtype
+    model = GPT(GPTConfig(**GPT2)).eval().to(device, decoding_dtype(bits))
+    return time_generate(model, idx, bits, new_tokens, use_cache)
+
+
+def decoding_dtype(bits):
+    """The dtype of what is not quantized, as in sample.py."""
     if bits == 8 and device.type == 'cpu' and dtype == 'auto':
-        model_dtype = torch.float32  # what stays unquantized; sample.py does the same
-    model = GPT(GPTConfig(**GPT2)).eval().to(device, model_dtype)
+        return torch.float32
+    return compute_dtype
+
+
+def time_generate(model, idx, bits, new_tokens, use_cache=True):
+    """Time generate() from idx (B, T). The cost: bytes per token, as each step reads all weights
+    once."""
+    batch_size = len(idx)
     bytes_per_weight = 1 if bits == 8 else compute_dtype.itemsize
     cost = count_weights(model) * bytes_per_weight / batch_size
     model = prepare_for_decoding(model, bits)
@@ -462,6 +476,59 @@ def ctranslate2_gpt2(model):
     with tempfile.TemporaryDirectory() as folder:
         spec.save(folder)
         return ctranslate2.Generator(folder, intra_threads=torch.get_num_threads())
+
+
+# Generation: a pretrained model
+
+def decode_pretrained(bits=None):
+    """Tokens/s of greedy decoding with the model of --init_from. bits=8: int8 weights."""
+    model, _ = pretrained.load(init_from, decoding_dtype(bits))
+    idx = torch.randint(model.config.vocab_size, (1, PROMPT_TOKENS), device=device)
+    return time_generate(model.to(device), idx, bits, NEW_TOKENS)
+
+
+def decode_pretrained_transformers():
+    """Tokens/s of the same decoding in Hugging Face's transformers."""
+    from transformers import AutoModelForCausalLM
+
+    folder = pretrained.fetch(init_from)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype).eval().to(device)
+    idx = torch.randint(model.config.vocab_size, (1, PROMPT_TOKENS), device=device)
+    options = {
+        'max_new_tokens': NEW_TOKENS, 'min_new_tokens': NEW_TOKENS,
+        'do_sample': False, 'pad_token_id': 0,
+    }
+
+    def step(i):
+        model.generate(idx, **options).sum().item()
+
+    return time_steps(step, [NEW_TOKENS]), None
+
+
+def decode_pretrained_llama_cpp():
+    """Tokens/s of the same decoding in llama.cpp, with 8-bit weights (q8_0)."""
+    from llama_cpp import Llama
+
+    from pocket.gguf_export import export_gguf
+
+    model, _ = pretrained.load(init_from)
+    tok = pretrained.load_tokenizer(init_from)
+    prompt = torch.randint(model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.gguf'
+        export_gguf(model, tok, path, gguf_type='q8_0')
+        del model
+        llama = Llama(str(path), n_ctx=PROMPT_TOKENS + NEW_TOKENS, n_threads=threads,
+                      n_threads_batch=threads, verbose=False)
+
+        def step(i):
+            llama.reset()
+            tokens = llama.generate(prompt, top_k=1, temp=0)
+            for _ in range(NEW_TOKENS):
+                next(tokens)
+
+        return time_steps(step, [NEW_TOKENS]), None
 
 
 # Generation: the paper's base model with random weights
@@ -711,7 +778,28 @@ ROWS = [
     Row('learn a BPE of 4,096 tokens', 'bytes/s', learn_bpe, {'tokenizers': learn_bpe_tokenizers}),
     Row('start sample.py', '1/s', start_sample, {'import torch': start_import_torch}),
 ]
-OPTIONAL_PACKAGES = ('transformers', 'ctranslate2', 'tokenizers')  # baselines of the same names
+PRETRAINED_ROWS = [  # with --init_from
+    Row(
+        f'decode {init_from}, batch 1', 'tok/s',
+        decode_pretrained,
+        {'transformers': decode_pretrained_transformers},
+        limit='bytes',
+    ),
+    Row(
+        f'decode {init_from}, batch 1, int8', 'tok/s',
+        lambda: decode_pretrained(bits=8),
+        {'llama.cpp': decode_pretrained_llama_cpp},
+        limit='bytes',
+    ),
+]
+if init_from:
+    ROWS = PRETRAINED_ROWS
+PACKAGES = {  # that baselines need, by the baseline's name
+    'transformers': 'transformers',
+    'ctranslate2': 'ctranslate2',
+    'tokenizers': 'tokenizers',
+    'llama.cpp': 'llama_cpp',
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -802,9 +890,9 @@ def available_baselines():
     if not peers and not nanogpt:
         return set()
     names = {'padded', 'uncached', 'import torch'}
-    for package in OPTIONAL_PACKAGES:
+    for name, package in PACKAGES.items():
         if importlib.util.find_spec(package):
-            names.add(package)
+            names.add(name)
     if nanogpt:
         names |= {'nanogpt', 'nanogpt-bf16'}
     return names

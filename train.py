@@ -151,8 +151,8 @@ template = training.dataset_template(meta)
 train_data = training.open_split(data_folder, meta, 'train', config, tok, template)
 val_split = eval_split if eval_only else 'val'
 val_data = training.open_split(data_folder, meta, val_split, config, tok, template)
-if resuming:
-    training.check_same_data(state, {'train': train_data, 'val': val_data}, data_folder)
+if state is not None:
+    training.check_same_data(state, {'train': train_data, val_split: val_data}, config, resuming)
 val_bytes = val_data.count_bytes(tok.byte_lengths())
 sample_prompt = training.encode_sample_start(tok, sample_start)
 
@@ -200,6 +200,7 @@ if state is not None:
 
 # --eval_only: evaluate the best checkpoint, and stop
 if eval_only:
+    val_data.verify()
     print_evaluation(model, tok, template, val_data, val_bytes, device, amp_dtype, config,
                      title=f'{state_path} (step {train_state.step}): {eval_split}')
     if pretrained_model is None and eval_protocol == 'tokens':
@@ -291,6 +292,7 @@ def is_finished():
 # The loop
 
 signals = training.StopSignals().install()
+training.verify_in_background([train_data, val_data], signals)
 log = training.RunLog(run_dir, last_step=train_state.evaluated)
 print(training.describe_goal(train_state, config, run_dir, max_iters / steps_per_epoch), flush=True)
 

@@ -30,10 +30,9 @@ from pocket.errors import UserError
 from pocket.files import ROOT, atomic_write, check_path
 
 say: tuple[str, ...] = (           # what is said, one line after the other
-    'hello, who are you?',
+    'hello there',
     'my name is Nora',
     'do you like the rain?',
-    'do you have wifi there?',
     'how did you get lost?',
     'do you remember my name?',
 )

@@ -34,8 +34,8 @@ BYTES_PER_NUMBER = {
 ALLOWED_NAMES = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', *BYTES_PER_NUMBER}
 
 # A value can be used twice without being stored twice. Twice that, and so on: 30 such lists within
-# each other have 2**30 entries. Our checkpoints share a handful of tuples
-MOST_SHARED = 30
+# each other have 2**30 entries. Ours share one tuple, the betas of AdamW's groups of parameters
+MOST_SHARED = 10
 
 
 class Damaged(ValueError):

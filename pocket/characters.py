@@ -28,7 +28,7 @@ class Topic:
 
     name: str
     subject: str                                    # what it is called when one refers back to it
-    marks: dict = field(default_factory=dict)       # {'often': '', 'tells': 'name', …}
+    marks: dict = field(default_factory=dict)       # {'often': '2', 'tells': 'name', …}
     questions: list = field(default_factory=list)   # templates, as are the others
     replies: list = field(default_factory=list)
     more: list = field(default_factory=list)        # what the character adds when asked why
@@ -98,6 +98,10 @@ def add_topic(character, heading):
             return f'[{mark}] is no mark: there are {", ".join(MARKS)}'
         if word in MARKS_WITH_A_LIST and value not in character.lists:
             return f'[{mark}] needs the name of a list after {word}, such as [{word} name]'
+        if word == 'often':
+            value = value or '2'
+            if not value.isdecimal() or int(value) == 0:
+                return f'[{mark}] needs a number of times after often, such as [often 3]'
         marks[word] = value
     name, _, subject = re.sub(r'\[.*?\]', '', heading).partition(':')
     name = name.strip()
@@ -165,15 +169,17 @@ CONTRACTIONS = {
     'that is': "that's", 'it is': "it's", 'I am': "I'm", 'you are': "you're", 'I have': "I've",
     'do not': "don't", 'is not': "isn't", 'cannot': "can't", 'I would': "I'd", 'I will': "I'll",
 }
-WORDS_TO_DROP = {'the', 'a', 'an', 'is', 'are', 'do', 'does', 'of', 'to', 'me', 'it', 'that'}
 NEIGHBORS = {   # keys that are hit by mistake
     'a': 's', 'e': 'r', 'i': 'o', 'o': 'p', 't': 'y', 'n': 'm', 's': 'd', 'r': 't', 'l': 'k',
     'u': 'i', 'h': 'j', 'd': 'f', 'm': 'n', 'y': 't', 'c': 'v', 'w': 'e',
 }
 
 
-def write_as_people_do(text, lists, rng):
-    """A question with words around it, contractions, and what fingers do to it."""
+def write_as_people_do(text, lists, rng, keep=()):
+    """A question with words around it, contractions, and what hurry does to it.
+
+    keep: words that stay as they are, because the reply may repeat them.
+    """
     if text.endswith('?') and len(text.split()) > 1:
         text = surround(text, lists, rng)
     for long, short in CONTRACTIONS.items():
@@ -183,6 +189,15 @@ def write_as_people_do(text, lists, rng):
     if rng.random() < 0.4:
         return text     # with care
 
+    keep = {word.lower() for words in keep for word in words.split()}
+    words = text.split(' ')
+    if len(words) > 3 and rng.random() < 0.15:
+        words = leave_out_words(words, keep, rng)
+    if rng.random() < 0.15:
+        place = rng.randrange(len(words))
+        if words[place].lower().strip('.,!?') not in keep:
+            words[place] = mistype(words[place], rng)
+    text = ' '.join(words)
     if rng.random() < 0.8:
         text = text.lower()
     if rng.random() < 0.6:
@@ -191,13 +206,7 @@ def write_as_people_do(text, lists, rng):
         text = text.replace("'", '')
     if rng.random() < 0.2:
         text = text.replace(',', '')
-    words = text.split(' ')
-    if len(words) > 3 and rng.random() < 0.15:
-        words = drop_word(words, rng)
-    if rng.random() < 0.2:
-        place = rng.randrange(len(words))
-        words[place] = mistype(words[place], rng)
-    return ' '.join(words)
+    return text
 
 
 def surround(text, lists, rng):
@@ -212,13 +221,14 @@ def surround(text, lists, rng):
     return text
 
 
-def drop_word(words, rng):
-    """The words without one that says little."""
-    places = [i for i, word in enumerate(words) if word.lower() in WORDS_TO_DROP]
-    if not places:
-        return words
-    gone = rng.choice(places)
-    return words[:gone] + words[gone + 1:]
+def leave_out_words(words, keep, rng):
+    """The words without about a third of them, as in a telegram: a reply has to go by the rest."""
+    rest = []
+    for word in words:
+        is_kept = word.lower().strip('.,!?') in keep
+        if is_kept or rng.random() < 0.7:
+            rest.append(word)
+    return rest if len(rest) > 1 else words
 
 
 def mistype(word, rng):
@@ -272,7 +282,7 @@ def make_conversation(character, rng):
             values.pop(topic.marks['tells'], None)
         exchange_values = dict(values)
         question = fill_in(rng.choice(topic.questions), character.lists, exchange_values, rng)
-        question = write_as_people_do(question, character.lists, rng)
+        question = write_as_people_do(question, character.lists, rng, exchange_values.values())
 
         if 'why' in topic.marks:
             template = more.pop(rng.randrange(len(more)))
@@ -314,7 +324,7 @@ def choose_topic(topics, is_first, is_last, previous, more, values, rng):
         found = [topic for topic in topics if is_open(topic, values) and topic is not previous]
     if not found:   # there is but one topic
         found = [topic for topic in topics if is_open(topic, values)]
-    weights = [2 if 'often' in topic.marks else 1 for topic in found]
+    weights = [int(topic.marks.get('often', 1)) for topic in found]
     return rng.choices(found, weights)[0]
 
 

@@ -73,11 +73,10 @@ def read_json(text, report):
     except (ValueError, RecursionError):
         return read_json_entries(parse_lines(text, report), report)
     if isinstance(content, dict):
-        if 'chats' in content and isinstance(content['chats'], dict):  # Telegram: all chats
-            chats = content['chats'].get('list', [])
-            return [messages for chat in chats for messages in read_telegram(chat, report)]
+        if isinstance(content.get('chats'), dict):  # Telegram: all chats
+            return read_telegram(content['chats'].get('list'), report)
         if is_telegram(content):
-            return read_telegram(content, report)
+            return read_telegram([content], report)
         content = [content]
     entries = [(f'entry {number}', entry) for number, entry in enumerate(content, start=1)]
     return read_json_entries(entries, report)
@@ -136,8 +135,8 @@ def read_messages(messages, place, report):
 def text_of(content):
     """The text of a message, which may be in parts: [{'type': 'text', 'text': …}, 'more']."""
     if isinstance(content, list):
-        parts = [part.get('text', '') if isinstance(part, dict) else part for part in content]
-        return ''.join(str(part) for part in parts)
+        parts = [part.get('text') if isinstance(part, dict) else part for part in content]
+        return ''.join(part for part in parts if isinstance(part, str))
     return content if isinstance(content, str) else ''
 
 
@@ -240,7 +239,7 @@ def read_whatsapp(text, me, report):
     day_first = first_number_is_day([when[0] for _, _, when in spoken])
     chat = [(name, EDITED.sub('', said), parse_time(when, day_first))
             for name, said, when in spoken]
-    return conversations_of(chat, me, report)
+    return conversations_of([chat], me, report)
 
 
 def first_number_is_day(dates):
@@ -278,21 +277,32 @@ def is_telegram(content):
             and 'type' in messages[0] and 'role' not in messages[0])
 
 
-def read_telegram(chat, report):
-    """Conversations of one chat: not yet with roles, but [(name, text, time)]."""
+def read_telegram(chats, report):
+    """The chats of an export: not yet with roles, but a list of (name, text, time) each."""
     report.format = 'a Telegram export'
-    spoken = []
-    for message in chat.get('messages', []):
-        said = text_of(message.get('text'))
-        if message.get('type') != 'message' or not message.get('from') or not said.strip():
-            report.left_out['notices and omitted media'] += 1
+    found = []
+    for number, chat in enumerate(chats if isinstance(chats, list) else [], start=1):
+        messages = chat.get('messages') if isinstance(chat, dict) else None
+        if not isinstance(messages, list):
+            report.bad(f'chat {number}', 'it has no list of messages')
             continue
-        try:
-            time = datetime.fromisoformat(str(message.get('date')))
-        except ValueError:
-            time = None
-        spoken.append((str(message['from']), said, time))
-    return [spoken]
+        spoken = []
+        for message in messages:
+            if not isinstance(message, dict):
+                report.bad(f'chat {number}', f'{str(message)[:60]!r} is not a message')
+                continue
+            said = text_of(message.get('text'))
+            if message.get('type') != 'message' or not message.get('from') or not said.strip():
+                report.left_out['notices and omitted media'] += 1
+                continue
+            try:
+                time = datetime.fromisoformat(str(message.get('date')))
+                time = time.replace(tzinfo=None)  # exports tell the local time
+            except ValueError:
+                time = None
+            spoken.append((str(message['from']), said, time))
+        found.append(spoken)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,16 +349,19 @@ def read_transcript(text, me, report):
             chats[-1][-1][1] += '\n' + line
     if len(chats) > num_messages / 2:
         chats = [[message for chat in chats for message in chat]]
-    return [messages for chat in chats for messages in conversations_of(chat, me, report)]
+    return conversations_of(chats, me, report)
 
 
 # --------------------------------------------------------------------------------------------------
 # People to roles
 
 
-def conversations_of(chat, me, report):
-    """Conversations of a chat [(name, text, time)]: cut at pauses, with roles. Raises UserError."""
-    names = Counter(name for name, _, _ in chat)
+def conversations_of(chats, me, report):
+    """Conversations of chats, each [(name, text, time)]: cut at pauses, with roles.
+
+    Raises UserError.
+    """
+    names = Counter(name for chat in chats for name, _, _ in chat)
     roles = {name: ROLES.get(name.lower()) for name in names}
     if me is not None:
         wanted = {name for name in names if name.lower() == me.strip().lower()}
@@ -360,15 +373,17 @@ def conversations_of(chat, me, report):
         raise UserError(f'{report.path}: {", ".join(list(names)[:10])} speak here: say with '
                         f'--me=NAME who of them the model is to be')
 
-    conversations = [[]]
-    before = None
-    for name, said, time in chat:
-        is_pause = time is not None and before is not None and abs(time - before) > PAUSE
-        is_too_long = len(conversations[-1]) >= LONGEST and roles[name] == 'user'
-        if is_pause or is_too_long:
-            conversations.append([])
-        conversations[-1].append({'role': roles[name], 'content': said})
-        before = time or before
+    conversations = []
+    for chat in chats:
+        conversations.append([])
+        before = None
+        for name, said, time in chat:
+            is_pause = time is not None and before is not None and abs(time - before) > PAUSE
+            is_too_long = len(conversations[-1]) >= LONGEST and roles[name] == 'user'
+            if is_pause or is_too_long:
+                conversations.append([])
+            conversations[-1].append({'role': roles[name], 'content': said})
+            before = time or before
     return [messages for messages in conversations if messages]
 
 
@@ -394,8 +409,7 @@ def read_conversations(path, me=None, skip_bad=False):
     if stripped.startswith(('{', '[')) and not WHATSAPP_LINE.fullmatch(plain_lines[0]):
         conversations = read_json(text.removeprefix('\ufeff'), report)
         if report.format == 'a Telegram export':
-            conversations = [messages for chat in conversations
-                             for messages in conversations_of(chat, me, report)]
+            conversations = conversations_of(conversations, me, report)
     elif sum(bool(WHATSAPP_LINE.fullmatch(line)) for line in plain_lines) >= 0.2 * len(plain_lines):
         conversations = read_whatsapp(text, me, report)
     elif may_be_table and (is_table or not speakers_of(plain_lines)):

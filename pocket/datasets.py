@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -64,10 +65,13 @@ def dataset_folder(data_dir, name):
 
 
 def print_next_step(arguments, data_dir):
-    """Print the command that trains on the dataset just made: train.py with these arguments."""
+    """Print the command that trains on the dataset just made: train.py with these arguments.
+
+    arguments: of a shell, so what may contain spaces has to be quoted.
+    """
     command = f'python train.py {arguments}'
     if data_dir:
-        command += f' --data_dir={data_dir}'
+        command += f' --data_dir={shlex.quote(data_dir)}'
     print(f'next: {command}')
 
 

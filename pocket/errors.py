@@ -96,15 +96,15 @@ class UserError(ValueError):
         super().__init__(show_control_characters(text))
 
 
-class OutputError(OSError):
-    """stdout can't be written to: the disk is full, or whoever read it has gone (then is_pipe)."""
+class OutputError(Exception):
+    """stdout can't be written to: the disk is full, or whoever read it has gone (then is_pipe).
+
+    It is no OSError: who handles those, of the files that he writes, would take it for one of them.
+    """
 
     def __init__(self, error):
-        super().__init__(error.errno, error.strerror or str(error))
+        super().__init__(f'cannot write to stdout: {error.strerror or error}')
         self.is_pipe = isinstance(error, BrokenPipeError)
-
-    def __str__(self):
-        return f'cannot write to stdout: {self.strerror}'
 
 
 class Output:

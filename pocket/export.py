@@ -13,7 +13,6 @@ Export a trained model, for other tools or as a small checkpoint.
 The first two are for models that are made of nothing that GPT-2, Llama, Qwen2 or Qwen3 lack, such
 as that of config/llama_small.py.
 """
-from pathlib import Path
 from typing import Literal
 
 from pocket.configurator import configure
@@ -97,7 +96,7 @@ def megabytes(file):
 
 
 source = short_path(find_path(out_dir)) / f'{weights}.pt'
-target = short_path(Path(to).expanduser())
+target = short_path(to)
 state = checkpoint.load(source)
 model, tok = checkpoint.build(state, source)
 template = None if state.get('chat') is None else template_from_dict(state['chat'])

@@ -31,14 +31,15 @@ CODE = 'github:'  # a page on GitHub Pages finds the address of its repository i
 
 
 def export_page(model, tok, template, path, weights='int8', name=None, start='', links=(),
-                about='', examples=()):
+                about='', examples=(), settings=None):
     """Write a GPT, its tokenizer and its ChatTemplate (None: plain text) as one HTML file.
 
     weights: 'int8', each output channel with a scale of its own, or 'float32'. name: the page's
     title; None: the file's name. start: the text that a page without conversations begins with.
     links: [(text, address)] to other pages; the address CODE is the repository. about: what the
-    page says before anything is typed. examples: texts to click on. Raises UserError if the page
-    can't run the model.
+    page says before anything is typed. examples: texts to click on. settings: {name: value} of
+    those that the page begins with, as sample.py calls them. Raises UserError if the page can't run
+    the model.
     """
     path = Path(path)
     check_model(model, tok, template, weights)
@@ -50,6 +51,7 @@ def export_page(model, tok, template, path, weights='int8', name=None, start='',
         'links': list(links),
         'about': about,
         'examples': list(examples),
+        'settings': settings or {},
     }
     payload = base64.b64encode(pack(model, tok, template, weights, info)).decode()
     page = fill_in((FOLDER / 'page.html').read_text(encoding='utf-8'), {
@@ -229,6 +231,9 @@ EXAMPLES = {  # texts to click on
     'shakespeare': ('JULIET:\n', 'KING RICHARD III:\n', 'First Citizen:\nWhat news'),
 }
 
+# What the page begins with; a character stays on topic more often at a low temperature
+SETTINGS = {'plunkett': {'temperature': 0.3}}
+
 
 def main():
     """Write the pages of the bundled models.
@@ -258,7 +263,8 @@ def export_bundled(name, file, links):
     target = ROOT / 'docs' / file
     start = 'ROMEO:\n' if name == 'shakespeare' else ''
     export_page(model, tok, template, target, name=name.title(), start=start, links=links,
-                about=ABOUT.get(name, ''), examples=EXAMPLES.get(name, ()))
+                about=ABOUT.get(name, ''), examples=EXAMPLES.get(name, ()),
+                settings=SETTINGS.get(name))
     print(f'{target}: {target.stat().st_size / 1e6:.2f} MB')
 
 

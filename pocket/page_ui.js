@@ -199,14 +199,15 @@ function readSettings() {
 }
 
 function makeSettings() {
-  for (const [name, {value, hint}] of Object.entries(SETTINGS)) {
+  for (const [name, setting] of Object.entries(SETTINGS)) {
     const label = make('label', name)
+    const value = model.settings[name] ?? setting.value
     const mode = name === 'stop' ? 'text' : 'decimal'
     label.append(make('input', '', {id: name, value, inputMode: mode, autocomplete: 'off',
       spellcheck: false, oninput: () => {
         showProblem('')
         lookSoon()
-      }}), make('small', hint))
+      }}), make('small', setting.hint))
     $('fields').append(label)
   }
 }

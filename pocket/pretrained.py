@@ -30,12 +30,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from model import GPT, GPTConfig
 from pocket.checkpoint import all_finite, build_on_meta, check_config
-from pocket.errors import UserError
+from pocket.errors import UserError, short_repr
 from pocket.files import atomic_write, download, find_path, make_folder
 from pocket.template import JinjaTemplate
 from pocket.tokenizer import (
@@ -696,7 +695,11 @@ def load_tokenizer(name):
     vocab_size = read_json(folder / 'config.json').get('vocab_size', 50257)
     if (folder / 'tokenizer.json').is_file():
         tok = own_tokenizer(folder, vocab_size)
-        return tok or huggingface_tokenizer(folder, vocab_size)
+        # Ours knows one id that ends a text, and a chat template may write any special token
+        ends = eos_ids_of(folder)
+        if tok is not None and ends in ([], tok.eos_ids) and template_source(folder) is None:
+            return tok
+        return huggingface_tokenizer(folder, vocab_size)
     if (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
         return huggingface_tokenizer(folder, vocab_size)
 
@@ -705,8 +708,13 @@ def load_tokenizer(name):
 
     # A size alone says little about a tokenizer: GPT-2's is taken only if there is no sign of
     # another. 50,304 is its size rounded up, which computes faster
-    others = [file.name for pattern in ('vocab.*', 'merges.txt', '*.model')
+    others = [file.name for pattern in ('vocab.*', 'merges.txt', '*.model', 'dict.*', 'added_*')
               for file in sorted(folder.glob(pattern))]
+    for file in ('tokenizer_config.json', 'config.json'):
+        if (folder / file).is_file():
+            kind = read_json(folder / file).get('tokenizer_class')
+            if kind not in (None, 'GPT2Tokenizer', 'GPT2TokenizerFast'):
+                others.append(f'a {short_repr(kind)} in {file}')
     if vocab_size in (50257, 50304) and not others:
         print(f'{folder} has no tokenizer: taking GPT-2\'s, as its vocabulary has that size',
               file=sys.stderr)
@@ -855,6 +863,17 @@ def eos_ids_of(folder):
 def load_template(name):
     """The chat template of a model: a JinjaTemplate, or None if it has none. Raises UserError."""
     folder = fetch(name)
+    source = template_source(folder)
+    if source is None:
+        return None
+    try:
+        return JinjaTemplate(source, special_token_texts(folder))
+    except ValueError as e:
+        raise UserError(f'cannot use the chat template in {folder}: {e}') from None
+
+
+def template_source(folder):
+    """The chat template of a folder as text, None if it has none. Raises UserError."""
     source = tokenizer_settings(folder).get('chat_template')
     if isinstance(source, list):  # several by name: the default is for chat
         defaults = [entry.get('template') for entry in source
@@ -862,12 +881,7 @@ def load_template(name):
         source = defaults[0] if defaults else None
     if (folder / 'chat_template.jinja').is_file():  # where newer folders have it
         source = (folder / 'chat_template.jinja').read_text(encoding='utf-8', errors='replace')
-    if not isinstance(source, str):
-        return None
-    try:
-        return JinjaTemplate(source, special_token_texts(folder))
-    except ValueError as e:
-        raise UserError(f'cannot use the chat template in {folder}: {e}') from None
+    return source if isinstance(source, str) else None
 
 
 def vocab_of(tokenizer_json):
@@ -994,17 +1008,16 @@ def export_folder(model, tok, folder, template=None):
         'eos_token_id': tok.eos_ids[0] if len(tok.eos_ids) == 1 else tok.eos_ids or None,
         'pad_token_id': special.get('pad_token'),
     }
-    files = {
-        'config.json': json.dumps(config | generation, indent=1).encode(),
-        'generation_config.json': json.dumps(generation, indent=1).encode(),
+    texts = {
+        'config.json': json.dumps(config | generation, indent=1),
+        'generation_config.json': json.dumps(generation, indent=1),
     }
     content = tokenizer_json(tok)
     if content is not None:  # not every kind of tokenizer fits that format
         settings = tokenizer_config(tok, template, model.config.block_size)
-        files['tokenizer.json'] = content.encode('utf-8')
-        files['tokenizer_config.json'] = json.dumps(settings, indent=1).encode()
-    files['model.safetensors'] = save(tensors, {'format': 'pt'})
-    write_folder(folder, files)
+        texts['tokenizer.json'] = content
+        texts['tokenizer_config.json'] = json.dumps(settings, indent=1)
+    write_folder(folder, texts, tensors)
 
 
 # Which architecture
@@ -1305,27 +1318,53 @@ def jinja_turn(template):
 # Files
 
 
-def write_folder(folder, files):
-    """Write {name: bytes} to a new folder, which appears complete or not at all.
+def write_folder(folder, texts, tensors):
+    """Write a new folder, which appears complete or not at all. texts: {name of a file: content}.
 
     Into an empty folder that is there already, the files go in order, the weights last.
     """
     folder = folder.resolve()
     if folder.is_dir():
-        write_files(folder, files)
+        write_files(folder, texts, tensors)
         return
 
     temporary = folder.with_name(f'.{folder.name}.export.tmp')
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed export has left
     try:
-        write_files(temporary, files)
+        write_files(temporary, texts, tensors)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_files(folder, files):
-    """Write {name: bytes} to a folder, which is made if it is missing."""
+def write_files(folder, texts, tensors):
+    """Write texts, {name: content}, and weights to a folder, which is made if it is missing."""
     make_folder(folder, '--to=FOLDER')
-    for name, content in files.items():
+    for name, text in texts.items():
+        content = text.encode('utf-8')
         atomic_write(folder / name, lambda f, content=content: f.write(content))
+    atomic_write(folder / WEIGHTS, lambda f: write_safetensors(f, tensors))
+
+
+def write_safetensors(file, tensors):
+    """Write {name: float32 tensor on the CPU} to a file in the format safetensors.
+
+    Its own save() holds all weights in memory two times more. The format is a header in JSON, the
+    length of the header before it, and the tensors after it:
+    https://huggingface.co/docs/safetensors
+    """
+    header = {'__metadata__': {'format': 'pt'}}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end = start + tensor.nbytes
+        header[name] = {
+            'dtype': 'F32', 'shape': list(tensor.shape), 'data_offsets': [start, end],
+        }
+    content = json.dumps(header).encode('utf-8')
+    content += b' ' * (-len(content) % 8)  # tensors begin at a multiple of 8 bytes
+
+    file.write(len(content).to_bytes(8, 'little'))
+    file.write(content)
+    for tensor in tensors.values():
+        file.write(tensor.numpy())

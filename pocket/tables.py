@@ -30,7 +30,13 @@ SOURCE_NAMES = ('source', 'src', 'question', 'q', 'prompt', 'instruction', 'inpu
                 'query', 'user', 'human', 'request', 'utterance')
 TARGET_NAMES = ('target', 'tgt', 'answer', 'a', 'response', 'output', 'reply', 'completion',
                 'assistant', 'bot')
-OTHER_NAMES = ('text', 'label', 'id', 'index', 'title', 'name', 'date')
+ID_NAMES = ('id', 'idx', 'index')
+OTHER_NAMES = (*ID_NAMES, 'text', 'label', 'title', 'name', 'date')
+# What the columns of translations are called: a header if all of them are
+LANGUAGES = ('english', 'german', 'deutsch', 'french', 'spanish', 'italian', 'portuguese', 'dutch',
+             'polish', 'czech', 'russian', 'ukrainian', 'turkish', 'arabic', 'hindi', 'chinese',
+             'japanese', 'korean', 'en', 'de', 'fr', 'es', 'it', 'pt', 'nl', 'pl', 'cs', 'ru', 'uk',
+             'tr', 'ar', 'zh', 'ja', 'ko', 'eng', 'deu', 'ger', 'fra', 'fre', 'spa', 'ita')
 
 # How the fields of a table are separated, and whether a field in quotes may contain anything
 Dialect = namedtuple('Dialect', 'delimiter quoted')
@@ -160,7 +166,8 @@ def read_array(path):
         else:
             yield 1, without_lone_surrogates(whole)
     except json.JSONDecodeError as e:
-        raise UserError(f'{path}, line {e.lineno} is not JSON: {e.msg}') from None
+        raise UserError(f'{path}, line {e.lineno} is not JSON: {e.msg}; a file may hold one array, '
+                        f'or a value on each line') from None
     except (ValueError, RecursionError) as e:
         raise UserError(f'{path} is not JSON: {e}') from None
 
@@ -349,9 +356,16 @@ def find_dialect(head, is_whole, suffix):
 # --- Columns --------------------------------------------------------------------------------------
 
 def is_header(row):
-    """Whether a row has several fields, and one of them is the usual name of a column."""
+    """Whether a row has several fields, and they are usual names of columns: one of them, or of
+    languages all.
+
+    >>> is_header(['id', 'x']), is_header(['en', 'de']), is_header(['en', 'hello'])
+    (True, True, False)
+    """
     known = {*SOURCE_NAMES, *TARGET_NAMES, *OTHER_NAMES}
-    return len(row) >= 2 and any(normalized(cell) in known for cell in row)
+    one_is_known = any(known & set(words_of(cell)) for cell in row)
+    all_are_languages = all(normalized(cell) in LANGUAGES for cell in row)
+    return len(row) >= 2 and (one_is_known or all_are_languages)
 
 
 def normalized(name):
@@ -361,6 +375,22 @@ def normalized(name):
     'question'
     """
     return str(name).strip().lower()
+
+
+def words_of(name):
+    """What a column's name says: the name itself and, if it has several words but no space, these.
+
+    >>> words_of('Question'), words_of('best_answer'), words_of('question text')
+    (['question'], ['best', 'answer'], ['question text'])
+    >>> words_of('inputText'), words_of('text1')
+    (['input', 'text'], ['text'])
+    """
+    name = str(name).strip()
+    if not re.fullmatch('[A-Za-z]{2}[A-Za-z0-9_-]*', name):
+        return [name.lower()]
+    spaced = re.sub('([a-z])([A-Z])', r'\1 \2', name)
+    words = re.findall('[a-z]+', spaced.lower())
+    return [word for word in words if len(word) > 1]
 
 
 def find_columns(names, wanted):
@@ -391,14 +421,23 @@ def find_pair_columns(names):
     if None not in by_name:
         return by_name
 
-    lowered = [normalized(name) for name in names]
-    sources = [i for i, name in enumerate(lowered) if name in SOURCE_NAMES]
-    targets = [i for i, name in enumerate(lowered) if name in TARGET_NAMES]
-    if len(sources) == 1 and len(targets) == 1:
-        return [sources[0], targets[0]]
-    if len(names) == 2 and not sources and not targets:
+    exact = [{normalized(name)} for name in names]
+    in_words = [set(words_of(name)) for name in names]
+    for meanings in (exact, in_words):   # best_answer is as good as answer, but not beside it
+        ids = [i for i, meaning in enumerate(meanings) if meaning & set(ID_NAMES)]
+        sources = indices_of(meanings, SOURCE_NAMES, ids)
+        targets = indices_of(meanings, TARGET_NAMES, ids)
+        if len(sources) == 1 and len(targets) == 1:
+            return [sources[0], targets[0]]
+    if len(names) == 2 and not ids and not sources and not targets:
         return [0, 1] if is_header(names) else None
-    if len(names) == 2 and len(sources) + len(targets) == 1:   # the other one is the other side
+    if len(names) == 2 and not ids and len(sources) + len(targets) == 1:
         source = sources[0] if sources else 1 - targets[0]
-        return [source, 1 - source]
+        return [source, 1 - source]   # the other one is the other side
     raise ValueError(', '.join(map(str, names)))
+
+
+def indices_of(meanings, known, excluded):
+    """The numbers of the columns that mean something known, but for those excluded."""
+    found = [i for i, meaning in enumerate(meanings) if meaning & set(known)]
+    return [i for i in found if i not in excluded]

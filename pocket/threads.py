@@ -238,6 +238,8 @@ def describe_crowding():
     """A sentence for the user if other programs slow this one down, else None."""
     if monitor is None or not monitor.crowded:
         return None
+    if monitor.load.others < ALONE_AGAIN:  # our own threads are in each other's way
+        return None
     busy = max(monitor.load.others, monitor.load.waiting)
     text = (f'other programs use {busy:.1f} of the {monitor.num_cores} CPU cores, which slows this '
             f'one down')

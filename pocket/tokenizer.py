@@ -43,7 +43,7 @@ from itertools import chain
 
 import numpy as np
 
-from pocket.errors import UserError
+from pocket.errors import UserError, short_repr
 
 # The names that make_tokenizer() takes, besides those of tiktoken's encodings
 TOKENIZER_NAMES = ('char', 'byte', 'bpe', 'sentencepiece', 'sentencepiece_unigram')
@@ -723,8 +723,8 @@ class BpeTokenizer(BytePairTokenizer):
             left, _, right = merge.partition(' ')
             known = left in token_bytes and right in token_bytes
             if not known or left + right in token_bytes:
-                raise ValueError(f'merge {number} of the bpe tokenizer, {merge!r}, does not join '
-                                 'two earlier tokens into a new one')
+                raise ValueError(f'merge {number} of the bpe tokenizer, {short_repr(merge)}, does '
+                                 'not join two earlier tokens into a new one')
             token_bytes[left + right] = token_bytes[left] + token_bytes[right]
 
         super().__init__(token_bytes.values(), special_tokens)
@@ -1213,7 +1213,7 @@ def tokenizer_from_dict(d):
 
     kind = d['kind']
     if not isinstance(kind, str) or kind not in TOKENIZER_KINDS:
-        raise ValueError(f'unknown kind of tokenizer {kind!r}: this version knows '
+        raise ValueError(f'unknown kind of tokenizer {short_repr(kind)}: this version knows '
                          f'{", ".join(TOKENIZER_KINDS)}')
 
     # d comes from a file, and can be anything

@@ -8,6 +8,7 @@ import math
 import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -183,18 +184,26 @@ def check_dataset_fits(meta, tok, folder, config, explicit, state):
     check_bleu_options(config, meta)
 
 
-def check_same_data(state, splits, folder):
+def check_same_data(state, splits, config, resuming):
     """Raise UserError if a run is resumed on another text than it was trained on so far.
 
-    splits: {name: Split}. Checkpoints of earlier versions don't say what text that was.
+    If it is only evaluated, on a dataset of the same name, say so. splits: {name: Split}.
+    Checkpoints of earlier versions don't say what text that was.
     """
     saved = state.get('data')
     if not isinstance(saved, dict):
         return
     for name, split in splits.items():
-        if saved.get(name, split.fingerprint) != split.fingerprint:
-            raise UserError(f'{split.path} is not what this run was trained on: {folder} was '
-                            f'prepared anew; restore it, or start a new run with another --out_dir')
+        # earlier versions took the digest of the .bin alone, which is what ours begins with
+        before = saved.get(name, '')
+        if isinstance(before, str) and split.fingerprint.startswith(before):
+            continue
+        problem = f'{split.path} is not what this run was trained on: it was prepared anew'
+        if resuming:
+            raise UserError(f'{problem}; restore it, or start a new run with another --out_dir')
+        if state['config'].get('dataset') == config['dataset']:
+            print(f'warning: {problem}, and what is val now may be text that the run has learned')
+        return
 
 
 def open_split(folder, meta, split, config, tok, template):
@@ -344,6 +353,11 @@ class StopSignals:
         self.received = self.agreed = LOST_DATA
         self.problem = str(error)
 
+    def handle_damaged_data(self, error):
+        """The data turns out to be damaged, which may be known to this process alone."""
+        self.received = self.received or LOST_DATA
+        self.problem = str(error)
+
     def handle(self, number, frame):
         """The first signal asks for a stop, the second stops at once.
 
@@ -370,6 +384,22 @@ class StopSignals:
             print(f'train.py: {self.problem}; saved at step {step}; {what_next}', file=sys.stderr)
         else:
             print(f'stopped by {self.agreed} at step {step}; {what_next}', flush=True)
+
+
+def verify_in_background(splits, signals):
+    """Check large files while training has begun: if one is damaged, the run saves and stops.
+
+    One process does it for all.
+    """
+    def verify():
+        for split in splits:
+            try:
+                split.verify()
+            except UserError as e:
+                signals.handle_damaged_data(e)
+
+    if distributed.master_process:
+        threading.Thread(target=verify, daemon=True).start()  # daemon: our end does not wait for it
 
 
 def synchronize(signals, seconds, loss=0.0):

@@ -13,6 +13,7 @@ The model learns what the assistant says, in every turn of a conversation, and w
 """
 import glob
 import json
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -180,4 +181,4 @@ write_chats(folder, tok, template, encoded, source, how_split)
 learned = sum(int((mask & 1).sum()) for _, mask in encoded['train'])
 print(f'{learned:,} of the {sum(len(ids) for ids, _ in encoded["train"]):,} ids in train are '
       f'learned: what the assistant says')
-print_next_step(f'--dataset={name}', data_dir)
+print_next_step(f'--dataset={shlex.quote(name)}', data_dir)

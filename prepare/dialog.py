@@ -13,6 +13,7 @@ only where it comes first, in train, val or test; so does a pair. meta.json coun
 """
 import json
 import re
+import shlex
 import sys
 import zipfile
 import zlib
@@ -296,4 +297,4 @@ how_split = 'official, without the dialogs and pairs that an earlier split has'
 write_pairs(folder, tok, pairs, source, how_split, TEMPLATE)
 for corpus in corpora_used:
     print(LICENSES[corpus])
-print_next_step(f'--dataset={name}', data_dir)
+print_next_step(f'--dataset={shlex.quote(name)}', data_dir)

@@ -20,6 +20,7 @@ train moves to train. meta.json says how many did, and how many pairs were dropp
 import csv as csv_module
 import io
 import re
+import shlex
 import sys
 from collections import Counter
 from itertools import groupby
@@ -274,4 +275,4 @@ source = {
     'dropped': dropped,
 }
 write_pairs(folder, tok, splits, source, how_split, template)
-print_next_step(f'--dataset={name}', data_dir)
+print_next_step(f'--dataset={shlex.quote(name)}', data_dir)

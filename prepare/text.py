@@ -15,6 +15,7 @@ import glob
 import hashlib
 import itertools
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -119,6 +120,11 @@ def find_files():
     return list(files.values())
 
 
+def refuse_folder(error):
+    """Called for a folder that can't be read: to leave it out would be a guess."""
+    raise UserError(f'cannot read {error.filename}: {error.strerror}')
+
+
 def find_in_folder(folder, kinds):
     """The files of these kinds in a folder and its subfolders, without hidden ones.
 
@@ -128,15 +134,17 @@ def find_in_folder(folder, kinds):
     found = []
     others = collections.Counter()
     visited = set()
-    for name, folders, names in os.walk(folder, followlinks=True):
+    for name, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
         if os.path.realpath(name) in visited:   # a link to a folder that contains it, or another
             folders.clear()
             continue
         visited.add(os.path.realpath(name))
         folders[:] = sorted(part for part in folders if not part.startswith('.'))
         for path in (Path(name, part) for part in names if not part.startswith('.')):
-            if path.suffix.lower() in kinds:
+            if path.suffix.lower() in kinds and path.is_file():
                 found.append(path)
+            elif not path.is_file():
+                others['broken link or special file'] += 1
             else:
                 others[f'{path.suffix or "file without a suffix"}'] += 1
     return found, others
@@ -171,7 +179,8 @@ def choose_columns(path, header):
             columns = find_pair_columns(header)
         except ValueError:
             raise UserError(f'{path} does not say which columns are source and target: it has '
-                            f'{listed}; name two, such as --field={",".join(header[:2])}') from None
+                            f'{listed[:200]}; name two with --field=SOURCE,TARGET, or add a first '
+                            f'line with their names if it lacks one') from None
         if columns is None:
             say(f'{path} does not name source and target: the first two columns are taken, from '
                 'the first line on')
@@ -218,7 +227,8 @@ def say_what_is_read(path, names, columns):
 
 def read_json_rows(path):
     """read_rows() of a .json, .jsonl or .ndjson file."""
-    keys = None   # of the texts to read, as the first good row spells them
+    keys = None       # of the texts to read, as the first row that has them spells them
+    is_said = False   # whether we have said which these are
     for number, record in read_records(path, report_bad_row):
         if is_list_of_texts(record, len(fields)):   # without names
             yield record if pairs else [record]
@@ -226,6 +236,10 @@ def read_json_rows(path):
         if isinstance(record, dict) and keys is None:
             keys = choose_keys(path, number, record)
         if keys and isinstance(record, dict) and all(isinstance(record.get(k), str) for k in keys):
+            if not is_said:
+                names = list(record)
+                say_what_is_read(path, names, [names.index(key) for key in keys])
+                is_said = True
             yield [record[key] for key in keys]
             continue
         missing = ' and '.join(keys or fields)
@@ -261,7 +275,6 @@ def choose_keys(path, number, record):
         columns = find_columns(names, fields)
         if None in columns:
             return None
-    say_what_is_read(path, names, columns)
     return [names[i] for i in columns]
 
 
@@ -487,4 +500,4 @@ if pairs:
     prepare_pairs(folder)
 else:
     prepare_documents(folder)
-print_next_step(f'--dataset={name}', data_dir)
+print_next_step(f'--dataset={shlex.quote(name)}', data_dir)

@@ -108,6 +108,31 @@ def test_telegram(tmp_path):
     assert got == [[user('Hi Bob'), assistant('see http://x.y'), user('ok'), assistant('bye')]]
 
 
+def test_a_telegram_export_of_all_chats_may_have_some_without_me(tmp_path):
+    def chat(*said):
+        return {'messages': [{'type': 'message', 'from': name, 'text': text,
+                              'date': '2024-05-01T10:00:00+02:00'} for name, text in said]}
+
+    chats = [chat(('Bob', 'Hi'), ('Ann', 'Ho')), chat(('News', 'Rain')), chat(('Carl', 'a'), ('Ann', 'b'))]
+    got = read(tmp_path, 'all.json', json.dumps({'chats': {'list': chats}}), me='Ann')
+    assert got == [[user('Hi'), assistant('Ho')], [user('a'), assistant('b')]]
+
+
+@pytest.mark.parametrize('chats', [None, [5], [{'messages': None}], [{'messages': [5]}]])
+def test_a_broken_telegram_export_is_a_sentence(tmp_path, chats):
+    content = json.dumps({'chats': {'list': chats}})
+    if chats is not None:
+        with pytest.raises(UserError, match='chat 1.*--skip_bad'):
+            read(tmp_path, 'all.json', content, me='Ann')
+    assert read(tmp_path, 'all.json', content, me='Ann', skip_bad=True) == []
+
+
+def test_parts_of_a_message_that_are_no_text_are_left_out(tmp_path):
+    parts = [{'type': 'image_url'}, {'text': 'What '}, None, 3, {'text': None}, 'is this?']
+    content = json.dumps({'messages': [user(parts), assistant('A lamp.')]})
+    assert read(tmp_path, 'a.jsonl', content) == [[user('What is this?'), assistant('A lamp.')]]
+
+
 @pytest.mark.parametrize('line, message', [
     ('{"messages": [', 'line 2'),
     ('{"messages": [{"role": "wizard", "content": "Hi"}]}', 'wizard'),
@@ -345,6 +370,12 @@ def test_transcript_with_blank_lines_has_several_conversations(tmp_path):
     got = read(tmp_path, 'a.txt', text)
     assert got[0] == [user('One?'), assistant('Yes.')]
     assert [message['content'] for message in got[1][:2]] == ['Two?\nNote: this is his', 'No.']
+
+
+def test_a_conversation_of_a_transcript_may_be_without_me(tmp_path):
+    text = 'Bob: Hi.\nAnn: Ho.\nBob: Fine.\nAnn: Good.\n\nBob: Anybody?\nBob: No?\n'
+    got = read(tmp_path, 'a.txt', text, me='Ann')
+    assert got == [[user('Hi.'), assistant('Ho.'), user('Fine.'), assistant('Good.')]]
 
 
 @pytest.mark.parametrize('text', ['no conversation at all\n', '', '\n\n'])

@@ -5,6 +5,7 @@ have brought to light.
     pytest -n 0 tests/test_fault_injection.py               under a minute
     pytest -n 0 -m slow tests/test_fault_injection.py       all, many trials: a quarter of an hour
 """
+import json
 import os
 import shlex
 import shutil
@@ -24,8 +25,8 @@ import fault_injection
 from conftest import TINY, make_toy, read_log, same, same_run
 from fault_helpers import Lab, SlowServer, server
 
-from pocket import data, datasets, files, plot
-from pocket.errors import Output, UserError
+from pocket import data, datasets, files, plot, training
+from pocket.errors import Output, OutputError, UserError
 from pocket.tokenizer import ByteTokenizer
 
 
@@ -308,13 +309,73 @@ def test_mapped_file_that_is_replaced_or_changed(tmp_path, monkeypatch):
     assert data.Stream(folder, meta, 'train', 16, 4).fingerprint != fingerprint
 
 
-def test_run_whose_mapped_file_is_shortened_saves_first(project):
+def test_large_file_that_is_damaged_is_noticed(tmp_path, monkeypatch):
+    """It is not read whole when it is opened: verify() does that."""
+    datasets.write_stream(tmp_path / 'x', ByteTokenizer(), [1] * 100, [2] * 100, {}, 'none')
+    meta = data.load_meta(tmp_path / 'x')
+    monkeypatch.setattr(data, 'IN_MEMORY', 100)
+    path = tmp_path / 'x' / 'train.bin'
+    stream = data.Stream(tmp_path / 'x', meta, 'train', 16)
+    stream.verify()
+
+    content = bytearray(path.read_bytes())
+    content[99] ^= 1
+    (tmp_path / 'other').write_bytes(content)
+    os.replace(tmp_path / 'other', path)
+    stream.verify()  # the file that it has open is still right
+    stream = data.Stream(tmp_path / 'x', meta, 'train', 16)
+    with pytest.raises(UserError, match='train.bin is not what was prepared'):
+        stream.verify()
+
+
+def test_same_ids_in_other_pairs_are_other_data(tmp_path, capsys):
+    fingerprints = []
+    for number, pairs in enumerate(([('ab', 'cd'), ('e', 'f')], [('ab', 'c'), ('de', 'f')])):
+        tok = ByteTokenizer(('bos', 'eos'))
+        ids = [([*source.encode()], [*target.encode()]) for source, target in pairs]
+        folder = tmp_path / str(number)
+        datasets.write_pairs(folder, tok, {'train': ids, 'val': ids}, {}, 'none')
+        meta = data.load_meta(folder)
+        split = data.Pairs(folder, meta, 'train', [tok.decoder_start_id], 16)
+        fingerprints.append(split.fingerprint)
+    capsys.readouterr()
+    first, second = fingerprints
+    assert first != second and first.split()[0] == second.split()[0]
+
+    older = {'data': {'train': first.split()[0]}}  # this is all that earlier versions wrote
+    training.check_same_data(older, {'train': split}, {}, resuming=True)
+    state = {'data': {'train': first}, 'config': {'dataset': 'x'}}
+    with pytest.raises(UserError, match='is not what this run was trained on'):
+        training.check_same_data(state, {'train': split}, {'dataset': 'x'}, resuming=True)
+
+    training.check_same_data(state, {'train': split}, {'dataset': 'another'}, resuming=False)
+    assert capsys.readouterr().out == ''
+    training.check_same_data(state, {'train': split}, {'dataset': 'x'}, resuming=False)
+    assert 'may be text that the run has learned' in capsys.readouterr().out
+
+
+def endless_run_on_a_large_file(project, **meta_entries):
+    """Start a run on a file that is too large to be read at once; returns its path, the process."""
     path = project.root / 'data' / 'toy' / 'train.bin'
-    os.truncate(path, 2**28 + 2)  # sparse: it takes no room, and is too large to be read at once
-    meta = project.root / 'data' / 'toy' / 'meta.json'
-    meta.write_text(meta.read_text().replace('5000', str(2**27 + 1)))
+    os.truncate(path, 2**28 + 2)  # sparse: it takes no room
+    meta_path = project.root / 'data' / 'toy' / 'meta.json'
+    meta = json.loads(meta_path.read_text().replace('5000', str(2**27 + 1)))
+    meta_path.write_text(json.dumps({**meta, **meta_entries}))
     endless = ['--max_iters=100000', '--eval_interval=100000', '--log_interval=1']
-    process = project.start('train.py', *TINY, *endless, '--out_dir=out/toy')
+    return path, project.start('train.py', *TINY, *endless, '--out_dir=out/toy')
+
+
+def test_run_whose_large_file_is_damaged_saves_and_stops(project):
+    _, process = endless_run_on_a_large_file(project, files={'train.bin': 64 * '0'})
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'train.bin is not what was prepared' in err and 'saved at step' in err
+    assert len(err.splitlines()) == 1
+    assert project.checkpoint('toy')['step'] >= 0
+
+
+def test_run_whose_mapped_file_is_shortened_saves_first(project):
+    path, process = endless_run_on_a_large_file(project)
     assert any(line.startswith('step 5:') for line in iter(process.stdout.readline, ''))
     os.truncate(path, 2**28)
     _, err = process.communicate(timeout=60)
@@ -352,6 +413,18 @@ def test_full_disk_under_stdout_is_a_sentence(project, command):
 def test_reader_that_leaves_is_no_error(project):
     done = run_in_shell(project, 'python train.py --help=all | head -n 1')
     assert done.returncode == 0 and done.stderr == '' and done.stdout
+
+
+def test_failing_output_is_not_taken_for_a_failing_file(tmp_path, monkeypatch):
+    """What a script prints while it writes a dataset."""
+    with open('/dev/full', 'w', encoding='utf-8') as full:
+        output = Output(full)
+        monkeypatch.setattr(sys, 'stdout', output)
+        tok = ByteTokenizer()
+        with pytest.raises(OutputError, match='^cannot write to stdout: No space left on device$'):
+            datasets.write_stream(tmp_path / 'x', tok, [1] * 9000, [2], {'source': 'x' * 9000}, '')
+            output.flush()
+    assert (tmp_path / 'x' / 'meta.json').is_file()
 
 
 def test_output_that_fails_is_told_once():

@@ -446,7 +446,7 @@ def test_a_corrupt_tokenizer_is_refused(tmp_path, tokenizer_folder, content, mes
 
 def test_a_missing_tokenizer_is_refused(tmp_path, tokenizer_folder):
     folder = copy_without(tokenizer_folder, tmp_path / 'copy', 'tokenizer.json')
-    with pytest.raises(UserError, match='has 512 ids of its own, but no tokenizer.json .*none'):
+    with pytest.raises(UserError, match='has 512 ids of its own, but no tokenizer.json'):
         pretrained.load_tokenizer(folder)
 
 

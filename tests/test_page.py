@@ -517,7 +517,7 @@ def test_conversation_in_a_browser(tmp_path, chromium):
     target = tmp_path / 'bot.html'
     links = [('Bard', 'bard.html'), ('Code', page.CODE)]
     page.export_page(model, tok, TEMPLATE, target, weights='float32', links=links, about='A bot.',
-                     examples=['Hi.'])
+                     examples=['Hi.'], settings={'temperature': 0.5})
     chat = ChatModel(model, tok, TEMPLATE, temperature=0.0, top_k=None, max_new_tokens=12)
     replied = [chat('Hi.').strip()]
     replied.append(chat('Bye.', turns=[('you', 'Hi.'), ('bot', replied[0])]).strip())
@@ -525,6 +525,7 @@ def test_conversation_in_a_browser(tmp_path, chromium):
     tab = Tab(chromium, target, color_scheme='dark')
     assert tab.page.get_attribute('#links a', 'href') == 'bard.html'  # the only one, from a file
     assert tab.page.inner_text('#hello') == 'A bot.'
+    assert tab.page.input_value('#temperature') == '0.5'
     tab.set('temperature', 0)
     tab.set('max_new_tokens', 12)
     tab.page.click('#examples button')

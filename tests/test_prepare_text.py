@@ -374,8 +374,10 @@ def test_links_to_folders_are_followed_once(project, tmp_path):
     (folder / 'link').symlink_to(elsewhere)
     (folder / 'again').symlink_to(elsewhere)
     (elsewhere / 'back').symlink_to(folder)
+    (folder / 'dead.txt').symlink_to(tmp_path / 'nothing')
     out, _ = project.run('prepare/text.py', f'--input={folder}', '--tokenizer=byte')
-    assert '20 documents' in out and '0 duplicates' in out and 'not read: 1 .png' in out
+    assert '20 documents' in out and '0 duplicates' in out and 'not read: ' in out
+    assert '1 .png' in out and '1 broken link or special file' in out
 
 
 def test_default_size_of_sentencepiece_suits_chinese(project, tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from pocket import pretrained
 from pocket.errors import UserError
-from pocket.tokenizer import BpeTokenizer
+from pocket.tokenizer import BpeTokenizer, make_tokenizer
 
 IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
 
@@ -660,10 +660,12 @@ def test_a_gpt2_with_a_tokenizer_of_its_own_is_read(tmp_path, files, rows):
 
 def test_a_folder_of_gpt2s_size_with_another_tokenizer_is_refused(tmp_path, capsys):
     """BERT's vocab.txt, a sentencepiece model: never guessed to be GPT-2's."""
-    for number, file in enumerate(['vocab.txt', 'spiece.model', 'merges.txt']):
+    files = {'vocab.txt': 'a\nb\n', 'spiece.model': 'a\nb\n', 'merges.txt': 'a\nb\n',
+             'dict.txt': 'a 1\n', 'tokenizer_config.json': '{"tokenizer_class": "BertTokenizer"}'}
+    for number, (file, content) in enumerate(files.items()):
         folder = make_tokenizer_folder(tmp_path / str(number))
-        (folder / file).write_text('a\nb\n', encoding='utf-8')
-        message = f'has 50257 ids of its own, but no tokenizer.json .*only {file}.*save_pretrained'
+        (folder / file).write_text(content, encoding='utf-8')
+        message = f'has 50257 ids of its own, but no tokenizer.json .*only .*{file}.*save_pretrained'
         with pytest.raises(UserError, match=message):
             pretrained.load_tokenizer(folder)
 
@@ -683,6 +685,30 @@ def test_shakespeare_in_gpt2s_tokens_is_as_long_as_nanogpts(tmp_path, gpt2_token
     text = SHARED / 'tinyshakespeare.txt'
     out, _ = project.run('prepare/shakespeare_gpt2.py', f'--input={text}')
     assert '301,966 train and 36,059 val ids' in out  # nanoGPT's data/shakespeare
+
+
+def test_a_bpe_like_ours_keeps_the_ends_and_the_template_of_its_folder(tmp_path):
+    """It is read as ours only if nothing gets lost: ours has one id that ends a text."""
+    tok = make_tokenizer('bpe', [toy_text(2000)], vocab_size=300, special_tokens=('eos', 'end'))
+    eos, end = tok.special_tokens.values()
+    (tmp_path / 'tokenizer.json').write_text(tok.tokenizer_json(), encoding='utf-8')
+
+    def write(name, content):
+        (tmp_path / name).write_text(json.dumps(content), encoding='utf-8')
+
+    write('config.json', {'vocab_size': tok.vocab_size})
+    assert type(pretrained.load_tokenizer(tmp_path)) is type(tok)
+
+    for ids in ([eos], [end], [end, eos]):
+        write('generation_config.json', {'eos_token_id': ids})
+        found = pretrained.load_tokenizer(tmp_path)
+        assert found.eos_ids == ids
+        assert (type(found) is type(tok)) == (ids == [eos])
+
+    write('generation_config.json', {'eos_token_id': eos})
+    write('tokenizer_config.json', {'chat_template': '{{ messages[0].content }}<|end|>'})
+    text = pretrained.load_template(tmp_path).render([{'role': 'user', 'content': 'ba'}])
+    assert pretrained.load_tokenizer(tmp_path).encode_with_specials(text) == [*tok.encode('ba'), end]
 
 
 @pytest.mark.parametrize('tied', [True, False])

@@ -298,8 +298,8 @@ def test_one_generation_at_a_time(slow):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """The server disconnects whoever keeps it waiting for half a second."""
-    monkeypatch.setattr(server_module, 'SLOW_CLIENT_SECONDS', 0.5)
+    """The server disconnects whoever keeps it waiting for a quarter of a second."""
+    monkeypatch.setattr(server_module, 'SLOW_CLIENT_SECONDS', 0.25)
 
 
 def connect(slow):
@@ -740,7 +740,7 @@ def test_page_asks_for_the_key(chromium, trained):
             page.wait_for_selector('#lock_error:not(:empty)')
         page.fill('#key', 'open&sesame')
         page.click('#unlock')
-        page.wait_for_selector('#lock', state='hidden')
+        tab.wait_for('model && document.getElementById("lock").hidden')
         assert page.inner_text('h1') == 'toy'
         page.fill('#text', 'ba')
         page.click('#send')

@@ -132,6 +132,7 @@ def test_halves_of_surrogate_pairs_are_replaced(tmp_path):
     ('x.txt', '{"source": "a", "target": "b"}\n{"source": "c", "target": "d"}\n', 'json'),
     ('x.txt', 'Hi\tHello, you\nBye, then\tSee you\n', 'table'),
     ('x.dat', 'question,answer\nx,y\n', 'table'),
+    ('x.dat', 'English;French\nx, y;z\n', 'table'),
     ('x.csv', '{"source": "a", "target": "b"}\n', 'json'),
     ('x.tsv', 'a\tb\n', 'table'),
 ])
@@ -161,12 +162,20 @@ def test_prose_is_no_table_of_pairs(tmp_path):
     ('input,source,target', [1, 2]),
     ('question,Reply text', [0, 1]),
     ('Hi there,Hello', None),
+    ('question,best_answer,category', [0, 1]),
+    ('question_id,questionText,answer_text', [1, 2]),
+    ('question,best_answer,answer', [0, 2]),
+    ('en,de', [0, 1]),
+    ('text1,text2', [0, 1]),
 ])
 def test_columns_of_pairs(names, columns):
     assert find_pair_columns(names.split(',')) == columns
 
 
-@pytest.mark.parametrize('names', ['a1,b,c', 'instruction,input,output', 'source', 'question,id,x'])
+@pytest.mark.parametrize('names', [
+    'a1,b,c', 'instruction,input,output', 'source', 'question,id,x', 'id,text', 'question,question_id',
+    'id,en,de', 'question,question,answer',
+])
 def test_columns_that_are_not_clear(names):
     with pytest.raises(ValueError):
         find_pair_columns(names.split(','))

@@ -110,6 +110,14 @@ def test_what_the_user_has_set_remains(clocks, no_teams, monkeypatch):
         "OMP_WAIT_POLICY=ACTIVE: try OMP_WAIT_POLICY=passive python train.py '--dataset=a b'")
 
 
+def test_others_are_not_blamed_for_our_own_threads(clocks, no_teams, monkeypatch):
+    monitor = Monitor(num_threads=2, num_cores=2, may_act=True)
+    clocks.append(Clocks(wall=1, own=2.0, all=2.0, waiting=0.9))
+    monitor.look()
+    monkeypatch.setattr(threads, 'monitor', monitor)
+    assert monitor.crowded and threads.describe_crowding() is None
+
+
 @pytest.mark.parametrize('files, expected', [
     ({'cpu.max': '150000 100000\n'}, 1.5),
     ({'cpu.max': 'max 100000\n'}, None),

@@ -255,7 +255,7 @@ def test_label_smoothing_is_for_training_only(project):
 def test_early_stopping_keeps_the_best(project):
     project.train(
         '--patience=2', '--max_iters=400', '--eval_interval=20', '--learning_rate=0.03',
-        '--dropout=0',
+        '--dropout=0', '--gradient_accumulation_steps=1',
     )
     rows = log_rows(project.root / 'out' / 'toy')
     losses = [float(row['val_loss']) for row in rows]
