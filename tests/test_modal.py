@@ -130,7 +130,7 @@ class Cloud(Project):
         self.write('.git/config')
         self.write('tests/test_x.py')
         self.write('.venv/x.py')
-        self.write('config/mine/deep.py')
+        self.write('prepare/__pycache__/toy.pyc')
 
     def write(self, name, text=''):
         path = self.root / name
