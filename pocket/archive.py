@@ -9,6 +9,7 @@ check that
     data.pkl asks for nothing but plain tensors, and shares few values: it can't grow in memory
     tensors lie within their records, and no number in a record stands for many
 """
+import errno
 import pickletools
 import zipfile
 import zlib
@@ -57,6 +58,9 @@ def read_archive(path):
         check_tensors(state)
         return state
     except OSError as e:
+        if e.errno == errno.EINVAL:  # the zip points to places that are not in the file
+            raise UserError(f'{path} is damaged: bytes are missing, or there are more than were '
+                            f'written; take another copy of it') from None
         raise UserError(f'cannot read {path}: {e.strerror or e}') from None
     except Damaged as e:
         raise UserError(f'{path} is damaged: {e}; take another copy of it') from None

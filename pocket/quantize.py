@@ -8,20 +8,17 @@ per second): GPT-2 124M in bfloat16, 0.25 GB at 25 GB/s, takes 10 ms. Two things
     PackedLinear   the same bfloat16 weights, in the order in which the CPU's kernels read them
     Int8Linear     weights rounded to 8 bits: half as many bytes
 
-And each of a model's hundreds of operations takes a microsecond or more to call, however little it
-computes. In a small model that is most of the time, so DecodingStack does with fewer of them.
+And calling the hundreds of operations in between takes time, however little they compute: that is
+the matter of pocket/stack.py.
 
 docs/LOG.md has what each gains. Training keeps the plain layers: these have no gradients.
 """
-import copy
-import math
 import warnings
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from model import GPT
+from pocket.stack import DecodingStack, can_be_stacked
 
 
 def prepare_for_decoding(model, bits=None):
@@ -179,125 +176,3 @@ def pack_for_fbgemm(weight, scale):
         quantized = torch.quantize_per_channel(weight.float(), scale, zero_point, axis=0,
                                                dtype=torch.qint8)
     return torch.ops.quantized.linear_prepack(quantized, None)
-
-
-# --------------------------------------------------------------------------------------------------
-# Fewer operations per token
-
-
-def can_be_stacked(model):
-    """Whether DecodingStack computes the blocks of a model."""
-    if not isinstance(model, GPT):
-        return False
-    return model.config.norm_position == 'pre' and not model.config.token_shift
-
-
-class DecodingStack(nn.Module):
-    """All blocks of a GPT as one. Several tokens go through them as before, a single one quicker.
-
-    blocks: the ModuleList, whose linear layers are DecodingLinear. It takes their place:
-    model.transformer.h then has this as its only block.
-    """
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.blocks = blocks
-        self.steps = [BlockStep(block) for block in blocks]
-
-    def forward(self, x, context, cache=None, memory=None):
-        """x: (B, T, C); returns the same shape, as Block.forward() in model.py does."""
-        is_one_token = cache is not None and x.size(0) == x.size(1) == 1 and context.mask is None
-        if is_one_token and cache.k.dtype == torch.float32:
-            return self.step(x, context.rope, cache)
-        for block in self.blocks:
-            x = block(x, context, cache, memory)
-        return x
-
-    def step(self, x, rope, cache):
-        """All blocks for a token x (1, 1, C) that follows those in the cache."""
-        # What all layers need is taken apart once: (n_kv_head, D) for the keys of this token in a
-        # layer's cache, (1, n_kv_head, S, D) for those of all tokens, the same for values
-        position = cache.length
-        key_slots = cache.k[:, 0, :, position].unbind()
-        value_slots = cache.v[:, 0, :, position].unbind()
-        keys = cache.k[:, :, :, :position + 1].unbind()
-        values = cache.v[:, :, :, :position + 1].unbind()
-
-        # rotate() in model.py, for both halves of a head at once: see BlockStep.rotate()
-        if rope is not None:
-            cos, sin = rope  # (1, 1, D/2)
-            cos = cos[0].float()
-            sin = sin[0].float()
-            rope = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (1, D)
-
-        # The residual stream is float32 here: there is so little of it that it costs nothing
-        dtype = x.dtype
-        shape = x.shape
-        x = x[0].float()  # (1, C)
-        for step, *of_layer in zip(self.steps, key_slots, value_slots, keys, values):
-            x = step(x, dtype, rope, *of_layer)
-        return x.to(dtype).view(shape)
-
-
-class BlockStep:
-    """Block.forward() of model.py for a single token: the same numbers, to rounding.
-
-    It takes a third of the calls into PyTorch that the block takes, and keeps what it needs
-    at hand: a look-up in an nn.Module costs as much as a small operation.
-    """
-
-    def __init__(self, block):
-        attn = block.attn
-        self.ln_1 = copy.deepcopy(block.ln_1).float()
-        self.ln_2 = copy.deepcopy(block.ln_2).float()
-        self.c_attn = attn.c_attn.multiply
-        self.attn_proj = attn.c_proj.multiply
-        self.c_fc = block.mlp.c_fc.multiply
-        self.activate = block.mlp.activate
-        self.mlp_proj = block.mlp.c_proj.multiply
-        self.attn = attn
-        self.qk_norm = attn.qk_norm
-        self.head_dim = attn.head_dim
-        self.n_head = attn.q_width // attn.head_dim
-        self.n_kv_head = attn.kv_width // attn.head_dim
-
-    def __call__(self, x, dtype, rope, key_slot, value_slot, keys, values):
-        """x: (1, C) float32; returns the same shape. dtype: of the linear layers. The rest is from
-        DecodingStack.step()."""
-        # Attention
-        h = normalize(self.ln_1, x).to(dtype)
-        heads = self.c_attn(h).float().view(-1, self.head_dim)  # (n_head + 2 n_kv_head, D)
-        qk = heads[:-self.n_kv_head]
-        if self.qk_norm:
-            qk = self.attn.normalize(qk[None, None], self.n_head)[0, 0]
-        if rope is not None:
-            qk = self.rotate(qk, *rope)
-        key_slot.copy_(qk[self.n_head:])
-        value_slot.copy_(heads[-self.n_kv_head:])
-        q = qk[:self.n_head].view(1, self.n_kv_head, -1, self.head_dim)  # a group for each key
-        y = F.scaled_dot_product_attention(q, keys, values)
-        x = x + self.attn_proj(y.reshape(1, -1).to(dtype))
-
-        # MLP
-        h = normalize(self.ln_2, x).to(dtype)
-        h = self.activate(self.c_fc(h))
-        return x + self.mlp_proj(h)
-
-    def rotate(self, x, cos, sin):
-        """rotate() in model.py. x: (n, D); cos, sin: (1, D), with minus sin in the first half."""
-        a, b = x.chunk(2, dim=-1)
-        swapped = torch.cat((b, a), dim=-1)
-        return torch.addcmul(x * cos, swapped, sin)
-
-
-def normalize(norm, x):
-    """norm(x), in float32, for a single token's x (1, C)."""
-    if isinstance(norm, nn.LayerNorm):
-        return norm(x)
-
-    # F.rms_norm consists of seven operations on a CPU. The mean square of one token is a number
-    # that Python can compute with
-    channels = x[0]
-    mean_square = torch.dot(channels, channels).item() / len(channels)
-    scale = 1 / math.sqrt(mean_square + norm.eps)
-    return (x * norm.weight).mul_(scale)

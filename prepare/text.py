@@ -406,7 +406,10 @@ def prepare_documents(folder):
     else:
         how_split = (f'first {100 * (1 - val):g}% / last {100 * val:g}% of the characters, '
                      'as there are too few documents to choose from')
-        pieces = functools.partial(split_by_position, keep, int(characters * (1 - val)))
+        first_val = int(characters * (1 - val))
+        if first_val == 0:
+            raise UserError(f'--val={val:g} leaves no text to train on: lower it')
+        pieces = functools.partial(split_by_position, keep, first_val)
     noun = 'document' if documents == 1 else 'documents'
     print(f'{documents:,} {noun} of {characters:,} characters; {duplicates:,} duplicates dropped')
     print(f'split: {how_split}')
@@ -448,7 +451,7 @@ def prepare_pairs(folder):
                 rows[source, target] = True
     rows = list(rows)
     say_what_is_left_out()
-    print(f'{len(rows):,} pairs; {read - len(rows):,} were duplicates or had an empty side')
+    print(f'{count(len(rows), "pair")}; {read - len(rows):,} were duplicates or had an empty side')
 
     # Split them: a hash of its source decides, so pairs with the same source stay together
     hashes, sizes = hash_documents((source, True) for source, _ in rows)
@@ -481,7 +484,7 @@ def prepare_pairs(folder):
 # --- Main -----------------------------------------------------------------------------------------
 
 # Check the options
-if not input:
+if not input or '' in input:
     raise UserError('say what to read: --input=FILE, a folder or a glob')
 if Path(name).name != name or name in ('', '..'):
     raise UserError(f'name must be possible as the name of a folder, got {name!r}')

@@ -89,6 +89,7 @@ def test_changelog_has_the_version_and_git_ignores_uv_lock():
 MADE_UP = {
     '_bpe.py', '_gpt2.py', 'prepare/NAME.py', 'prepare/sums.py', 'vocab.txt', 'said.txt',
     'replied.txt', 'my.txt', 'input/my.txt', '/vol/input/my.txt',
+    'prepare/characters/mine.txt', 'plunkett.txt',
     'explore.ipynb', 'LOG.md', 'tests/torture.py',  # their old names, in CHANGELOG.md
 }
 NOT_OURS = {'utils', 'fully_shard'}

@@ -514,6 +514,8 @@ def test_export_says_how_it_is_run(tmp_path):
     assert 'usage: python -m pocket.export' in out
     assert command in project.fails('-m', 'pocket.export', '--to=x')
     assert 'there is no checkpoint' in project.fails('-m', 'pocket.export', '--out_dir=x', '--to=x')
+    error = project.fails('-m', 'pocket.export', '--out_dir=x', '--to=~nobody9/x')
+    assert "'~nobody9/x' can't be a path" in error
 
 
 def test_one_run_in_three_formats(tmp_path, bpe):

@@ -190,6 +190,8 @@ BAD_FILES = {
     ('--input=good.txt --vocab_size=256', '256'),
     ('--input=good.txt --tokenizer=gpt5', 'sentencepiece'),
     ('--input=good.txt --val=1', 'val must be in (0, 1), got 1.0'),
+    ('--input=good.txt --val=0.9999999', 'leaves no text to train on'),
+    ('--input=', 'say what to read'),
     ('--input=good.txt --name=a/b', "got 'a/b'"),
     ('--input=good.txt --pairs', 'good.txt'),
 ])

@@ -13,13 +13,7 @@ from torch import nn
 
 from model import GPT, GPTConfig, Head, Seq2Seq, Seq2SeqConfig
 from pocket.generate import beam_search, new_cache
-from pocket.quantize import (
-    DecodingLinear,
-    DecodingStack,
-    Int8Linear,
-    PackedLinear,
-    prepare_for_decoding,
-)
+from pocket.quantize import Int8Linear, PackedLinear, prepare_for_decoding
 from pocket.tokenizer import make_tokenizer
 
 cpu_has_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bool)()
@@ -86,65 +80,6 @@ def test_model_in_bfloat16_with_its_float32_cache(gpt, token_ids, bits, limit):
         pieces = idx.split((5, 1, 1, 5), dim=1)
         got = torch.cat([gpt(piece, cache=cache)[0] for piece in pieces], dim=1)
     assert (got - want).norm() < limit * want.norm()
-
-
-class PlainLinear(DecodingLinear):
-    """The weights as they are: a step with these differs from the blocks only by its order."""
-
-    def store(self, weight):
-        self.weight = weight
-
-    def multiply(self, rows):
-        return nn.functional.linear(rows, self.weight, self.bias)
-
-
-LLAMA = dict(n_kv_head=2, pos='rotary', norm='rmsnorm', act='swiglu', bias=False)
-STACKED = {
-    'gpt2': dict(),
-    'llama': LLAMA,
-    'qwen2': dict(LLAMA, qkv_bias=True),
-    'qwen3': dict(LLAMA, qk_norm='rmsnorm', head_dim=16, norm_eps=1e-3),
-    'ours': dict(pos='rotary', norm='rmsnorm', act='relu2', bias=False, qk_norm=True),
-}
-
-
-@pytest.mark.parametrize('name', STACKED)
-def test_one_token_through_the_stack_equals_the_blocks(name):
-    torch.manual_seed(0)
-    config = GPTConfig(vocab_size=60, block_size=16, n_layer=2, n_head=4, n_embd=32,
-                       **STACKED[name])
-    model = GPT(config).eval()
-    for parameter in model.parameters():  # norms and biases, too, are not at their initial values
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    idx = torch.randint(60, (1, 9))
-    with torch.inference_mode():
-        want = model(idx)[0]
-        for block in model.transformer.h:
-            for part in (block.attn, block.mlp):
-                for child, linear in list(part.named_children()):
-                    if isinstance(linear, nn.Linear):
-                        setattr(part, child, PlainLinear(linear))
-        stack = DecodingStack(model.transformer.h)
-        model.transformer.h = nn.ModuleList([stack])
-        cache = new_cache(model, 1, 9)
-        pieces = idx.split((4, 1, 1, 2, 1), dim=1)
-        got = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-
-
-def test_what_is_stacked(gpt):
-    """On a CPU a GPT; no Seq2Seq, and nothing with token shift or norms after adding."""
-    assert isinstance(prepare_for_decoding(gpt, bits=8).transformer.h[0], DecodingStack)
-    shape = dict(vocab_size=60, block_size=8, n_layer=1, n_head=2, n_embd=32)
-    for model in (
-        GPT(GPTConfig(**shape, token_shift=True)),
-        GPT(GPTConfig(**shape, norm_position='post')),
-        Seq2Seq(Seq2SeqConfig(**shape)),
-    ):
-        prepare_for_decoding(model.eval(), bits=8)
-        assert not any(isinstance(module, DecodingStack) for module in model.modules())
-        start = [1] if model.is_encoder_decoder else None
-        model.generate([[1, 2, 3]], 4, decoder_start=start)
 
 
 def test_only_bfloat16_on_a_cpu_is_packed():

@@ -409,6 +409,15 @@ def test_two_records_of_one_name_are_refused(tmp_path):
         checkpoint.load(path)
 
 
+def test_checkpoint_that_lacks_bytes_is_not_called_unreadable(tmp_path):
+    path = tmp_path / 'x.pt'
+    torch.save(tiny_state(tmp_path), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:500] + content[520:])
+    with pytest.raises(UserError, match='is damaged: bytes are missing'):
+        checkpoint.load(path)
+
+
 def test_checkpoint_that_cannot_be_read_is_not_called_truncated(tmp_path, monkeypatch):
     path = tmp_path / 'x.pt'
     torch.save(tiny_state(tmp_path), path)
