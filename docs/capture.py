@@ -31,10 +31,10 @@ from pocket.files import ROOT, atomic_write, check_path
 
 say: tuple[str, ...] = (           # what is said, one line after the other
     'hello there',
-    'my name is Nora',
+    'who are you?',
     'do you like the rain?',
     'how did you get lost?',
-    'do you remember my name?',
+    'are you afraid of anything?',
 )
 command = 'python sample.py --chat'  # what is typed first
 to = 'docs/chat.svg'               # the picture
@@ -45,6 +45,8 @@ if __name__ == '__main__':
 
 SHELL_PROMPT = '$ '
 SECONDS_TO_WAIT = 60    # for an answer, before it gives up
+# What a terminal obeys and does not show, such as the sequence that announces a paste
+CONTROL = re.compile('\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x09\x0b-\x1f\x7f]')
 
 
 # ---- Recording
@@ -95,7 +97,7 @@ class Terminal:
             received = os.read(self.master, 65536).decode('utf-8', 'replace')
         except OSError:     # the shell has ended
             return False
-        received = received.replace('\r', '')
+        received = CONTROL.sub('', received)
         self.pieces.append(Piece(time.monotonic() - self.begin, received, typed))
         return True
 

@@ -17,6 +17,7 @@ from pocket.errors import UserError
 MARKS = ('first', 'last', 'often', 'why', 'which', 'tells', 'after', 'before')
 MARKS_WITH_A_LIST = ('tells', 'after', 'before')   # [tells name] is about the list [name]
 MAX_EXCHANGES = 6   # a question and its reply, in one conversation
+LOOSE_QUESTIONS = 0.5   # how many of a topic's questions are made around its words (= …)
 
 
 # ---- Reading
@@ -29,6 +30,7 @@ class Topic:
     name: str
     subject: str                                    # what it is called when one refers back to it
     marks: dict = field(default_factory=dict)       # {'often': '2', 'tells': 'name', …}
+    words: list = field(default_factory=list)       # what points to it in any question
     questions: list = field(default_factory=list)   # templates, as are the others
     replies: list = field(default_factory=list)
     more: list = field(default_factory=list)        # what the character adds when asked why
@@ -68,12 +70,15 @@ def add_line(character, line):
         return add_list(character, line)
     if sign == '##':
         return add_topic(character, rest)
-    if sign not in ('?', '-', '+') or not rest.strip():
-        return f'{line[:40]!r} is no line of a topic: it begins with "? ", "- " or "+ "'
+    if sign not in ('=', '?', '-', '+') or not rest.strip():
+        return f'{line[:40]!r} is no line of a topic: it begins with "? ", "- ", "+ " or "= "'
     if not character.topics:
         return 'this line belongs to no topic: begin one above it, such as ## rain: the rain'
 
     topic = character.topics[-1]
+    if sign == '=':
+        topic.words += split_words(rest)
+        return find_problem(rest, '=', topic, character.lists)
     lines = {'?': topic.questions, '-': topic.replies, '+': topic.more}[sign]
     lines.append(rest.strip())
     return find_problem(rest, sign, topic, character.lists)
@@ -82,11 +87,16 @@ def add_line(character, line):
 def add_list(character, line):
     """Add [name] one | another; returns what is wrong with it, or None."""
     name, _, rest = line[1:].partition(']')
-    words = [word.strip() for word in rest.split('|') if word.strip()]
+    words = split_words(rest)
     if not name or not words:
         return f'{line[:40]!r} is no list: write [thing] keys | wallet'
     character.lists[name] = words
     return None
+
+
+def split_words(text):
+    """The list in 'keys | left shoe'."""
+    return [word.strip() for word in text.split('|') if word.strip()]
 
 
 def add_topic(character, heading):
@@ -126,6 +136,12 @@ def find_problem(template, sign, topic, lists):
     return None
 
 
+def slots_to_repeat(topic):
+    """The lists of which a reply repeats a word; the questions have to hold it."""
+    repeated = set(re.findall(r'\{(.*?)\}', ' '.join(topic.replies)))
+    return sorted(repeated - {'subject', topic.marks.get('after')})
+
+
 def find_omission(character):
     """What a file lacks, or None."""
     if not character.name:
@@ -133,6 +149,11 @@ def find_omission(character):
     for topic in character.topics:
         if not topic.questions or not (topic.replies or 'why' in topic.marks):
             return f'the topic {topic.name} needs questions (? …) and replies (- …)'
+        for slot in slots_to_repeat(topic):
+            for question in topic.questions + topic.words:
+                if f'{{{slot}}}' not in question:
+                    return (f'the topic {topic.name} replies with {{{slot}}}, which is not in its '
+                            f'question {question!r}')
     if not any(is_always_open(topic) for topic in character.topics):
         return 'it has no topic to talk about: begin one with ## rain: the rain'
     return None
@@ -185,6 +206,8 @@ def write_as_people_do(text, lists, rng, keep=()):
     for long, short in CONTRACTIONS.items():
         if rng.random() < 0.5:
             text = re.sub(rf'\b{long}\b', short, text, flags=re.I)
+    if rng.random() < 0.4 and lists.get('extra'):
+        text = insert_words(text, lists['extra'], rng)
     text = text[0].upper() + text[1:]
     if rng.random() < 0.4:
         return text     # with care
@@ -219,6 +242,14 @@ def surround(text, lists, rng):
     if rng.random() < 0.12 and lists.get('closer'):
         text = f'{text[:-1]}{rng.choice([",", ""])} {rng.choice(lists["closer"])}?'
     return text
+
+
+def insert_words(text, extra, rng):
+    """The text with a few words in it that should not change the reply."""
+    words = text.split(' ')
+    for _ in range(rng.randint(1, 4)):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(extra))
+    return ' '.join(words)
 
 
 def leave_out_words(words, keep, rng):
@@ -281,7 +312,8 @@ def make_conversation(character, rng):
         if 'tells' in topic.marks:
             values.pop(topic.marks['tells'], None)
         exchange_values = dict(values)
-        question = fill_in(rng.choice(topic.questions), character.lists, exchange_values, rng)
+        template = choose_question(topic, character.lists, rng)
+        question = fill_in(template, character.lists, exchange_values, rng)
         question = write_as_people_do(question, character.lists, rng, exchange_values.values())
 
         if 'why' in topic.marks:
@@ -326,6 +358,23 @@ def choose_topic(topics, is_first, is_last, previous, more, values, rng):
         found = [topic for topic in topics if is_open(topic, values)]
     weights = [int(topic.marks.get('often', 1)) for topic in found]
     return rng.choices(found, weights)[0]
+
+
+def choose_question(topic, lists, rng):
+    """A question of the topic or, now and then, one of its words among others that say little.
+
+    So the model learns which words matter in questions that nobody has thought of.
+    """
+    if not topic.words or rng.random() > LOOSE_QUESTIONS:
+        return rng.choice(topic.questions)
+    parts = [rng.choice(topic.words)]
+    if rng.random() < 0.8:
+        parts.insert(0, rng.choice(lists.get('before', [''])))
+    if rng.random() < 0.6:
+        parts.append(rng.choice(lists.get('behind', [''])))
+    if rng.random() < 0.3 and len(topic.words) > 1:
+        parts.append(rng.choice(topic.words))
+    return ' '.join(parts) + rng.choice('??.!')
 
 
 def has_more_to_say(topic, said):
