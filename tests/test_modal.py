@@ -181,7 +181,7 @@ def test_preempted_run_resumes_by_itself(cloud, preemption):
     # The volume was committed after checkpoints, and at the end
     committed = [files.get('out/stdlib/last.pt') for files in server.commits]
     times = [time for time in committed if time is not None]
-    assert len(set(times)) >= 3
+    assert len(set(times)) >= 2  # one that the preempted container left, one of the end
     assert committed[-1] == max(times)
 
 
