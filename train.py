@@ -123,12 +123,12 @@ from pocket.progress import Progress
 # Which run is this? A new one, one that is resumed, or one that is only evaluated
 resuming = (resume or init_from == 'resume') and not eval_only
 run_dir = training.run_folder(out_dir, dataset, sys.argv[1:], must_exist=resuming or eval_only)
-state = None
+saved = None
 state_path = init_from
 if resuming or (eval_only and init_from in ('scratch', 'resume')):
     state_path = training.run_checkpoint(run_dir, resuming, eval_only)
-    state = checkpoint.load(state_path)
-config = training.settle_options(config, explicit, __file__, state, state_path, resuming)
+    saved = checkpoint.load(state_path)
+config = training.settle_options(config, explicit, __file__, saved, state_path, resuming)
 globals().update(config)  # rebind the options above to their final values
 
 # Device and precision
@@ -138,7 +138,7 @@ torch.set_float32_matmul_precision('high')  # TF32 on CUDA, for products that st
 
 # A pretrained model's shape overrides the options
 pretrained_model = None
-if state is None and init_from != 'scratch':
+if saved is None and init_from != 'scratch':
     pretrained_model, pretrained_tok = training.load_pretrained(init_from, config, explicit)
     config = training.take_shape(config, pretrained_model)
 
@@ -146,18 +146,18 @@ if state is None and init_from != 'scratch':
 data_folder = training.prepare_data(dataset, data_dir)
 meta = load_meta(data_folder)
 tok = training.load_dataset_tokenizer(meta, data_folder)
-training.check_dataset_fits(meta, tok, data_folder, config, explicit, state)
+training.check_dataset_fits(meta, tok, data_folder, config, explicit, saved)
 template = training.dataset_template(meta)
 train_data = training.open_split(data_folder, meta, 'train', config, tok, template)
 val_split = eval_split if eval_only else 'val'
 val_data = training.open_split(data_folder, meta, val_split, config, tok, template)
-if state is not None:
-    training.check_same_data(state, {'train': train_data, val_split: val_data}, config, resuming)
+if saved is not None:
+    training.check_same_data(saved, {'train': train_data, val_split: val_data}, config, resuming)
 val_bytes = val_data.count_bytes(tok.byte_lengths())
 sample_prompt = training.encode_sample_start(tok, sample_start)
 
 # How long to train, in steps
-is_new = state is None and not eval_only
+is_new = saved is None and not eval_only
 config = training.settle_length(config, explicit, meta, train_data, is_new)
 steps_per_epoch = train_data.steps_for(1, gradient_accumulation_steps)
 max_iters = config['max_iters']
@@ -171,7 +171,7 @@ if master_process and not eval_only:
 
 # Model
 torch.manual_seed(seed)
-model_args = training.model_arguments(config, tok, state)
+model_args = training.model_arguments(config, tok, saved)
 if pretrained_model is not None:
     model = pretrained_model
     training.fit_vocabulary(model, pretrained_tok, init_from, tok, data_folder)
@@ -179,7 +179,7 @@ elif arch == 'gpt':
     model = GPT(training.checked(GPTConfig(**model_args)))
 else:
     model = Seq2Seq(training.checked(Seq2SeqConfig(**model_args)))
-if cutoffs and state is None and pretrained_model is None:
+if cutoffs and saved is None and pretrained_model is None:
     training.rank_ids_by_frequency(model, train_data)
 model.to(device)
 
@@ -193,10 +193,10 @@ scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
 # Training progress
 train_state = checkpoint.TrainState()
-if state is not None:
+if saved is not None:
     resumed = optimizers if resuming else []
-    train_state = checkpoint.restore(state, state_path, model, resumed, scaler)
-    del state  # its tensors have been copied
+    train_state = checkpoint.restore(saved, state_path, model, resumed, scaler)
+    del saved  # its tensors have been copied
 
 # --eval_only: evaluate the best checkpoint, and stop
 if eval_only:
@@ -219,13 +219,13 @@ def forward(model, batch):
 # Compile, with one real step, for only then errors show; and share the work among processes
 raw_model = model  # unwrapped: for saving and sampling
 first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
-model, engine = training.compile_or_stay_eager(
+model, compile_note = training.compile_or_stay_eager(
     model, compile, device, try_step=lambda m: forward(m, next(first_batches)).backward())
 model = distributed.wrap_model(model, some_unused=bool(config['cutoffs']))
 
 # Print a summary (only the master process prints: errors.py silences the others)
 print(training.describe_run(raw_model, matrices, others, train_data, config, device, amp_dtype))
-print(f'device: {device}, {amp_dtype} ({dtype_reason})\nmode: {engine}', flush=True)
+print(f'device: {device}, {amp_dtype} ({dtype_reason})\nmode: {compile_note}', flush=True)
 
 # --------------------------------------------------------------------------------------------------
 # Helpers of the loop
@@ -367,11 +367,7 @@ while True:
         opt.zero_grad(set_to_none=True)
     scaler.update()
     step += 1
-    train_state.step = step
-    train_state.tokens += int(num_targets)
-    train_state.grad_norm = grad_norm
-    train_state.loss_sum += step_loss * int(num_targets)
-    train_state.loss_tokens += int(num_targets)
+    train_state.record_step(step, step_loss, int(num_targets), grad_norm)
 
     # Log, and move the bar
     progress.record_step(train_state, step_loss)

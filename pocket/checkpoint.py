@@ -41,6 +41,14 @@ class TrainState:
     loss_tokens: int = 0  # … and their number
     grad_norm: float = 0.0  # of the latest step
 
+    def record_step(self, step, loss, num_targets, grad_norm):
+        """Count one step more. loss: the mean over its num_targets targets."""
+        self.step = step
+        self.tokens += num_targets
+        self.loss_sum += loss * num_targets
+        self.loss_tokens += num_targets
+        self.grad_norm = grad_norm
+
     def record_evaluation(self, val_loss, bleu=None):
         """Note the validation loss at this step. Returns whether it is the best so far.
 
