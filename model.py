@@ -103,7 +103,7 @@ def position_angles(length, size, theta=10000.0, scaling=None):
     texts, as the slowest hand should not complete a turn. scaling: see scale_frequencies(), or
     None.
     """
-    frequencies = theta ** (-torch.arange(0, size, 2).float() / size)
+    frequencies = 1 / theta ** (torch.arange(0, size, 2).float() / size)
     if scaling is not None:
         frequencies = scale_frequencies(frequencies, scaling)
     return torch.outer(torch.arange(length).float(), frequencies)
@@ -114,15 +114,17 @@ def scale_frequencies(frequencies, scaling):
 
     scaling: Hugging Face's dict. rope_type 'linear' slows all hands by `factor`. 'llama3' only
     those that turn less than high_freq_factor times within the original length: fast ones tell
-    neighbors apart, and have to stay as they are.
+    neighbors apart, and have to stay as they are. In the same order as in transformers, so that
+    the last bit agrees: a position of a few thousand multiplies its error.
     """
-    slowed = frequencies / scaling['factor']
+    factor = scaling['factor']
     if scaling['rope_type'] == 'linear':
-        return slowed
-    turns = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)
+        return frequencies / factor
+    wavelengths = 2 * math.pi / frequencies  # in positions
+    turns = scaling['original_max_position_embeddings'] / wavelengths
     low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed, 1: as it is, smooth in between
-    return (1 - keep) * slowed + keep * frequencies
+    return (1 - keep) * frequencies / factor + keep * frequencies
 
 
 def rotate(x, cos, sin):

@@ -24,7 +24,7 @@ lines = False                      # reply to each line of a prompt with a line:
 system: str | None = None          # what a chat model is told first, such as "You are a pirate."
 chat = False                       # chat, or complete what you type, until /quit, Ctrl-D or Ctrl-C
 interactive = False                # the same as --chat
-# Sampling
+# Sampling (some models come with values of their own, which count unless one is typed here)
 max_new_tokens = 500               # tokens per sample
 temperature = 0.8                  # 0: always the most probable token; 0.5: safe; above 1: wild
 top_k: int | None = 200            # keep this many of the most probable tokens (None: all)
@@ -55,6 +55,7 @@ from dataclasses import asdict, replace
 
 from pocket.chat import (
     PRESETS,
+    SAMPLING_OPTIONS,
     SETTING_TYPES,
     Settings,
     load,
@@ -86,6 +87,12 @@ if n_best > settings.num_beams:
 model = load(out_dir, init_from, weights, device, dtype, quantize,
              to_chat=chat or interactive or web, stop=stop, ignore_eot=ignore_eot,
              drop_unknown=drop_unknown, system=system)
+
+# What the model comes with, such as the temperature that its makers recommend, counts unless told
+# otherwise
+recommended = {name: getattr(model.settings, name) for name in SAMPLING_OPTIONS}
+chosen = {name: value for name, value in options.items() if name in explicit}
+settings = replace(settings, **{**recommended, **chosen})
 model.settings = settings
 
 

@@ -94,6 +94,7 @@ log_interval = 50                  # [1, inf) steps between lines
 sample_tokens = 0                  # [0, inf) tokens to sample after each evaluation
 final_sample_tokens = 300          # [0, inf) tokens to sample at the end
 sample_start = ''                  # what samples begin with
+sample_min_p = 0.0                 # [0, 1) min_p of samples, and what sample.py begins with
 
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
@@ -233,7 +234,8 @@ print(f'device: {device}, {amp_dtype} ({dtype_reason})\nmode: {compile_note}', f
 
 def print_sample(max_new_tokens):
     """Print a text that the model generates now or, for pairs, three replies."""
-    text = sample_text(raw_model, tok, template, val_data, sample_prompt, max_new_tokens, seed)
+    text = sample_text(raw_model, tok, template, val_data, sample_prompt, max_new_tokens, seed,
+                       sample_min_p)
     print('-' * 80, text, '-' * 80, sep='\n', flush=True)
 
 

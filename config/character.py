@@ -10,3 +10,4 @@ max_iters = 900
 muon_momentum = 0.85
 warmup_iters = 10
 eval_interval = 450
+sample_min_p = 0.3         # replies keep to what the model is sure of, and still vary

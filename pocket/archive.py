@@ -37,15 +37,18 @@ ALLOWED_NAMES = {'collections OrderedDict', 'torch._utils _rebuild_tensor_v2', *
 # A value can be used twice without being stored twice. Twice that, and so on: 30 such lists within
 # each other have 2**30 entries. Ours share one tuple, the betas of AdamW's groups of parameters
 MOST_SHARED = 10
+LONGEST_SHARED = 1000  # characters of a text, such as a key, that may be used again without limit
 
 
 class Damaged(ValueError):
     """A file that is not as it was written. Its text says in what."""
 
 
-def read_archive(path):
+def read_archive(path, mapped=False):
     """What torch.save() wrote to a file: tensors on the CPU and plain types.
 
+    mapped: the file is mapped into memory, so what nobody looks at, such as the optimizer's state,
+    takes none; but it must stay as it is meanwhile.
     Raises UserError if it is anything else, or damaged.
     """
     try:
@@ -54,7 +57,7 @@ def read_archive(path):
             [pickle_name] = [name for name in sizes if name.endswith('/data.pkl')]
             root = pickle_name.removesuffix('data.pkl')
             check_pickle(archive.read(pickle_name), sizes, root)
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
         check_tensors(state)
         return state
     except OSError as e:
@@ -97,8 +100,8 @@ def check_pickle(content, sizes, root):
 
     sizes: of all records; root: the folder in the zip, whose name each of them begins with.
     """
-    memo = {}        # what data.pkl has numbered, to use it again: texts, None for all else
-    latest = None    # the text that the latest instruction made, None if it was something else
+    memo = {}        # what data.pkl has numbered, to use it again: short texts, None for all else
+    latest = None    # short text that the latest instruction made, None if it made something else
     values = []      # those since the latest mark
     num_shared = 0
     for opcode, argument, _ in pickletools.genops(content):
@@ -111,7 +114,8 @@ def check_pickle(content, sizes, root):
         if name == 'BINPERSID':
             check_storage(values, sizes, root)
 
-        latest = argument if name in ('GLOBAL', 'BINUNICODE') else None
+        is_text = name in ('GLOBAL', 'BINUNICODE')
+        latest = argument if is_text and len(argument) <= LONGEST_SHARED else None
         if name in ('BINGET', 'LONG_BINGET'):
             latest = memo[argument]
             argument = latest

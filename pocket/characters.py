@@ -9,6 +9,7 @@ the format. A conversation is a list of messages, as in conversations.py.
 """
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 from pocket.datasets import read_text
@@ -16,8 +17,13 @@ from pocket.errors import UserError
 
 MARKS = ('first', 'last', 'often', 'why', 'which', 'tells', 'after', 'before')
 MARKS_WITH_A_LIST = ('tells', 'after', 'before')   # [tells name] is about the list [name]
+PHRASES = Path(__file__).parent / 'phrases.txt'   # what stands around the words of a topic
+ONSETS = 'b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh st t th tr v w z'.split()
+VOWELS = 'a ai e ee i o oo ou u y'.split()
+CODAS = ['', '', *'b ck d ft g l m n nd r s t x'.split()]
 MAX_EXCHANGES = 6   # a question and its reply, in one conversation
-LOOSE_QUESTIONS = 0.5   # how many of a topic's questions are made around its words (= …)
+INVENTED_VALUES = 0.3    # of names and other things that a reply repeats, how many are invented
+LOOSE_QUESTIONS = 0.5   # how many of a topic's questions are made around its words (= … and * …)
 
 
 # ---- Reading
@@ -31,6 +37,7 @@ class Topic:
     subject: str                                    # what it is called when one refers back to it
     marks: dict = field(default_factory=dict)       # {'often': '2', 'tells': 'name', …}
     words: list = field(default_factory=list)       # what points to it in any question
+    things: list = field(default_factory=list)      # names of it, for the questions of [frame]
     questions: list = field(default_factory=list)   # templates, as are the others
     replies: list = field(default_factory=list)
     more: list = field(default_factory=list)        # what the character adds when asked why
@@ -48,10 +55,12 @@ class Character:
 def read_character(path):
     """The Character in a file. Raises UserError that names the line with a mistake."""
     character = Character()
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        problem = add_line(character, line.strip())
-        if problem:
-            raise UserError(f'{path}, line {number}: {problem}')
+    character.lists['invented'] = invent_words(2000, Random(1))
+    for file in (PHRASES, path):
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
+            problem = add_line(character, line.strip())
+            if problem:
+                raise UserError(f'{file}, line {number}: {problem}')
     problem = find_omission(character)
     if problem:
         raise UserError(f'{path}: {problem}')
@@ -70,15 +79,17 @@ def add_line(character, line):
         return add_list(character, line)
     if sign == '##':
         return add_topic(character, rest)
-    if sign not in ('=', '?', '-', '+') or not rest.strip():
-        return f'{line[:40]!r} is no line of a topic: it begins with "? ", "- ", "+ " or "= "'
+    if sign not in ('=', '*', '?', '-', '+') or not rest.strip():
+        return (f'{line[:40]!r} is no line of a topic: '
+                f'it begins with "? ", "- ", "+ ", "= " or "* "')
     if not character.topics:
         return 'this line belongs to no topic: begin one above it, such as ## rain: the rain'
 
     topic = character.topics[-1]
-    if sign == '=':
-        topic.words += split_words(rest)
-        return find_problem(rest, '=', topic, character.lists)
+    if sign in ('=', '*'):
+        words = topic.words if sign == '=' else topic.things
+        words += split_words(rest)
+        return find_problem(rest, sign, topic, character.lists)
     lines = {'?': topic.questions, '-': topic.replies, '+': topic.more}[sign]
     lines.append(rest.strip())
     return find_problem(rest, sign, topic, character.lists)
@@ -90,7 +101,7 @@ def add_list(character, line):
     words = split_words(rest)
     if not name or not words:
         return f'{line[:40]!r} is no list: write [thing] keys | wallet'
-    character.lists[name] = words
+    character.lists.setdefault(name, []).extend(words)
     return None
 
 
@@ -150,7 +161,7 @@ def find_omission(character):
         if not topic.questions or not (topic.replies or 'why' in topic.marks):
             return f'the topic {topic.name} needs questions (? …) and replies (- …)'
         for slot in slots_to_repeat(topic):
-            for question in topic.questions + topic.words:
+            for question in topic.questions + topic.words + topic.things:
                 if f'{{{slot}}}' not in question:
                     return (f'the topic {topic.name} replies with {{{slot}}}, which is not in its '
                             f'question {question!r}')
@@ -183,6 +194,15 @@ def fill_in(template, lists, values, rng):
     return re.sub(' ([.,!?])', r'\1', text)
 
 
+def invent_words(count, rng):
+    """A list of words that nobody knows, such as 'brantolu'."""
+    words = []
+    for _ in range(count):
+        syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.randint(2, 3))]
+        words.append(''.join(syllables) + rng.choice(CODAS))
+    return words
+
+
 # ---- How people write
 
 CONTRACTIONS = {
@@ -203,11 +223,13 @@ def write_as_people_do(text, lists, rng, keep=()):
     """
     if text.endswith('?') and len(text.split()) > 1:
         text = surround(text, lists, rng)
+    if rng.random() < 0.15 and lists.get('aside'):
+        text = add_aside(text, rng.choice(lists['aside']), rng)
     for long, short in CONTRACTIONS.items():
         if rng.random() < 0.5:
             text = re.sub(rf'\b{long}\b', short, text, flags=re.I)
-    if rng.random() < 0.4 and lists.get('extra'):
-        text = insert_words(text, lists['extra'], rng)
+    if rng.random() < 0.3 and lists.get('extra'):
+        text = insert_words(text, lists, rng)
     text = text[0].upper() + text[1:]
     if rng.random() < 0.4:
         return text     # with care
@@ -244,11 +266,21 @@ def surround(text, lists, rng):
     return text
 
 
-def insert_words(text, extra, rng):
+def add_aside(text, aside, rng):
+    """Something said in passing, before or after the text."""
+    if rng.random() < 0.5:
+        return f'{aside}{rng.choice([",", ".", "!", "..."])} {text}'
+    return f'{text.rstrip(".")}{rng.choice([",", ".", ""])} {aside}'.replace('?,', '?')
+
+
+def insert_words(text, lists, rng):
     """The text with a few words in it that should not change the reply."""
     words = text.split(' ')
-    for _ in range(rng.randint(1, 4)):
-        words.insert(rng.randrange(len(words) + 1), rng.choice(extra))
+    for _ in range(rng.randint(1, 3)):
+        word = rng.choice(lists['extra'])
+        if rng.random() < 0.15:
+            word = rng.choice(lists['invented'])
+        words.insert(rng.randrange(len(words) + 1), word)
     return ' '.join(words)
 
 
@@ -284,14 +316,9 @@ def make_conversations(character, count, seed):
     """A list of count different conversations, the same ones for the same seed."""
     rng = Random(seed)
     conversations = {}
-    attempts = 0
     while len(conversations) < count:
         messages = make_conversation(character, rng)
         conversations[str(messages)] = messages
-        attempts += 1
-        if attempts > 20 * count:
-            raise UserError(f'{character.name} has too little to say for {count:,} different '
-                            f'conversations: write more questions and replies, or ask for fewer')
     return list(conversations.values())
 
 
@@ -311,7 +338,7 @@ def make_conversation(character, rng):
         topic = choose_topic(topics, i == 0, is_last, previous, more, values, rng)
         if 'tells' in topic.marks:
             values.pop(topic.marks['tells'], None)
-        exchange_values = dict(values)
+        exchange_values = {**values, **invent_values(topic, character.lists, rng)}
         template = choose_question(topic, character.lists, rng)
         question = fill_in(template, character.lists, exchange_values, rng)
         question = write_as_people_do(question, character.lists, rng, exchange_values.values())
@@ -338,6 +365,19 @@ def make_conversation(character, rng):
     return messages
 
 
+def invent_values(topic, lists, rng):
+    """Now and then {slot: word} with invented words for what the reply repeats.
+
+    So the model learns to copy a name, whatever it is, not only those in the list.
+    """
+    values = {}
+    for slot in slots_to_repeat(topic):
+        if rng.random() < INVENTED_VALUES:
+            word = rng.choice(lists['invented'])
+            values[slot] = word.title() if lists[slot][0].istitle() else word
+    return values
+
+
 def choose_topic(topics, is_first, is_last, previous, more, values, rng):
     """The topic of the next question. values: what the conversation has told so far."""
     if is_first and rng.random() < 0.2:
@@ -361,12 +401,22 @@ def choose_topic(topics, is_first, is_last, previous, more, values, rng):
 
 
 def choose_question(topic, lists, rng):
-    """A question of the topic or, now and then, one of its words among others that say little.
+    """A question of the topic or, as often, one made around its words or its names.
 
     So the model learns which words matter in questions that nobody has thought of.
     """
-    if not topic.words or rng.random() > LOOSE_QUESTIONS:
+    loose = []
+    if topic.words:
+        loose.append(question_around_words)
+    if topic.things and 'frame' in lists:
+        loose.append(question_around_name)
+    if not loose or rng.random() > LOOSE_QUESTIONS:
         return rng.choice(topic.questions)
+    return rng.choice(loose)(topic, lists, rng)
+
+
+def question_around_words(topic, lists, rng):
+    """Words that point to the topic, among others that say little."""
     parts = [rng.choice(topic.words)]
     if rng.random() < 0.8:
         parts.insert(0, rng.choice(lists.get('before', [''])))
@@ -375,6 +425,12 @@ def choose_question(topic, lists, rng):
     if rng.random() < 0.3 and len(topic.words) > 1:
         parts.append(rng.choice(topic.words))
     return ' '.join(parts) + rng.choice('??.!')
+
+
+def question_around_name(topic, lists, rng):
+    """A sentence of [frame] about the topic, which may hold words of other topics."""
+    question = rng.choice(lists['frame']).replace('{}', rng.choice(topic.things))
+    return question + rng.choice('??.!')
 
 
 def has_more_to_say(topic, said):

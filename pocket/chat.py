@@ -192,22 +192,25 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
     dtype, _ = pick_dtype(device, dtype)
 
     template = None     # a model of plain text
+    recommended = {}
     if init_from:
         from pocket import pretrained
         name = init_from
         model, _ = pretrained.load(init_from, dtype)
         tok = pretrained.load_tokenizer(init_from)
         template = pretrained.load_template(init_from)
+        recommended = pretrained.load_sampling(init_from)
     else:
         name = find_checkpoint(out_dir, weights, to_chat)
         state = checkpoint.load(name)
         model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
         if state.get('chat') is not None:   # a model that was trained on conversations
             template = template_from_dict(state['chat'])
+        recommended = checkpoint.sampling_of(state)
 
     model = model.to(device, dtype)
     model = prepare_for_decoding(model, bits=8 if quantize else None)
-    return ChatModel(model, tok, template, name, **more)
+    return ChatModel(model, tok, template, name, **{**recommended, **more})
 
 
 # ---- The model

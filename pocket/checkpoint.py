@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
@@ -103,15 +104,16 @@ def save(path, state):
 # Loading
 
 
-def load(path):
+def load(path, mapped=False):
     """The checkpoint as a dict, its tensors on the CPU, its weights those of a model we can build.
 
+    mapped: leave tensors in the file, from which they come as they are used: see read_archive().
     Raises UserError if the file is not a checkpoint, or damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}')
-    state = read_archive(path)
+    state = read_archive(path, mapped)
     check_parts(state, path)
     if state['kind'] == 'seq2seq' and state.get('chat') is None:  # checkpoints before templates
         state['chat'] = ChatTemplate().to_dict()
@@ -166,27 +168,52 @@ def is_valid_number(name, value, kind):
 def build(state, path, **overrides):
     """(model in eval mode, tokenizer) of a loaded checkpoint.
 
-    overrides: fields of its config that do not change a shape. Raises UserError.
+    The model takes over the tensors of the checkpoint, it doesn't copy them. overrides: fields of
+    its config that do not change a shape. Raises UserError.
     """
     Model, Config = MODELS[state['kind']]
     try:
         config = Config(**{**state['model_args'], **overrides})
         check_config(config)
-        model = Model(config)
-        model.load_state_dict(state['model'])
+        model = build_on_meta(Model, config)
+        model.load_state_dict(parameters_of(model, state['model']), assign=True)
         tok = tokenizer_from_dict(state['tokenizer'])
         if tok.vocab_size > config.vocab_size:
             raise ValueError(f'the tokenizer has {tok.vocab_size} ids, the model only '
                              f'{config.vocab_size}')
         if state.get('chat') is not None:
             template = template_from_dict(state['chat'])
-            if isinstance(template, ChatTemplate):
-                check_template(template, tok)
+            check_template(template, tok)
+            if model.is_encoder_decoder and not isinstance(template, ChatTemplate):
+                raise ValueError('an encoder-decoder has no Jinja template')
         return model.eval(), tok
     except UserError:  # an encoding that has to be downloaded, say
         raise
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f'{path} is inconsistent: {last_line(e)}') from None
+
+
+def parameters_of(model, tensors):
+    """{name: what load_state_dict(assign=True) wants}, tensors in the precision of a model.
+
+    Of tied weights, which are one parameter under several names, the first is taken.
+    """
+    assigned = {}
+    made = {}
+    for name, empty in model.state_dict(keep_vars=True).items():
+        tensor = tensors[name].to(empty.dtype)
+        if isinstance(empty, nn.Parameter):
+            tensor = made.setdefault(id(empty), nn.Parameter(tensor))
+        assigned[name] = tensor
+    return assigned
+
+
+def sampling_of(state):
+    """How to sample from the model of a checkpoint unless told otherwise: {'min_p': …} or {}."""
+    min_p = state['config'].get('sample_min_p')
+    if isinstance(min_p, float) and 0 < min_p < 1:
+        return {'min_p': min_p}
+    return {}
 
 
 def first_line(error):

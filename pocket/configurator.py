@@ -19,6 +19,7 @@ import ast
 import difflib
 import io
 import re
+import shlex
 import sys
 import textwrap
 import tokenize
@@ -435,42 +436,66 @@ def join_values(argv, options):
     joined = []
     for argument in argv:
         previous = joined[-1] if joined else ''
+        lacks_value = previous.startswith('--') and '=' not in previous
         name = previous.removeprefix('--').replace('-', '_')
-        lacks_value = previous.startswith('--') and '=' not in previous and name in types
-        if lacks_value and not argument.startswith('--') and is_value(argument, types[name]):
+        # After an option that can be True, or that we don't know, a config file is none
+        needs_value = name in types and not can_be_true(types[name])
+        is_value = not argument.startswith('--') and (needs_value or not names_config(argument))
+        if lacks_value and is_value:
             joined[-1] = f'{previous}={argument}'
         else:
             joined.append(argument)
     return joined
 
 
-def is_value(argument, kind):
-    """Whether an argument after an option is its value. After one that can be True, few are."""
-    if kind is not bool and bool not in get_args(kind):
-        return True
-    try:
-        convert(argument, kind)
-        return True
-    except ValueError:
-        return False
+def can_be_true(kind):
+    """Whether an option of this type may stand without a value: --resume is --resume=True."""
+    return kind is bool or bool in get_args(kind)
 
 
-# What other programs call our options
+def names_config(argument):
+    """Whether an argument is the path of a config file, or the bare name of one in config/."""
+    return argument.endswith('.py') or find_config(argument) is not None
+
+
+def find_config(argument):
+    """'config/mine.py' for 'mine' and the like, if there is such a file of ours; else None.
+
+    >>> find_config('shakespeare_char'), find_config('config/shakespeare_char'), find_config('mine')
+    ('config/shakespeare_char.py', 'config/shakespeare_char.py', None)
+    """
+    match = re.fullmatch(r'(?:config/)?(\w{1,100})(?:\.py)?', argument)
+    if match and (ROOT / 'config' / f'{match[1]}.py').is_file():
+        return f'config/{match[1]}.py'
+    return None
+
+
+# What other programs call our options: the first of these that a script has
 SYNONYMS = {
-    'lr': 'learning_rate',
-    'epochs': 'max_epochs',
-    'steps': 'max_iters',
-    'prompt': 'start',
-    'max_tokens': 'max_new_tokens',
-    'length': 'max_new_tokens',
-    'model': 'init_from',
-    'output_dir': 'out_dir',
-    'output': 'to',
-    'grad_accum': 'gradient_accumulation_steps',
-    'context': 'block_size',
-    'beams': 'num_beams',
-    'file': 'input',
+    'lr': ['learning_rate'],
+    'epochs': ['max_epochs'],
+    'num_epochs': ['max_epochs'],
+    'steps': ['max_iters'],
+    'bs': ['batch_size'],
+    'prompt': ['start', 'sample_start'],
+    'temp': ['temperature'],
+    'n': ['num_samples'],
+    'num_return_sequences': ['num_samples'],
+    'max_tokens': ['max_new_tokens'],
+    'max_length': ['max_new_tokens'],
+    'length': ['max_new_tokens'],
+    'model': ['init_from'],
+    'checkpoint': ['out_dir', 'init_from'],
+    'output_dir': ['out_dir'],
+    'output': ['to'],
+    'grad_accum': ['gradient_accumulation_steps'],
+    'context': ['block_size'],
+    'beams': ['num_beams'],
+    'file': ['input'],
 }
+
+# What a word without an option in front of it means to say, if a script has such an option
+WORDS = ('run', 'input', 'start')
 
 
 class Overrides:
@@ -487,13 +512,7 @@ class Overrides:
     def set(self, name, value, source, append=False):
         """Give an option a value, or add to the tuple that it has."""
         if name not in self.options:
-            advice = f'{self.command} --help lists them'
-            similar = difflib.get_close_matches(name, self.options, 1)
-            if SYNONYMS.get(name) in self.options:
-                similar = [SYNONYMS[name]]
-            if similar:
-                advice = f'did you mean {similar[0]}?'
-            self.problems.append(f'unknown option {name!r} ({source}): {advice}')
+            self.problems.append(f'unknown option {name!r} ({source}): {self.advise_name(name)}')
             return
         option = self.options[name]
         try:
@@ -515,13 +534,40 @@ class Overrides:
         self.namespace[name] = value
         self.explicit[name] = source
 
+    def advise_name(self, name):
+        """What to say about an option that does not exist."""
+        if name.startswith('no_') and name[3:] in self.options:
+            return f'did you mean {name[3:]}=False?'
+        similar = [option for option in SYNONYMS.get(name, []) if option in self.options]
+        similar += difflib.get_close_matches(name, self.options, 1)
+        if similar:
+            return f'did you mean {similar[0]}?'
+        return f'{self.command} --help lists them'
+
+    def advise_word(self, argument):
+        """What to say about an argument that is neither an option nor a config file."""
+        name, equals, value = argument.lstrip('-').partition('=')
+        if name.replace('-', '_') in self.options:
+            return f'write --{name}={value if equals else "…"}'
+        is_run = argument.startswith('out/') or find_path(argument).is_dir()
+        if is_run and 'out_dir' in self.options:
+            return f'write --out_dir={argument}'
+        for option in WORDS:
+            if option in self.options:
+                return f'write --{option}={shlex.quote(argument)}'
+        advice = 'write --key=value, or the path of a config file that ends in .py'
+        similar = similar_config(argument)
+        if similar:
+            advice += f'; did you mean {similar}?'
+        return advice
+
     def read_argument(self, argument):
         """--key=value, or --key alone for what can be True."""
         name, equals, value = argument[2:].partition('=')
         name = name.replace('-', '_')
         kind = self.options[name].type if name in self.options else bool
         if not equals:
-            if kind is not bool and bool not in get_args(kind):
+            if not can_be_true(kind):
                 expected = describe(kind)
                 self.problems.append(f'{argument} needs a value: write {argument}=… ({expected})')
                 return
@@ -537,18 +583,16 @@ class Overrides:
 
         The bare name of one in config/ will do.
         """
-        if re.fullmatch(r'\w{1,100}', argument) and (ROOT / 'config' / f'{argument}.py').is_file():
-            argument = f'config/{argument}.py'
-        if argument.startswith('-') or not argument.endswith('.py'):
-            advice = 'write --key=value, or the path of a config file that ends in .py'
-            if 'run' in self.options:  # pocket.plot
-                advice = f'write --run={argument}'
-            self.problems.append(f'cannot read {argument!r}: {advice}')
-            return
         try:
             path = find_path(argument)
+            if not path.is_file() and find_config(argument):
+                argument = find_config(argument)
+                path = ROOT / argument
         except UserError as e:
             self.problems.append(str(e))
+            return
+        if argument.startswith('-') or not argument.endswith('.py'):
+            self.problems.append(f'cannot read {argument!r}: {self.advise_word(argument)}')
             return
         if not path.is_file():
             self.problems.append(f'config file {argument} does not exist: {advise_config(path)}')
@@ -601,10 +645,18 @@ def line_of(error, path):
     return None
 
 
+def similar_config(name):
+    """The config file of ours with a similar name, or None."""
+    existing = [config.stem for config in (ROOT / 'config').glob('*.py')]
+    for stem in difflib.get_close_matches(Path(name).stem, existing, 1):
+        return f'config/{stem}.py'
+    return None
+
+
 def advise_config(path):
     """What to say about a config file that does not exist."""
-    existing = sorted(config.stem for config in (ROOT / 'config').glob('*.py'))
-    similar = difflib.get_close_matches(path.stem, existing, 1)
+    similar = similar_config(path)
     if similar:
-        return f'did you mean config/{similar[0]}.py?'
+        return f'did you mean {similar}?'
+    existing = sorted(config.stem for config in (ROOT / 'config').glob('*.py'))
     return f'in config/ there are {", ".join(existing)}'

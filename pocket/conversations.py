@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pocket import tables
-from pocket.errors import UserError
+from pocket.errors import UserError, short_repr
 from pocket.template import (
     ChatTemplate,
     JinjaTemplate,
@@ -33,9 +33,11 @@ ROLES = {
     'user': 'user', 'human': 'user', 'prompter': 'user', 'you': 'user',
     'assistant': 'assistant', 'gpt': 'assistant', 'bot': 'assistant', 'chatbot': 'assistant',
     'model': 'assistant', 'chatgpt': 'assistant', 'ai': 'assistant', 'bing': 'assistant',
+    'q': 'user', 'question': 'user', 'a': 'assistant', 'answer': 'assistant',
 }
+MESSAGES = ('messages', 'conversations', 'conversation', 'items')
 USER_COLUMNS = ('source', 'question', 'prompt', 'instruction', 'user', 'input', 'q', 'said',
-                'human')
+                'human', 'context')
 ASSISTANT_COLUMNS = ('target', 'answer', 'response', 'output', 'completion', 'assistant', 'a',
                      'reply', 'replied', 'bot')
 PAUSE = timedelta(hours=6)  # after so much silence a new conversation begins
@@ -50,6 +52,7 @@ class Report:
         self.skip_bad = skip_bad
         self.format = ''
         self.left_out = Counter()  # {why: how many}
+        self.unread = {}           # the names of columns that are not read, as keys
 
     def bad(self, place, problem):
         """Note a bad entry if they are to be skipped. Raises UserError if not."""
@@ -101,10 +104,13 @@ def read_json_entries(entries, report):
     for place, entry in entries:
         messages = entry
         if isinstance(entry, dict):
-            messages = entry.get('messages', entry.get('conversations', entry.get('conversation')))
+            messages = next((entry[name] for name in MESSAGES if name in entry), None)
         if isinstance(messages, list):
             report.format = report.format or 'messages with roles'
             messages = read_messages(messages, place, report)
+            system = entry.get('system') if isinstance(entry, dict) else None
+            if messages is not None and isinstance(system, str):  # beside the messages
+                messages.insert(0, {'role': 'system', 'content': system})
         elif isinstance(entry, dict):
             report.format = report.format or 'rows with two columns'
             messages = read_row(entry, place, report)
@@ -143,11 +149,24 @@ def text_of(content):
 def read_row(row, place, report):
     """One conversation of a row {column: text}: what is said, and the reply. None if it is bad."""
     columns = {str(name).strip().lower(): value for name, value in row.items()}
-    question = next((columns[name] for name in USER_COLUMNS if name in columns), None)
-    answer = next((columns[name] for name in ASSISTANT_COLUMNS if name in columns), None)
-    if not isinstance(question, str) or not isinstance(answer, str):
-        return report.bad(place, f'no messages, and no columns such as question and answer with '
-                                 f'text, but {", ".join(list(columns)[:6])}')
+    asked = next((name for name in USER_COLUMNS if name in columns), None)
+    replied = next((name for name in ASSISTANT_COLUMNS if name in columns), None)
+    if asked is None or replied is None:
+        return report.bad(place, f'no messages, and no columns such as question and answer, but '
+                                 f'{", ".join(list(columns)[:6]) or "nothing"}')
+    for name in (asked, replied):
+        if not isinstance(columns[name], str):
+            return report.bad(place, f'{name} is {short_repr(columns[name])[:60]}, not text')
+    question, answer = columns[asked], columns[replied]
+    used = {asked, replied, 'system'}
+    if asked == 'instruction':
+        used.add('input')  # Alpaca has what an instruction is about in a column of its own
+        more = columns.get('input')
+        if isinstance(more, str) and more.strip():
+            question += '\n' + more
+    for name in columns:
+        if name not in used:
+            report.unread[name or 'a column without a name'] = True
     messages = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
     if isinstance(columns.get('system'), str):
         messages.insert(0, {'role': 'system', 'content': columns['system']})
@@ -181,11 +200,21 @@ def read_table(path, report):
 
 
 def looks_like_a_table(text):
-    """Whether nearly all of the first lines have a tab in them, or a semicolon, or a comma."""
+    """Whether nearly all of the first lines have a tab in them, or a semicolon, or a comma.
+
+    If spaces follow these they are punctuation, unless the first line is a header.
+
+    >>> looks_like_a_table('Hi,Hello'), looks_like_a_table('Hi, you'), looks_like_a_table('q,a')
+    (True, False, True)
+    """
     lines = [line for line in text.split('\n')[:50] if line.strip()]
     for delimiter in tables.DELIMITERS:
+        found = sum(line.count(delimiter) for line in lines)
+        spaced = sum(line.count(f'{delimiter} ') for line in lines)
         divided = sum(delimiter in line for line in lines)
-        if lines and delimiter in lines[0] and divided >= 0.9 * len(lines):
+        if not found or delimiter not in lines[0] or divided < 0.9 * len(lines):
+            continue
+        if spaced <= found / 2 or tables.is_header(lines[0].split(delimiter)):
             return True
     return False
 
@@ -197,16 +226,29 @@ def looks_like_a_table(text):
 DIRECTION_MARKS = dict.fromkeys(map(ord, '\u200e\u200f\u202a\u202b\u202c\u202d\u202e'
                                          '\u2066\u2067\u2068\u2069\ufeff'))
 SPACES = {0xa0: ' ', 0x202f: ' '}  # of fixed width, such as before PM
+# The date is written as in the phone's country: 2/13/24, 13.02.24, 2024-02-13, 2024. 2. 13. Words
+# may stand before the time (um, à, 下午) and after it (PM, p. m.)
 WHATSAPP_LINE = re.compile(
-    r'\[?(?P<date>\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),? '
-    r'(?P<time>\d{1,2}[:.]\d\d([:.]\d\d)?)( ?(?P<half>[AaPp])\.? ?[Mm]\.?)?'
+    r'\[?(?P<date>\d{1,4}[./-] ?\d{1,2}[./-] ?\d{1,4})\.?[,،]? '
+    r'(?P<before>[^\W\d_]{1,4} ?)?(?P<time>\d{1,2}[:.]\d\d([:.]\d\d)?)'
+    r'(?P<after> ?([AaPp]\.? ?[Mm]\.?|[^\W\d_]{1,4}))?'
     r'\]?( -)? (?P<rest>.*)')
+AFTERNOON = re.compile(r'p\.? ?m\.?|下午|오후|午後|م', re.IGNORECASE)
+FORENOON = re.compile(r'a\.? ?m\.?|上午|오전|午前|ص', re.IGNORECASE)
 WHATSAPP_NOTICE = re.compile(r'\] [^:]*: \u200e')
 NO_TEXT = re.compile(
     r'<[^<>]{1,60}>'                                     # <Media omitted>, in any language
     r'|\S+\.\w{2,4} \([^()]+\)'                          # IMG-1.jpg (file attached)
+    r'|.+\.\w{2,5} \((file attached|datei angehängt|fichier joint|archivo adjunto'
+    r'|arquivo anexado|file allegato|bestand bijgevoegd)\)'
     r'|(image|video|audio|sticker|gif|document|contact card) omitted.*'
-    r'|(you deleted this message|this message was deleted)\.?'
+    r'|(you deleted this message|this message was deleted'
+    r'|du hast diese nachricht gelöscht|diese nachricht wurde gelöscht'
+    r'|(vous avez|tu as) supprimé ce message|ce message a été supprimé'
+    r'|eliminaste este mensaje|se eliminó este mensaje|este mensaje fue eliminado'
+    r'|você apagou esta mensagem|(mensagem apagada|(esta|essa) mensagem foi apagada)'
+    r'|hai eliminato questo messaggio|questo messaggio è stato eliminato'
+    r'|je hebt dit bericht verwijderd|dit bericht is verwijderd)\.?'
     r'|missed (voice|video|group) .*call.*|null'
     r'|messages and calls are end-to-end encrypted.*', re.IGNORECASE)
 EDITED = re.compile(r' *<[^<>]*(edited|bearbeitet|editad|modifi)[^<>]*>$', re.IGNORECASE)
@@ -228,12 +270,15 @@ def read_whatsapp(text, me, report):
                 spoken[-1][1] += '\n' + plain
             continue
         name, colon, said = match['rest'].partition(': ')
-        is_notice = not colon or WHATSAPP_NOTICE.search(line.translate(SPACES))
+        # Ann created group "Fun: a group" is a notice, too
+        is_notice = (not colon or re.search('["“„«]', name)
+                     or WHATSAPP_NOTICE.search(line.translate(SPACES)))
         if is_notice or NO_TEXT.fullmatch(said.strip()):
             report.left_out['notices and omitted media'] += 1
             spoken.append(None)
             continue
-        spoken.append([name, said, (match['date'], match['time'], match['half'])])
+        words = (match['before'] or '') + (match['after'] or '')
+        spoken.append([name.strip(), said, (match['date'], match['time'], words.strip())])
 
     spoken = [message for message in spoken if message is not None]
     day_first = first_number_is_day([when[0] for _, _, when in spoken])
@@ -248,8 +293,8 @@ def first_number_is_day(dates):
 
 
 def parse_time(when, day_first):
-    """The datetime of (date, time, 'a' or 'p' or None), None if there is no such time."""
-    date, time, half = when
+    """The datetime of (date, time, words beside it), None if there is no such time."""
+    date, time, words = when
     numbers = [int(number) for number in re.split('[./-]', date)]
     if numbers[0] > 31:
         year, month, day = numbers
@@ -258,8 +303,10 @@ def parse_time(when, day_first):
     else:
         month, day, year = numbers
     hour, minute = (int(number) for number in re.split('[:.]', time)[:2])
-    if half:
-        hour = hour % 12 + (12 if half in 'pP' else 0)
+    if FORENOON.fullmatch(words):
+        hour = hour % 12
+    if AFTERNOON.fullmatch(words):
+        hour = hour % 12 + 12
     try:
         return datetime(year if year > 99 else 2000 + year, month, day, hour, minute)
     except ValueError:
@@ -311,7 +358,7 @@ def read_telegram(chats, report):
 
 TRANSCRIPT_LINE = re.compile(
     r'([\[(]?\d{1,2}:\d\d(:\d\d)?[\])]? (- )?)?'                   # optional: when
-    r'(?P<name>[^\s:\d"\'(\[{<#*-][^:]{0,39}):[ \t]+(?P<said>\S.*)')  # who, and what
+    r'(?P<name>[^\s:\d"\'(\[{<#*-][^:：]{0,39})(:[ \t]+|：[ \t]*)(?P<said>\S.*)')  # who, what
 
 
 def speakers_of(lines):
@@ -347,6 +394,7 @@ def read_transcript(text, me, report):
                 chats.append([])
         elif chats[-1]:
             chats[-1][-1][1] += '\n' + line
+    chats = [chat for chat in chats if chat]
     if len(chats) > num_messages / 2:
         chats = [[message for chat in chats for message in chat]]
     return conversations_of(chats, me, report)
@@ -406,7 +454,9 @@ def read_conversations(path, me=None, skip_bad=False):
     is_table = Path(path).suffix.lower() in tables.TABLE_SUFFIXES
     may_be_table = is_table or looks_like_a_table(text.removeprefix('\ufeff'))
 
-    if stripped.startswith(('{', '[')) and not WHATSAPP_LINE.fullmatch(plain_lines[0]):
+    has_time_in_brackets = any(pattern.fullmatch(plain_lines[0])  # [10:00] Ann: Hi!
+                               for pattern in (WHATSAPP_LINE, TRANSCRIPT_LINE))
+    if stripped.startswith(('{', '[')) and not has_time_in_brackets:
         conversations = read_json(text.removeprefix('\ufeff'), report)
         if report.format == 'a Telegram export':
             conversations = conversations_of(conversations, me, report)

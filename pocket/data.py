@@ -26,7 +26,7 @@ import torch
 
 from pocket.errors import UserError
 from pocket.files import FORMAT, ROOT, check_path, sha256_of
-from pocket.template import template_from_dict
+from pocket.template import ChatTemplate, template_from_dict
 
 NO_TARGET = -1        # in targets: nothing to predict here, the loss leaves it out
 IN_MEMORY = 2**28     # bytes: smaller files are read whole, larger ones are memory-mapped
@@ -88,7 +88,9 @@ def load_meta(folder):
                 f'use a newer pocketGPT, or prepare the dataset again')
         wrong = wrong_fields(meta)
         if meta['kind'] in ('pairs', 'chats'):
-            template_from_dict(meta.get('chat'))  # raises ValueError if it is not a template
+            template = template_from_dict(meta.get('chat'))  # ValueError if it is not a template
+            if meta['kind'] == 'pairs' and not isinstance(template, ChatTemplate):
+                raise ValueError('pairs have no Jinja template')
     except UserError:  # which is a ValueError, too
         raise
     except OSError as e:
@@ -227,8 +229,9 @@ class Split:
     def tokens(self):
         """All ids: (num_tokens,) of the file's dtype.
 
-        A large file is mapped anew in each call. Otherwise every page that was ever read would
-        count as memory of this process. Raises UserError if somebody has written into it meanwhile.
+        A large file is mapped anew in each call, and that is one per batch. Otherwise every page
+        that was ever read would count as memory of this process. Raises UserError if somebody has
+        written into it meanwhile: reading where a shortened file was would end the process.
         """
         if self.loaded is not None:
             return self.loaded
@@ -268,9 +271,8 @@ class Split:
 
     def chunks(self, first=0):
         """Yield all ids from position first on, checked, at most CHUNK at a time."""
-        tokens = self.tokens()
         for i in range(first, self.num_tokens, CHUNK):
-            yield self.check(tokens[i:i + CHUNK])
+            yield self.check(self.tokens()[i:i + CHUNK])
 
     def token_counts(self):
         """How often each id occurs: (vocab_size,) int64."""
@@ -393,14 +395,13 @@ class Stream(Split):
 
     def eval_batches(self):
         """Yield the whole split once, in order and without overlap; the last window is shorter."""
-        tokens = self.tokens()
         full_windows = (self.num_tokens - 1) // self.block_size
         for first in range(0, full_windows, self.batch_size):
             end = min(first + self.batch_size, full_windows)
             starts = np.arange(first, end) * self.block_size
-            yield next_token_batch(self.windows(tokens, starts))
+            yield next_token_batch(self.windows(self.tokens(), starts))
 
-        rest = self.check(tokens[full_windows * self.block_size:]).astype(np.int64)
+        rest = self.check(self.tokens()[full_windows * self.block_size:]).astype(np.int64)
         if len(rest) > 1:
             yield next_token_batch(torch.from_numpy(rest)[None])
 
@@ -538,9 +539,8 @@ class Buckets(Split):
 
     def eval_batches(self):
         """Yield the whole split once, bucket by bucket."""
-        tokens = self.tokens()
         for members in self.buckets:
-            yield self.batch(tokens, members)
+            yield self.batch(self.tokens(), members)
 
 
 def padding_fraction(columns, buckets):

@@ -31,6 +31,11 @@ SECONDS_TO_WAIT_FOR_THE_FIRST = 3  # of several processes, to report what may be
 # how PyTorch and the operating systems put it
 OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory")
 
+# What no script can do without, and what to say if it is missing
+PACKAGES = ('numpy', 'requests', 'safetensors', 'torch', 'tqdm')
+HOW_TO_INSTALL = ('pip install -r requirements.txt, or, if that is done, activate its virtual '
+                  'environment first: . .venv/bin/activate')
+
 # What the surroundings of a script can do to any file that it reads or writes
 REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO,
             errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE}
@@ -223,6 +228,8 @@ def explain(kind, error):
         return f'cannot use {show_control_characters(str(error.filename))}: {error.strerror}', 2
     if issubclass(kind, KeyboardInterrupt):
         return 'interrupted', 130
+    if issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
+        return f'{error.name} is not installed for {sys.executable}: {HOW_TO_INSTALL}', 2
 
     out_of_memory = any(phrase in text.lower() for phrase in OUT_OF_MEMORY)
     if out_of_memory or issubclass(kind, MemoryError):

@@ -138,10 +138,10 @@ def print_evaluation(model, tok, template, data, num_bytes, device, dtype, confi
 # Samples and replies
 
 
-def sample_text(model, tok, template, data, prompt, max_new_tokens, seed):
+def sample_text(model, tok, template, data, prompt, max_new_tokens, seed, min_p=0.0):
     """A text that the model generates after a prompt (ids) or, for pairs, three replies."""
     model.eval()
-    sampling = SamplingParams(temperature=0.8, top_k=200)
+    sampling = SamplingParams(temperature=0.8, top_k=200, min_p=min_p or None)
     if template is not None:
         replies = generate_replies(model, tok, template, data, 3, min(max_new_tokens, 60),
                                    sampling=sampling, seed=seed)
@@ -381,7 +381,9 @@ def bleu_of(model, tok, template, data, config):
         every = math.ceil(len(replies) / 3)
         for reply in replies[::every]:
             print(f'{reply.source}\n  -> {reply.text}')
-        print(f'BLEU {score:.2f} of {len(replies):,} replies', flush=True)
+        cut = sum(reply.is_cut for reply in replies)
+        note = f', {cut:,} of them cut off' if cut else ''
+        print(f'BLEU {score:.2f} of {len(replies):,} replies{note}', flush=True)
     return all_reduce_sum(score)[0]
 
 

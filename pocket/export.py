@@ -68,7 +68,8 @@ def export_html(state, model, tok, template, target):
     from pocket import page
     if target.exists():
         raise UserError(f'{target} is there already: name a new file with --to=, or remove it')
-    page.export_page(model, tok, template, target, html_weights)
+    page.export_page(model, tok, template, target, html_weights,
+                     settings=checkpoint.sampling_of(state))
     return f'{megabytes(target)}', 'open it in a browser'
 
 
@@ -97,7 +98,7 @@ def megabytes(file):
 
 source = short_path(find_path(out_dir)) / f'{weights}.pt'
 target = short_path(to)
-state = checkpoint.load(source)
+state = checkpoint.load(source, mapped=True)
 model, tok = checkpoint.build(state, source)
 template = None if state.get('chat') is None else template_from_dict(state['chat'])
 export = EXPORTS.get(target.suffix.lower(), export_folder)

@@ -231,9 +231,6 @@ EXAMPLES = {  # texts to click on
     'shakespeare': ('JULIET:\n', 'KING RICHARD III:\n', 'First Citizen:\nWhat news'),
 }
 
-# What the page begins with; a character stays on topic more often at a low temperature
-SETTINGS = {'plunkett': {'temperature': 0.3}}
-
 
 def main():
     """Write the pages of the bundled models.
@@ -264,7 +261,7 @@ def export_bundled(name, file, links):
     start = 'ROMEO:\n' if name == 'shakespeare' else ''
     export_page(model, tok, template, target, name=name.title(), start=start, links=links,
                 about=ABOUT.get(name, ''), examples=EXAMPLES.get(name, ()),
-                settings=SETTINGS.get(name))
+                settings=checkpoint.sampling_of(state))
     print(f'{target}: {target.stat().st_size / 1e6:.2f} MB')
 
 

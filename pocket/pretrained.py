@@ -402,17 +402,34 @@ def llama_problems(theirs, block_size=None):
     # A sliding window: tokens attend to the latest few only. If it is as long as the context, it is
     # none
     window = theirs.get('sliding_window')
-    uses_window = theirs.get('use_sliding_window', theirs.get('model_type') == 'mistral')
     length = block_size or theirs.get('max_position_embeddings')
-    if uses_window and type(window) is int and type(length) is int and window < length:
+    if uses_window(theirs) and type(window) is int and type(length) is int and window < length:
         problems.append(f'sliding_window is {window} with {length} positions, but pocketGPT '
                         f'attends to all of them: only a --block_size of at most {window} can be '
                         f'read')
-    rope_type = rope_type_of(rope_of(theirs))
+    rope = rope_of(theirs)
+    theta = rope.get('rope_theta') if isinstance(rope, dict) else None
+    theta = theirs.get('rope_theta', 10000.0) if theta is None else theta
+    if type(theta) not in (int, float):
+        problems.append(f'rope_theta is {theta!r}, not a number')
+    rope_type = rope_type_of(rope)
     if rope_type not in ('default', 'linear', 'llama3'):
         problems.append(f'rope_scaling is of type {rope_type!r}, only linear and llama3 can be '
                         f'read')
     return problems
+
+
+def uses_window(theirs):
+    """Whether any layer has the sliding window that the config.json of a Llama speaks of."""
+    if theirs.get('model_type') == 'mistral':
+        return True
+    if not theirs.get('use_sliding_window'):
+        return False
+    if isinstance(theirs.get('layer_types'), list):
+        return 'sliding_attention' in theirs['layer_types']
+    full_layers = theirs.get('max_window_layers', 28)  # the first so many have none
+    num_layers = theirs.get('num_hidden_layers')
+    return not (type(full_layers) is type(num_layers) is int and full_layers >= num_layers)
 
 
 def rope_of(theirs):
@@ -860,6 +877,25 @@ def eos_ids_of(folder):
     return []
 
 
+def load_sampling(name):
+    """How its makers sample from a model: {option of SamplingParams: value}.
+
+    generation_config.json says so, if do_sample is true: transformers obeys it as well.
+    """
+    folder = fetch(name)
+    path = folder / 'generation_config.json'
+    if not path.is_file():
+        return {}
+    generation = read_json(path)
+    if generation.get('do_sample') is not True:
+        return {}
+    options = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+    sampling = {name: generation[name] for name in options if generation.get(name) is not None}
+    if sampling.get('top_k') == 0:  # there it means all tokens
+        sampling['top_k'] = None
+    return sampling
+
+
 def load_template(name):
     """The chat template of a model: a JinjaTemplate, or None if it has none. Raises UserError."""
     folder = fetch(name)
@@ -881,7 +917,7 @@ def template_source(folder):
         source = defaults[0] if defaults else None
     if (folder / 'chat_template.jinja').is_file():  # where newer folders have it
         source = (folder / 'chat_template.jinja').read_text(encoding='utf-8', errors='replace')
-    return source if isinstance(source, str) else None
+    return source if isinstance(source, str) and source.strip() else None
 
 
 def vocab_of(tokenizer_json):

@@ -26,10 +26,11 @@ DELIMITERS = {'\t': 'tab', ';': 'semicolon', ',': 'comma'}
 SAMPLE = 2**20   # characters of a table that decide how it is written
 
 # What columns of sources and of targets are usually called, in lower case
-SOURCE_NAMES = ('source', 'src', 'question', 'q', 'prompt', 'instruction', 'input', 'context',
-                'query', 'user', 'human', 'request', 'utterance')
-TARGET_NAMES = ('target', 'tgt', 'answer', 'a', 'response', 'output', 'reply', 'completion',
-                'assistant', 'bot')
+SOURCE_NAMES = ('source', 'src', 'question', 'prompt', 'instruction', 'input', 'context', 'query',
+                'user', 'human', 'request', 'utterance')
+TARGET_NAMES = ('target', 'tgt', 'answer', 'response', 'output', 'reply', 'completion', 'assistant',
+                'bot')
+SHORT_NAMES = ('q', 'a')   # of question and answer: beside each other only, as 'a' is a word, too
 ID_NAMES = ('id', 'idx', 'index')
 OTHER_NAMES = (*ID_NAMES, 'text', 'label', 'title', 'name', 'date')
 # What the columns of translations are called: a header if all of them are
@@ -251,7 +252,9 @@ def read_rows(path, dialect):
     try:
         yield from parse(lines, dialect)
     except csv.Error as e:
-        raise UserError(f'{path}, line {e.line_number} is not {path.suffix.lower()}: {e}') from None
+        raise UserError(f'{path}, line {e.line_number} is not {path.suffix.lower() or "CSV"}: its '
+                        f'quotes do not match ({e}); close each, and double those inside a field'
+                        ) from None
 
 
 def parse(lines, dialect):
@@ -361,11 +364,14 @@ def is_header(row):
 
     >>> is_header(['id', 'x']), is_header(['en', 'de']), is_header(['en', 'hello'])
     (True, True, False)
+    >>> is_header(['Q', 'A']), is_header(['a', 'b'])
+    (True, False)
     """
     known = {*SOURCE_NAMES, *TARGET_NAMES, *OTHER_NAMES}
     one_is_known = any(known & set(words_of(cell)) for cell in row)
+    both_are_short = None not in find_columns(row, SHORT_NAMES)
     all_are_languages = all(normalized(cell) in LANGUAGES for cell in row)
-    return len(row) >= 2 and (one_is_known or all_are_languages)
+    return len(row) >= 2 and (one_is_known or both_are_short or all_are_languages)
 
 
 def normalized(name):
@@ -417,9 +423,10 @@ def find_pair_columns(names):
     None if there are two columns, both with names that we don't know: it may be that the table
     has no header. Raises ValueError if it is not clear which columns they are.
     """
-    by_name = find_columns(names, ['source', 'target'])
-    if None not in by_name:
-        return by_name
+    for wanted in (('source', 'target'), SHORT_NAMES):
+        by_name = find_columns(names, wanted)
+        if None not in by_name:
+            return by_name
 
     exact = [{normalized(name)} for name in names]
     in_words = [set(words_of(name)) for name in names]

@@ -146,7 +146,9 @@ class JinjaTemplate:
         special = d.get('special', {})
         if not isinstance(d.get('jinja'), str) or not isinstance(special, dict):
             raise ValueError('a Jinja chat template must have the keys jinja and special')
-        return cls(d['jinja'], {str(role): str(text) for role, text in special.items()})
+        if not all(isinstance(text, str) for text in [*special, *special.values()]):
+            raise ValueError('the special tokens of a Jinja chat template must be text')
+        return cls(d['jinja'], special)
 
 
 def encode_messages(tok, template, messages, max_tokens=None):
@@ -164,6 +166,9 @@ def encode_messages(tok, template, messages, max_tokens=None):
         except ValueError as e:
             raise UserError(str(e)) from None
         ids = tok.encode_with_specials(text)
+        if not ids:
+            raise UserError('the chat template writes nothing for this conversation, so there is '
+                            'nothing to reply to: take another model')
         if max_tokens is None or len(ids) <= max_tokens:
             return ids
         if len(turns) <= 1:
@@ -307,7 +312,12 @@ def template_from_dict(d):
 
 
 def check_template(template, tok):
-    """Raise ValueError if the template contains text that the tokenizer cannot encode."""
+    """Raise ValueError if the tokenizer cannot encode what the template writes."""
+    if isinstance(template, JinjaTemplate):
+        if not hasattr(tok, 'encode_with_specials'):
+            raise ValueError(f'a Jinja chat template needs the tokenizer of a tokenizer.json, not '
+                             f'one of the kind {tok.kind}')
+        return
     encode_conversation(tok, template, [(template.user, ''), (template.assistant, '')])
     reply_start_ids(tok, template)
 

@@ -35,6 +35,7 @@ import functools
 import heapq
 import io
 import json
+import math
 import re
 import threading
 from collections import Counter, defaultdict
@@ -120,7 +121,7 @@ def check_special_token_names(names):
     valid = all(isinstance(name, str) and re.fullmatch(r'[\w-]+', name) for name in names)
     if not valid or len(set(names)) < len(names):
         raise UserError('special tokens need distinct names made of letters, digits, _ and -, '
-                        f'got {list(names)}')
+                        f'got {short_repr(list(names))}')
 
 
 def special_token_name(text):
@@ -993,7 +994,7 @@ class HuggingFaceTokenizer(Tokenizer):
         Raises ValueError if it is not a tokenizer, UserError if the library is missing.
         """
         self.tokenizer_json = tokenizer_json
-        self.library = self.load_library(tokenizer_json)
+        self.library, content = self.load_library(tokenizer_json)
         self.lock = threading.Lock()  # for the one setting that encoding switches
 
         vocab = self.library.get_vocab(with_added_tokens=True)
@@ -1004,7 +1005,7 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {token_id for token_id, token in added.items() if token.special}
 
         # The bytes behind each token depend on how the library joins tokens to text
-        decoder = json.loads(tokenizer_json).get('decoder') or {}
+        decoder = content.get('decoder') or {}
         self.is_byte_level = decoder.get('type') == 'ByteLevel'
         bytes_of = bytes_of_piece
         if 'ByteLevel' in json.dumps(decoder):
@@ -1026,13 +1027,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @staticmethod
     def load_library(tokenizer_json):
-        """A tokenizers.Tokenizer that takes special tokens for plain text."""
+        """(a tokenizers.Tokenizer that takes special tokens for plain text, the file's content)."""
         try:
             import tokenizers
         except ImportError:
             raise UserError('this model\'s tokenizer needs one more package: '
                             'pip install tokenizers') from None
         try:
+            content = json.loads(tokenizer_json)
+            steps = [content.get(part) for part in ('normalizer', 'pre_tokenizer', 'decoder')]
+            if text_growth(steps) > MAX_GROWTH:
+                raise ValueError('its steps make a text many times longer')
             library = tokenizers.Tokenizer.from_str(tokenizer_json)
         except BaseException as e:  # of the library, which knows Exception, and panics
             if isinstance(e, (KeyboardInterrupt, SystemExit)):
@@ -1041,7 +1046,7 @@ class HuggingFaceTokenizer(Tokenizer):
         library.no_padding()
         library.no_truncation()
         library.encode_special_tokens = True
-        return library
+        return library, content
 
     @property
     def eos_id(self):
@@ -1132,6 +1137,33 @@ class HuggingFaceTokenizer(Tokenizer):
         if not all(type(token_id) is int for token_id in eos_ids):
             raise ValueError('the eos_ids of a huggingface tokenizer must be numbers')
         return cls(d['json'], eos_ids)
+
+
+# About how many times longer a text can become by a step of a tokenizer.json
+GROWTH = {'ByteLevel': 2, 'Metaspace': 2, 'NFC': 2, 'NFD': 4, 'NFKC': 4, 'NFKD': 4,
+          'Precompiled': 4}
+MAX_GROWTH = 2**12  # by all of them
+
+
+def text_growth(step):
+    """About how many times longer a text can become by a step, or steps within it, or a list.
+
+    A step that doubles it takes 60 characters of the file; 40 such steps would fill any memory.
+
+    >>> doubles = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'aa'}
+    >>> text_growth({'type': 'Sequence', 'normalizers': [doubles] * 40}) == 2**40
+    True
+    """
+    if isinstance(step, list):
+        return math.prod(map(text_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    if step.get('type') == 'Replace':
+        replaced = step['pattern'].get('String')
+        if replaced:
+            return max(1, len(step['content']) / len(replaced))
+        return 1 + len(step['content'])  # a regular expression may match nothing
+    return GROWTH.get(step.get('type'), 1) * text_growth(list(step.values()))
 
 
 UNICODE_TO_BYTES = {character: byte for byte, character in BYTES_TO_UNICODE.items()}

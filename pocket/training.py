@@ -23,7 +23,7 @@ from pocket.datasets import find_run
 from pocket.errors import OUT_OF_MEMORY, Output, UserError
 from pocket.evaluate import check_bleu_options
 from pocket.files import ROOT, atomic_write, back_up, find_path, lock, short_path
-from pocket.template import reply_start_ids, template_from_dict
+from pocket.template import check_template, reply_start_ids, template_from_dict
 from pocket.tokenizer import UnknownCharacters, tokenizer_from_dict
 
 # --------------------------------------------------------------------------------------------------
@@ -521,6 +521,9 @@ def load_dataset_tokenizer(meta, folder):
         if tok.vocab_size != meta['vocab_size']:
             raise ValueError(f'vocab_size is {meta["vocab_size"]}, but the tokenizer has '
                              f'{tok.vocab_size}')
+        template = dataset_template(meta)
+        if template is not None:
+            check_template(template, tok)
         return tok
     except UserError:  # an encoding that has to be downloaded
         raise

@@ -77,7 +77,9 @@ def read_all(files):
     for path in files:
         found, report = read_conversations(path, me, skip_bad)
         reasons = ''.join(f'; left out: {count:,} {why}' for why, count in report.left_out.items())
-        print(f'{path}: {report.format}, {len(found):,} conversations{reasons}')
+        print(f'{path}: {report.format or "nothing"}, {len(found):,} conversations{reasons}')
+        if report.unread:
+            print(f'{path}: not read: {", ".join(report.unread)[:200]}')
         for messages in found:
             key = json.dumps(messages)
             duplicates += key in conversations

@@ -14,25 +14,28 @@ from pocket.datasets import (
     SHAKESPEARE_SHA256,
     SHAKESPEARE_URLS,
     dataset_folder,
+    make_dataset_tokenizer,
     print_next_step,
     read_or_download,
     write_stream,
 )
-from pocket.tokenizer import make_tokenizer
 
+tokenizer = 'char'           # or that of a model: smollm2, a folder or out/RUN; then choose a name
+name = 'shakespeare_char'    # of the dataset: it is written to data/NAME
 input: str | None = None     # a local copy of the text (None: download it)
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
 urls: tuple[str, ...] = SHAKESPEARE_URLS  # where to download it, tried in this order
 configure(__file__, globals())
 
 # Get the text
-folder = dataset_folder(data_dir, 'shakespeare_char')
+folder = dataset_folder(data_dir, name)
 text, source = read_or_download(input, urls, SHAKESPEARE_SHA256, folder)
 
 # The vocabulary: every character that occurs in it
-tokenizer = make_tokenizer('char', [text])
+tok, _ = make_dataset_tokenizer(tokenizer, [text])
 
 # Split, encode and write
 n = int(len(text) * 0.9)
-write_stream(folder, tokenizer, text[:n], text[n:], source, 'first 90 % / last 10 %')
-print_next_step('config/shakespeare_char_cpu.py', data_dir)
+write_stream(folder, tok, text[:n], text[n:], source, 'first 90 % / last 10 %')
+config = 'config/shakespeare_char_cpu.py'
+print_next_step(config if name == 'shakespeare_char' else f'--dataset={name}', data_dir)

@@ -14,24 +14,27 @@ from pocket.datasets import (
     SHAKESPEARE_SHA256,
     SHAKESPEARE_URLS,
     dataset_folder,
+    make_dataset_tokenizer,
     print_next_step,
     read_or_download,
     write_stream,
 )
-from pocket.tokenizer import make_tokenizer
 
+tokenizer = 'gpt2'           # or that of a model: smollm2, a folder or out/RUN; then choose a name
+name = 'shakespeare_gpt2'    # of the dataset: it is written to data/NAME
 input: str | None = None     # a local copy of the text (None: download it)
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
 urls: tuple[str, ...] = SHAKESPEARE_URLS  # where to download it, tried in this order
 configure(__file__, globals())
 
 # Get the text and the tokenizer
-folder = dataset_folder(data_dir, 'shakespeare_gpt2')
+folder = dataset_folder(data_dir, name)
 text, source = read_or_download(input, urls, SHAKESPEARE_SHA256, folder)
-tokenizer = make_tokenizer('gpt2')
+tok, _ = make_dataset_tokenizer(tokenizer)
 
 # Split, encode and write
 n = int(len(text) * 0.9)
 how_split = 'first 90 % / last 10 % of the characters'
-write_stream(folder, tokenizer, text[:n], text[n:], source, how_split)
-print_next_step('config/finetune_gpt2.py', data_dir)
+write_stream(folder, tok, text[:n], text[n:], source, how_split)
+config = 'config/finetune_gpt2.py'
+print_next_step(config if name == 'shakespeare_gpt2' else f'--dataset={name}', data_dir)

@@ -38,12 +38,15 @@ from pocket.datasets import (
 from pocket.errors import UserError
 from pocket.files import find_path
 from pocket.tables import (
+    SHORT_NAMES,
     SOURCE_NAMES,
     count,
     find_columns,
     find_pair_columns,
     kind_of_file,
+    looks_like_json,
     normalized,
+    read_head,
     read_records,
     read_table,
 )
@@ -209,15 +212,15 @@ def pairs_hint(names):
         columns = find_pair_columns(names)
     except ValueError:
         return ''
-    is_pair = columns and normalized(names[columns[0]]) in SOURCE_NAMES
+    is_pair = columns and normalized(names[columns[0]]) in (*SOURCE_NAMES, *SHORT_NAMES)
     return ', or add --pairs' if is_pair else ''
 
 
 def say_what_is_read(path, names, columns):
     """Say which columns of a file are read, if there are others or they have unusual names."""
     read = [str(names[i]).strip() for i in columns]
-    unused = [str(name).strip() for i, name in enumerate(names) if i not in columns]
-    unused = [name for name in unused if name]
+    unused = [str(name).strip() or f'column {i + 1}, which has no name'
+              for i, name in enumerate(names) if i not in columns]
     if unused:
         say(f'{path}: {" and ".join(read)} {"are" if pairs else "is"} read, not '
             f'{", ".join(unused)[:200]}')
@@ -283,6 +286,9 @@ def read_all():
     separated = False
     for path in files:
         if kind_of_file(path) == 'text':
+            if looks_like_json(*read_head(path)):
+                say(f'{path} looks like JSON, but it is read as text because of its suffix: rename '
+                    'it to .jsonl or .json to have its fields read')
             for text, ends, is_end_of_file in mark_last(read_documents(path, separator)):
                 separated = separated or (ends and not is_end_of_file)
                 yield text, ends

@@ -11,9 +11,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, print_next_step, read_or_download, write_stream
-from pocket.tokenizer import make_tokenizer
+from pocket.datasets import (
+    dataset_folder,
+    make_dataset_tokenizer,
+    print_next_step,
+    read_or_download,
+    write_stream,
+)
 
+tokenizer = 'gpt2'           # or that of a model: smollm2, a folder or out/RUN; then choose a name
+name = 'verdict'             # of the dataset: it is written to data/NAME
 input: str | None = None     # a local copy of the text (None: download it)
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
 urls: tuple[str, ...] = (
@@ -25,12 +32,12 @@ configure(__file__, globals())
 SHA256 = 'b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f'
 
 # Get the text and the tokenizer
-folder = dataset_folder(data_dir, 'verdict')
+folder = dataset_folder(data_dir, name)
 text, source = read_or_download(input, urls, SHA256, folder)
-tokenizer = make_tokenizer('gpt2')
+tok, _ = make_dataset_tokenizer(tokenizer)
 
 # Split, encode and write
 n = int(len(text) * 0.9)
 how_split = 'first 90 % / last 10 % of the characters'
-write_stream(folder, tokenizer, text[:n], text[n:], source, how_split)
-print_next_step('--dataset=verdict', data_dir)
+write_stream(folder, tok, text[:n], text[n:], source, how_split)
+print_next_step(f'--dataset={name}', data_dir)

@@ -2,7 +2,7 @@
 How often does the bundled character reply on topic, to prompts that it was not trained on?
 
     python tests/judge_character.py                              sample.py's temperature, 0.8
-    python tests/judge_character.py --temperature=0 --prompts=tests/character_prompts_2.json
+    python tests/judge_character.py --temperature=0
     python tests/judge_character.py --out_dir=out/character      another model
 
 It prints every reply, with an X before those that hold none of the prompt's keywords. That is not

@@ -343,9 +343,31 @@ def test_a_flag_does_not_swallow_the_config_file_behind_it(run):
     assert config['batch_size'] == 3
 
 
-def test_options_of_other_programs_are_told_their_name_here(run):
-    with pytest.raises(UserError, match='did you mean learning_rate?'):
-        run('--lr=0.1', options=OPTIONS + 'learning_rate = 0.1\n')
+@pytest.mark.parametrize('typed', [['--lr=0.1'], ['--lr', '0.1']])
+def test_options_of_other_programs_are_told_their_name_here(run, typed):
+    message = problem_with(run, *typed, options=OPTIONS + 'learning_rate = 0.1\n')
+    assert message == "unknown option 'lr' (command line): did you mean learning_rate?"
+
+
+@pytest.mark.parametrize('option, typed, advice', [
+    ('start = ()', '--prompt=x', 'did you mean start?'),
+    ('sample_start = ""\ndropout = 0.0', '--prompt=x', 'did you mean sample_start?'),
+    ('compile = True', '--no-compile', 'did you mean compile=False?'),
+    ('compile = True', '--compile=x', 'compile must be True or False'),
+    ('batch_size = 1', 'batch_size=8', 'write --batch_size=8'),
+    ('batch_size = 1', '-batch_size=8', 'write --batch_size=8'),
+    ('start = ()', 'Romeo and Juliet', "write --start='Romeo and Juliet'"),
+    ('input = ()', 'novel.txt', 'write --input=novel.txt'),
+    ('out_dir = ""\nstart = ()', 'out/mine', 'write --out_dir=out/mine'),
+    ('batch_size = 1', 'shakespeare_chr', 'did you mean config/shakespeare_char'),
+])
+def test_what_is_typed_in_another_way_gets_the_right_one(run, option, typed, advice):
+    assert advice in problem_with(run, typed, options=f'{option}\n')
+
+
+def test_a_word_after_a_flag_is_its_value_unless_it_names_a_config_file(run):
+    assert "flag must be True or False, got 'no'" in problem_with(run, '--flag', 'no')
+    assert 'flag must be' not in problem_with(run, '--flag', 'shakespeare_char', '--rate=fast')
 
 
 def test_the_bare_name_of_a_config_will_do(project):
@@ -353,6 +375,8 @@ def test_the_bare_name_of_a_config_will_do(project):
     config.write_text('dataset = "toy"\nmax_iters = 1\nblock_size = 8\n', encoding='utf-8')
     out, _ = project.run('train.py', 'mine', '--device', 'cpu', '--n_layer', '1')
     assert 'out/mine' in out.replace('\\', '/')
+    for typed in ('mine.py', 'config/mine'):
+        assert project.fails('train.py', typed, '--foo').startswith("train.py: unknown option 'foo'")
     assert (project.root / 'out' / 'mine' / 'last.pt').is_file()
 
 
@@ -391,6 +415,14 @@ def test_files_that_the_system_refuses_are_a_sentence(error, sentence):
     text, status = errors.explain(type(error), error)
     assert status == 2 and '\x1b' not in text
     assert sentence in (None, text)
+
+
+def test_a_package_that_is_not_installed_is_a_sentence():
+    missing = ModuleNotFoundError("No module named 'torch'", name='torch')
+    text, status = errors.explain(ModuleNotFoundError, missing)
+    assert status == 2 and 'torch is not installed' in text and 'requirements.txt' in text
+    ours = ModuleNotFoundError("No module named 'modle'", name='modle')
+    assert errors.explain(ModuleNotFoundError, ours) is None
 
 
 def test_errors_of_our_own_keep_their_traceback():

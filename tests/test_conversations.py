@@ -72,6 +72,25 @@ def test_tables_with_two_columns(tmp_path, name, header, delimiter):
     assert got == [[user(asked), assistant(replied)] for asked, replied in zip(ASKED, REPLIED)]
 
 
+def test_columns_that_are_not_read_are_told(tmp_path):
+    path = tmp_path / 'a.csv'
+    path.write_text('id,question,answer,\n1,Hi,Hello,x\n2,Bye,Farewell,y\n', encoding='utf-8')
+    conversations, report = read_conversations(path)
+    assert conversations[0] == [user('Hi'), assistant('Hello')]
+    assert list(report.unread) == ['id', 'a column without a name']
+    alpaca = [{'instruction': 'Add', 'input': more, 'output': 'x'} for more in ('1 and 2', '')]
+    path = tmp_path / 'a.json'
+    path.write_text(json.dumps(alpaca), encoding='utf-8')
+    assert not read_conversations(path)[1].unread
+
+
+def test_commas_of_a_text_make_no_table(tmp_path):
+    with pytest.raises(UserError, match='a.txt is no conversation that can be read'):
+        read(tmp_path, 'a.txt', 'Hello, this is prose.\nAnd another line, too.\n' * 9)
+    assert read(tmp_path, 'b.txt', 'question,answer\n"Hi, you","Yes, me"\n') == [
+        [user('Hi, you'), assistant('Yes, me')]]
+
+
 def test_transcript_of_two_people(tmp_path):
     text = 'Ann: Hello.\nAnn: Are you there?\nBob: I am.\nAnn: Good.\nBob: Indeed\nit is.\n'
     got = read(tmp_path, 'a.txt', text, me='Bob')

@@ -132,11 +132,21 @@ def test_bleu_in_training(model_of_replies, capsys):
     assert bleu == pytest.approx(100)
     assert asked == [(6, 2), 'train']
     out = capsys.readouterr().out
-    assert out.count('  -> ') == 3 and 'BLEU 100.00 of 6 replies' in out
+    assert out.count('  -> ') == 3 and 'BLEU 100.00 of 6 replies\n' in out
 
     config['eval_bleu'] = 0
     assert evaluate.bleu_of(model, None, TEMPLATE, None, config) is None
     assert len(asked) == 2
+
+
+def test_bleu_in_training_says_how_many_replies_are_cut(model_of_replies, monkeypatch, capsys):
+    model, _ = model_of_replies
+    replies = perfect(ENGLISH)
+    replies[0].is_cut = True
+    monkeypatch.setattr(evaluate, 'generate_replies', lambda *args, **kwargs: replies)
+    config = {'eval_bleu': len(replies), 'num_beams': 1, 'bleu_tokenize': 'auto'}
+    evaluate.bleu_of(model, None, TEMPLATE, None, config)
+    assert 'replies, 1 of them cut off' in capsys.readouterr().out
 
 
 def test_bleu_can_decide_which_evaluation_is_best():

@@ -309,6 +309,21 @@ def test_mapped_file_that_is_replaced_or_changed(tmp_path, monkeypatch):
     assert data.Stream(folder, meta, 'train', 16, 4).fingerprint != fingerprint
 
 
+def test_mapped_file_that_is_changed_during_an_evaluation(tmp_path, monkeypatch):
+    """Reading on, where a shortened file was, would end the process without a word."""
+    monkeypatch.setattr(data, 'IN_MEMORY', 100)
+    monkeypatch.setattr(data, 'CHUNK', 100)
+    folder = make_toy(tmp_path)
+    stream = data.Stream(folder, data.load_meta(folder), 'val', 16, 4)
+    passes = [stream.eval_batches(), stream.chunks()]
+    for batches in passes:
+        next(batches)
+    np.zeros(1000, dtype='<u2').tofile(folder / 'val.bin')
+    for batches in passes:
+        with pytest.raises(UserError, match='was written to while it was in use'):
+            next(batches)
+
+
 def test_large_file_that_is_damaged_is_noticed(tmp_path, monkeypatch):
     """It is not read whole when it is opened: verify() does that."""
     datasets.write_stream(tmp_path / 'x', ByteTokenizer(), [1] * 100, [2] * 100, {}, 'none')

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from model import attention, plain_attention
 from pocket import pretrained, template
-from pocket.chat import load
+from pocket.chat import Settings, load
 from pocket.errors import UserError
 from pocket.generate import new_cache
 from pocket.template import JinjaTemplate, encode_messages
@@ -226,6 +226,20 @@ def tokenizer_folder(tmp_path_factory):
     save(transformers.LlamaConfig(**{**SHAPE, 'vocab_size': 512}), folder)  # padded beyond the tokenizer
     (folder / 'generation_config.json').write_text('{"eos_token_id": [2, 0]}', encoding='utf-8')
     return folder
+
+
+def test_makers_say_how_to_sample(tokenizer_folder, tmp_path):
+    folder = tmp_path / 'model'
+    shutil.copytree(tokenizer_folder, folder)
+    generation = {'eos_token_id': 2, 'temperature': 0.6, 'top_p': 0.95, 'top_k': 0}
+    for do_sample in (True, False):
+        (folder / 'generation_config.json').write_text(
+            json.dumps({**generation, 'do_sample': do_sample}), encoding='utf-8')
+        settings = load(init_from=folder).settings
+        if do_sample:
+            assert (settings.temperature, settings.top_p, settings.top_k) == (0.6, 0.95, None)
+        else:
+            assert settings == Settings()
 
 
 TEMPLATE = """{% for message in messages %}

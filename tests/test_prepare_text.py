@@ -147,6 +147,12 @@ def test_pairs_from_every_kind_of_table(project, tmp_path):
     assert not {source for source, _ in train} & {source for source, _ in val}
 
 
+def test_json_in_a_text_file_is_text_but_not_in_silence(project, tmp_path):
+    (tmp_path / 'x.txt').write_text(FORMATS['x.json'], encoding='utf-8')
+    out, _ = project.run('prepare/text.py', '--input=x.txt', '--tokenizer=byte', cwd=tmp_path)
+    assert 'x.txt looks like JSON, but it is read as text' in out
+
+
 @pytest.mark.parametrize('name, content, options, message', [
     ('a.csv', 'target,source\nx,y\n', ['--field=q,target'], "has no column 'q': it has target"),
     ('b.tsv', 'hello\tyou\n\nhello\n', [], 'line 3 has 1 field, but the first row has 2'),
@@ -281,6 +287,7 @@ FORMATS = {
     'tabs.txt': ''.join(f'Hi {i}, you\tYo {i}\n' for i in range(9)),
     'semicolons.csv': ''.join(f'Hi {i}, you;Yo {i}\n' for i in range(9)),
     'quoted.tsv': 'prompt\tresponse\n' + ''.join(f'"Hi {i}, you"\t"Yo {i}"\n' for i in range(9)),
+    'unnamed.csv': 'q,a,\n' + ''.join(f'"Hi {i}, you",Yo {i},more\n' for i in range(9)),
     'extra.csv': 'id,output,input\n' + ''.join(f'{i},Yo {i},"Hi {i}, you"\n' for i in range(9)),
 }
 
@@ -294,6 +301,7 @@ def test_pairs_in_the_formats_of_other_programs(project, tmp_path, name):
     found = pair_texts(tok, pairs['train'] + pairs['val'])
     assert sorted(found) == [(f'Hi {i}, you', f'Yo {i}') for i in range(9)]
     assert ('input and output are read, not id' in out) == (name == 'extra.csv')
+    assert ('not column 3, which has no name' in out) == (name == 'unnamed.csv')
     assert ('from the first line on' in out) == (name == 'semicolons.csv' or name == 'tabs.txt')
 
 

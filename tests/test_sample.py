@@ -203,6 +203,17 @@ def test_options_are_the_settings_of_a_chat_model(trained):
         assert defaults[name] == str(getattr(settings, name)), name
 
 
+def test_run_says_how_to_sample_from_it(tmp_path, trained):
+    state = trained.checkpoint('toy')
+    state['config']['sample_min_p'] = 0.9
+    torch.save(state, tmp_path / 'best.pt')
+    args = [f'--out_dir={tmp_path}', '--max_new_tokens=40', '--temperature=1']
+    silent, _ = trained.run('sample.py', *args)
+    the_same, _ = trained.run('sample.py', *args, '--min_p=0.9')
+    another, _ = trained.run('sample.py', *args, '--min_p=0')
+    assert silent == the_same != another
+
+
 @pytest.mark.parametrize('args, message', [
     (['--start=ba ß'], "does not know 'ß' (U+00DF)"),
     (['--start=FILE:gone.txt'], 'cannot read the prompt FILE:gone.txt'),

@@ -77,7 +77,7 @@ def test_rows_of_another_length_are_named(tmp_path):
 
 
 def test_quotes_that_never_end(tmp_path):
-    with pytest.raises(UserError, match='x.csv, line 3 is not .csv'):
+    with pytest.raises(UserError, match='x.csv, line 3 is not .csv: its quotes do not match'):
         table(tmp_path, 'q,a\nx,y\n"open,z\nw,v\n')
 
 
@@ -167,6 +167,9 @@ def test_prose_is_no_table_of_pairs(tmp_path):
     ('question,best_answer,answer', [0, 2]),
     ('en,de', [0, 1]),
     ('text1,text2', [0, 1]),
+    ('id,Q,A', [1, 2]),
+    ('a,b', None),
+    ('A,Hi', None),
 ])
 def test_columns_of_pairs(names, columns):
     assert find_pair_columns(names.split(',')) == columns
