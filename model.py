@@ -23,7 +23,7 @@ from pocket.kernels import Dropout  # nn.Dropout, but faster on a CPU
 
 # The letters used in shape comments:
 #   B  sequences in a batch    T  tokens in a sequence    C  channels of a token (n_embd)
-#   H  attention heads         S  tokens attended to      D  channels of a head (C / H)
+#   H  attention heads         S  tokens attended to      D  channels of a head (C / H, by default)
 #   V  tokens in the vocabulary                           N  tokens of a batch that have a target
 #
 # Names of parameters (wte, c_attn, ln_1, …) are GPT-2's, so that its weights load: w is for weight,
@@ -65,8 +65,8 @@ def plain_attention(q, k, v, mask=None, is_causal=False, dropout=None):
 
     q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D). k and v may have fewer heads than q:
     then each of them serves a group of H / n_kv_head query heads.
-    mask: bool, broadcastable to (B, H, T, S), True = may attend; every row needs a True,
-    for softmax of nothing is nan.
+    mask: bool, broadcastable to (B, H, T, S), True = may attend; every row needs a True, because
+    softmax over an empty row gives nan.
     is_causal: no token sees a later one (needs T == S and no mask).
     dropout: a Dropout for the weights, or None.
     """
@@ -99,9 +99,8 @@ def position_angles(length, size, theta=10000.0, scaling=None):
     """(length, size / 2) float32 angles t * theta^(-2i / size) of positions t.
 
     Each pair of channels is a clock hand that turns at its own speed: together they identify every
-    position. Sinusoidal and rotary positions both use them. theta: larger for longer
-    texts, as the slowest hand should not complete a turn. scaling: see scale_frequencies(), or
-    None.
+    position. Sinusoidal and rotary positions both use them. theta: larger for longer texts, as the
+    slowest hand should not complete a turn. scaling: see scale_frequencies(), or None.
     """
     frequencies = 1 / theta ** (torch.arange(0, size, 2).float() / size)
     if scaling is not None:
@@ -114,8 +113,8 @@ def scale_frequencies(frequencies, scaling):
 
     scaling: Hugging Face's dict. rope_type 'linear' slows all hands by `factor`. 'llama3' only
     those that turn less than high_freq_factor times within the original length: fast ones tell
-    neighbors apart, and have to stay as they are. In the same order as in transformers, so that
-    the last bit agrees: a position of a few thousand multiplies its error.
+    neighbors apart, and have to stay as they are. The operations come in Hugging Face's order, so
+    that the results agree to the last bit: a position of a few thousand multiplies an error.
     """
     factor = scaling['factor']
     if scaling['rope_type'] == 'linear':
@@ -138,6 +137,18 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+def normalize(x, norm=None):
+    """QK-norm: give the queries or keys of all heads the same length, √D.
+
+    Then only their directions count, and no score exceeds √D no matter how large the weights grow.
+    x: (B, T, n, D). norm: an RMSNorm, whose learned weights rescale them after that, or None.
+    Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
+    """
+    if norm is None:
+        return F.layer_norm(x, x.shape[-1:])
+    return norm(x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention or, with cross=True, attention to an encoder's output.
 
@@ -153,15 +164,15 @@ class Attention(nn.Module):
         self.is_cross = cross
         self.head_dim = config.head_size
         self.qk_norm = config.qk_norm
-        self.norm_eps = config.norm_eps
         self.q_width = config.n_head * self.head_dim
         self.kv_width = config.num_kv_heads * self.head_dim
-        if cross:
-            self.c_q = nn.Linear(C, self.q_width, bias=qkv_bias)  # queries from the decoder,
-            self.c_kv = nn.Linear(C, 2 * self.kv_width, bias=qkv_bias)  # the rest from the encoder
+        if cross:  # queries from the decoder, keys and values from the encoder
+            self.c_q = nn.Linear(C, self.q_width, bias=qkv_bias)
+            self.c_kv = nn.Linear(C, 2 * self.kv_width, bias=qkv_bias)
         else:  # queries, keys and values from the same text
             self.c_attn = nn.Linear(C, self.q_width + 2 * self.kv_width, bias=qkv_bias)
         self.c_proj = nn.Linear(self.q_width, C, bias=bias)
+        self.q_norm = self.k_norm = None
         if self.qk_norm == 'rmsnorm':
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
@@ -186,23 +197,23 @@ class Attention(nn.Module):
 
     def project_self(self, x, rope, cache):
         """Queries (B, H, T, D), and keys and values (B, n_kv_head, S, D) of all tokens so far."""
-        qk, v = self.c_attn(x).split((self.q_width + self.kv_width, self.kv_width), dim=2)
-        # Queries and keys are treated alike, so they stay together: fewer and larger operations
-        qk = self.split_heads(qk)  # (B, T, H + n_kv_head, D): queries, then keys
-        n_kv_head = self.kv_width // self.head_dim
-        n_head = self.q_width // self.head_dim
+        q, k, v = self.c_attn(x).split((self.q_width, self.kv_width, self.kv_width), dim=2)
+        q = self.split_heads(q)  # (B, T, H, D)
+        k = self.split_heads(k)  # (B, T, n_kv_head, D)
+        v = self.split_heads(v)
         if self.qk_norm:
-            qk = self.normalize(qk, n_head)
+            q = normalize(q, self.q_norm)
+            k = normalize(k, self.k_norm)
         if rope is not None:
-            qk = rotate(qk, *rope)
-        q, k = qk.transpose(1, 2).split((n_head, n_kv_head), dim=1)
-        v = self.split_heads(v).transpose(1, 2)  # (B, n_kv_head, T, D)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens
         if cache is None:
             return q, k, v
 
         is_prefill = cache.length == 0
         all_k, all_v = cache.append(self.layer, k, v)  # (B, n_kv_head, S, D)
-        if is_prefill:  # k and v are complete, and in the faster precision of x
+        if is_prefill:  # the cache holds nothing more, and may be in a slower precision
             return q, k, v
         return q, all_k, all_v
 
@@ -210,7 +221,7 @@ class Attention(nn.Module):
         """Queries (B, H, T, D) of x, and keys and values (B, n_kv_head, S, D) of memory."""
         q = self.split_heads(self.c_q(x))
         if self.qk_norm:
-            q = self.normalize(q, q.size(2))
+            q = normalize(q, self.q_norm)
         q = q.transpose(1, 2)  # (B, H, T, D)
         if cache is not None and self.layer in cache.cross:  # the source does not change
             k, v = cache.cross[self.layer]
@@ -219,7 +230,7 @@ class Attention(nn.Module):
         k, v = self.c_kv(memory).chunk(2, dim=2)
         k = self.split_heads(k)
         if self.qk_norm:
-            k = self.normalize(k, 0)
+            k = normalize(k, self.k_norm)
         k = k.transpose(1, 2)  # (B, n_kv_head, S, D)
         v = self.split_heads(v).transpose(1, 2)
         if cache is not None:
@@ -233,20 +244,6 @@ class Attention(nn.Module):
         B, T, width = x.shape
         return x.view(B, T, width // self.head_dim, self.head_dim)
 
-    def normalize(self, x, num_queries):
-        """QK-norm: give the queries and keys of all heads the same length, √D.
-
-        Then only their directions count, and no score exceeds √D no matter how large the weights
-        grow. (With 'rmsnorm', learned weights rescale them after that.) x: (B, T, n, D),
-        num_queries queries, then keys. Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
-        """
-        if self.qk_norm != 'rmsnorm':
-            return F.layer_norm(x, x.shape[-1:])
-        num_keys = x.size(2) - num_queries
-        weight = torch.cat((self.q_norm.weight.expand(num_queries, -1),
-                            self.k_norm.weight.expand(num_keys, -1)))  # (n, D)
-        return F.rms_norm(x, x.shape[-1:], eps=self.norm_eps) * weight.to(x.dtype)
-
 
 # --------------------------------------------------------------------------------------------------
 # The MLP works on each token by itself: there a model transforms what attention has gathered
@@ -258,9 +255,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden = config.n_inner or 4 * config.n_embd
+        width = 2 * hidden if config.act == 'swiglu' else hidden  # swiglu: half of it is a gate
         self.act = config.act
-        gates = 2 if config.act == 'swiglu' else 1
-        self.c_fc = nn.Linear(config.n_embd, gates * hidden, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
@@ -278,7 +275,8 @@ class MLP(nn.Module):
             return F.relu(x)
         if self.act == 'relu2':  # So et al. 2021, https://arxiv.org/abs/2109.08668
             return F.relu(x).square()
-        gate, x = x.chunk(2, dim=-1)  # swiglu: Shazeer 2020, https://arxiv.org/abs/2002.05202
+        # swiglu: Shazeer 2020, https://arxiv.org/abs/2002.05202
+        gate, x = x.chunk(2, dim=-1)  # (B, T, n_inner) each
         return F.silu(gate) * x
 
 
@@ -286,20 +284,20 @@ class MLP(nn.Module):
 # A block is one layer: attention, then MLP, each added to the residual stream
 
 
-def shift_tokens(x, cache=None, key=None, is_first=None):
+def shift_tokens(x, cache=None, module=None, is_first=None):
     """Token shift: the first half of each token's channels comes from the previous token.
 
     So a layer sees adjacent pairs before any attention, at the cost of one copy. RWKV's idea:
     Peng et al. 2023, https://arxiv.org/abs/2305.13048. x: (B, T, C); the first token of a row gets
-    zeros. cache: keeps the last token's half under `key`, the module that asks. is_first: (B, T, 1)
+    zeros. cache: keeps the last token's half for the `module` that asks. is_first: (B, T, 1)
     bool, True at the first real token of a padded row, or None.
     """
     half, rest = x.chunk(2, dim=-1)  # (B, T, C/2) each
-    before = half.new_zeros(half[:, :1].shape)  # (B, 1, C/2)
+    previous = half.new_zeros(half[:, :1].shape)  # (B, 1, C/2)
     if cache is not None:
-        before = cache.last.get(key, before)
-        cache.last[key] = half[:, -1:]
-    shifted = torch.cat((before, half[:, :-1]), dim=1)  # (B, T, C/2)
+        previous = cache.last.get(module, previous)
+        cache.last[module] = half[:, -1:]
+    shifted = torch.cat((previous, half[:, :-1]), dim=1)  # (B, T, C/2)
     if is_first is not None:
         shifted = shifted.masked_fill(is_first, 0)
     return torch.cat((shifted, rest), dim=2)
@@ -366,8 +364,11 @@ class Block(nn.Module):
 # A Transformer: embeddings, positions, and a stack of blocks
 
 
-def padding_mask(pad, length):
-    """(B, 1, 1, length) bool, True = not padding. pad: (B,) padded columns at the left, or None."""
+def real_token_mask(pad, length):
+    """(B, 1, 1, length) bool, True = a real token, which others may attend to.
+
+    pad: (B,) int64, how many columns at the left are padding, or None.
+    """
     if pad is None:
         return None
     return (torch.arange(length, device=pad.device) >= pad[:, None])[:, None, None]
@@ -376,8 +377,9 @@ def padding_mask(pad, length):
 def causal_mask(column, pad, past):
     """(B or 1, 1, T, past + T) bool, True = may attend: no token sees later ones, or padding.
 
-    column: (T,) columns of the new tokens, which follow `past` cached ones. pad: as above, or None.
-    With T = 3, past = 1 and pad = 1 (a column of padding, then three tokens):
+    column: (T,) columns of the new tokens, which follow `past` cached ones. pad: see
+    real_token_mask(). With T = 3, past = 1 and pad = 1, column 0 is padding, and cached already;
+    each row below is a new token:
 
         0 1 0 0
         0 1 1 0
@@ -412,7 +414,8 @@ class Transformer(nn.Module):
         # Tables of sines and cosines: recomputed on load, so no checkpoint holds them
         if config.pos == 'sinusoidal':
             angles = position_angles(block_size, C)
-            table = torch.cat((angles.sin(), angles.cos()), dim=1)[:, :C]  # (block_size, C)
+            table = torch.cat((angles.sin(), angles.cos()), dim=1)
+            table = table[:, :C]  # (block_size, C), of which an odd C has one sine more
             self.register_buffer('sinusoid', table, persistent=False)
         if config.pos == 'rotary':
             angles = position_angles(block_size, config.head_size, config.rope_theta,
@@ -433,8 +436,9 @@ class Transformer(nn.Module):
         if past + T > self.block_size:
             raise ValueError(f'{past + T} tokens exceed the model\'s block_size {self.block_size}')
 
-        # Positions count from the first real token of each row
         column = torch.arange(past, past + T, device=idx.device)  # (T,)
+
+        # Positions count from the first real token of each row
         position = column
         if pad is not None:
             position = (column - pad[:, None]).clamp(min=0)  # (B, T)
@@ -471,8 +475,8 @@ class Transformer(nn.Module):
         T = len(column)
         mask = None
         if not self.causal:
-            mask = padding_mask(pad, T)
-        elif pad is not None or (past > 0 and T > 1):  # a single new token may see all others
+            mask = real_token_mask(pad, T)
+        elif pad is not None or (past > 0 and T > 1):  # one new token may see all: no mask
             mask = causal_mask(column, pad, past)
         rope = None
         if self.config.pos == 'rotary':
@@ -485,8 +489,7 @@ class Transformer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Output heads: from the last layer to logits, a score for each token of the vocabulary, and the
-# loss
+# Output heads: from the last layer to logits, a score for each token, and to the loss
 
 
 def plain_cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0.0):
@@ -500,7 +503,7 @@ def plain_cross_entropy(x, weight, bias, targets, label_smoothing=0.0, softcap=0
     return F.cross_entropy(logits, targets, reduction='sum', label_smoothing=label_smoothing)
 
 
-# The same number in slices, as all N × V logits at once are the largest tensor if V is large
+# The same result in slices: if V is large, N × V logits at once would be the largest tensor of all
 cross_entropy = kernels.cross_entropy
 # cross_entropy = plain_cross_entropy
 
@@ -541,7 +544,8 @@ class AdaptiveHead(nn.Module):
     def forward(self, x):
         """x: (..., C); returns log-probabilities (..., V), which serve as logits."""
         with torch.autocast(x.device.type, enabled=False):  # PyTorch's module can't mix precisions
-            logp = self.softmax.log_prob(x.flatten(0, -2).float())[:, self.rank]
+            logp = self.softmax.log_prob(x.flatten(0, -2).float())
+        logp = logp[:, self.rank]  # columns: from the order of frequency to that of ids
         return logp.view(*x.shape[:-1], -1)
 
     def loss(self, x, targets, label_smoothing=0.0):
@@ -634,7 +638,8 @@ class LanguageModel(nn.Module):
         self.config = config
 
     def _init_weights(self, module):
-        """Initial weights, a row of this table at a time (apply() visits a module after its parts):
+        """Initial weights, a row of this table at a time. (apply() visits a module after its
+        parts, so what is said of attention and MLP overrides what is said of linear layers.)
 
                                         init='gpt2'                  init='xavier' (fairseq's)
             linear layers               normal(0.02)                 uniform by fan-in and fan-out
@@ -700,7 +705,7 @@ class LanguageModel(nn.Module):
 
     def generate(self, idx, max_new_tokens, **options):
         """Continue idx: a (B, T) tensor gives (B, T + max_new_tokens), or fewer columns if all rows
-        end early; lists of ids give lists. A Seq2Seq's replies don't repeat what they reply to.
+        end early; lists of ids give lists. A Seq2Seq returns the reply alone.
 
         Call model.eval() first, to switch dropout off.
 
@@ -768,15 +773,15 @@ class Seq2Seq(LanguageModel):
         src: (B, S) int64; src_pad: (B,) int64, how many columns at the left of each row are
         padding. Raises ValueError if S exceeds src_block_size.
         """
-        return self.encoder(src, src_pad), padding_mask(src_pad, src.size(1))
+        return self.encoder(src, src_pad), real_token_mask(src_pad, src.size(1))
 
     def forward(self, idx, targets=None, src=None, src_pad=None, cache=None, label_smoothing=0.0,
                 reduction='mean'):
         """idx: (B, T) int64, the target so far, preceded by the start id.
 
         src, src_pad: the source, see encode(); if omitted, cache.memory must hold an encoded
-        source. The rest is as in GPT.forward(). Padding at the right of idx needs no mask: its
-        targets are -1.
+        source. The rest is as in GPT.forward(). In training, padding is at the right of idx, and
+        needs no mask: its targets are -1.
         """
         memory = cache.memory if src is None else self.encode(src, src_pad)
         x = self.hidden(idx, cache, memory)

@@ -4,8 +4,7 @@ Train a GPT or an encoder-decoder on the dataset in data/NAME, on whatever hardw
     python train.py                                                a minute on two CPU cores
     python train.py config/shakespeare_char.py --dropout=0.1       a config file, then overrides
     python train.py config/shakespeare_char.py --resume            continue exactly where it stopped
-    torchrun --standalone --nproc_per_node=8 train.py config/…     on eight GPUs: the same steps,
-    shared
+    torchrun --standalone --nproc_per_node=8 train.py config/…     on eight GPUs, which share steps
 """
 from typing import Literal
 
@@ -38,7 +37,7 @@ attn_bias: bool | None = None      # biases in the projections of attention (Non
 qkv_bias: bool | None = None       # biases of queries, keys and values (None: as attn_bias)
 head_bias = False                  # a bias in the output head
 pos: Literal['learned', 'sinusoidal', 'rotary'] = 'rotary'  # positions
-rope_theta = 10000.0               # (0, inf) rotary: the larger, the longer the slowest wavelength
+rope_theta = 10000.0               # (0, inf) rotary: larger for longer texts
 norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'
 norm_eps = 1e-5                    # (0, inf) added to the variance before the root
 norm_position: Literal['pre', 'post'] = 'pre'  # normalize a layer's input, or the sum after it
@@ -46,7 +45,7 @@ act: Literal['gelu', 'gelu_erf', 'relu', 'relu2', 'swiglu'] = 'relu2'  # the MLP
 qk_norm: bool | Literal['rmsnorm'] = True  # normalize queries and keys; rmsnorm: with weights
 token_shift = True                 # half of a layer's input comes from the previous token
 tie_weights = False                # the head shares the token embedding
-tie_source = True                  # a seq2seq's source and target share theirs
+tie_source = True                  # a seq2seq's source and target share one token embedding
 init: Literal['gpt2', 'xavier'] = 'gpt2'  # initial weights
 zero_init = True                   # projections into the residual stream start at zero
 softcap = 0.0                      # [0, inf) bound logits to ± this (0: off)
@@ -56,8 +55,8 @@ gradient_checkpointing = False     # less memory, for about a third more time
 
 # Batches, and the length of the run: set one of max_iters, max_epochs and max_minutes. If several
 # are set, the one on the command line counts, else minutes, else epochs
-batch_size = 16                    # [1, inf) windows of a stream per micro-batch
-batch_tokens = 4096                # [1, inf) for pairs and conversations: tokens, with padding
+batch_size = 16                    # [1, inf) sequences of plain text per micro-batch
+batch_tokens = 4096                # [1, inf) tokens, if it is pairs or conversations, with padding
 gradient_accumulation_steps = 1    # [1, 65536] micro-batches per step
 max_iters = 800                    # [1, inf) length of the run in steps
 max_epochs: float | None = None    # (0, 1e9] length in passes over the dataset
@@ -84,7 +83,7 @@ eval_interval = 200                # [0, inf) steps between evaluations on all o
 eval_only = False                  # evaluate out_dir/best.pt and stop
 eval_split: Literal['val', 'test', 'train'] = 'val'  # what --eval_only evaluates
 eval_replies = 200                 # [0, inf) --eval_only, pairs: score this many replies
-eval_bleu = 0                      # [0, inf) pairs: this many replies at each evaluation, for BLEU
+eval_bleu = 0                      # [0, inf) pairs: replies whose BLEU each evaluation computes
 best_by: Literal['loss', 'bleu'] = 'loss'  # what makes an evaluation the best one: best.pt
 num_beams = 1                      # [1, inf) of replies to score: beam search (1: greedy)
 bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char', 'none'] = 'auto'  # words for BLEU
@@ -94,13 +93,13 @@ log_interval = 50                  # [1, inf) steps between lines
 sample_tokens = 0                  # [0, inf) tokens to sample after each evaluation
 final_sample_tokens = 300          # [0, inf) tokens to sample at the end
 sample_start = ''                  # what samples begin with
-sample_min_p = 0.0                 # [0, 1) min_p of samples, and what sample.py begins with
+sample_min_p = 0.0                 # [0, 1) min_p of samples, also sample.py's default for this run
 
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matmuls, not of weights
 compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA, where it pays off
-config, explicit = configure(__file__, globals())
+config, explicit = configure(__file__, globals())  # {option: value}, {option: where it was set}
 
 # --------------------------------------------------------------------------------------------------
 # Set-up: mistakes are found here, before the first step
@@ -148,13 +147,13 @@ data_folder = training.prepare_data(dataset, data_dir)
 meta = load_meta(data_folder)
 tok = training.load_dataset_tokenizer(meta, data_folder)
 training.check_dataset_fits(meta, tok, data_folder, config, explicit, saved)
-template = training.dataset_template(meta)
+template = training.dataset_template(meta)  # of a conversation; None: plain text
 train_data = training.open_split(data_folder, meta, 'train', config, tok, template)
 val_split = eval_split if eval_only else 'val'
 val_data = training.open_split(data_folder, meta, val_split, config, tok, template)
 if saved is not None:
     training.check_same_data(saved, {'train': train_data, val_split: val_data}, config, resuming)
-val_bytes = val_data.count_bytes(tok.byte_lengths())
+val_bytes = val_data.count_bytes(tok.byte_lengths())  # for bits per byte
 sample_prompt = training.encode_sample_start(tok, sample_start)
 
 # How long to train, in steps
@@ -165,10 +164,10 @@ max_iters = config['max_iters']
 decay_iters = lr_decay_iters or max_iters
 eval_interval = config['eval_interval'] or steps_per_epoch
 
-# The folder of the run: an earlier run is never overwritten
+# The folder of the run: a new run moves an earlier one aside
 config = training.record_folders(config, run_dir, data_folder)
 if master_process and not eval_only:
-    run_lock = training.claim_run_dir(run_dir, config, is_new)
+    run_lock = training.claim_run_dir(run_dir, config, is_new)  # held until this process ends
 
 # Model
 torch.manual_seed(seed)
@@ -192,11 +191,11 @@ optimizers = optim.make_optimizers(
 base_lrs = optim.base_learning_rates(optimizers)
 scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
-# Training progress
+# Weights and progress of a checkpoint; the optimizers' state, too, if training goes on
 train_state = checkpoint.TrainState()
 if saved is not None:
-    resumed = optimizers if resuming else []
-    train_state = checkpoint.restore(saved, state_path, model, resumed, scaler)
+    to_restore = optimizers if resuming else []
+    train_state = checkpoint.restore(saved, state_path, model, to_restore, scaler)
     del saved  # its tensors have been copied
 
 # --eval_only: evaluate the best checkpoint, and stop
@@ -210,14 +209,14 @@ if eval_only:
 
 
 def forward(model, batch):
-    """Summed loss of a batch: idx and targets and, for a seq2seq, src and src_pad, in a dict."""
+    """Summed loss of a batch, a dict: idx, tokens; targets, the one that follows each; and src."""
     with autocast(device, amp_dtype):
         _, loss = model(**to_device(batch, device), label_smoothing=label_smoothing,
                         reduction='sum')
     return loss
 
 
-# Compile, with one real step, for only then errors show; and share the work among processes
+# Compile, and try it, as errors only show up in a step; then share the work among processes
 raw_model = model  # unwrapped: for saving and sampling
 first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
 model, compile_note = training.compile_or_stay_eager(
@@ -227,9 +226,6 @@ model = distributed.wrap_model(model, some_unused=bool(config['cutoffs']))
 # Print a summary (only the master process prints: errors.py silences the others)
 print(training.describe_run(raw_model, matrices, others, train_data, config, device, amp_dtype))
 print(f'device: {device}, {amp_dtype} ({dtype_reason})\nmode: {compile_note}', flush=True)
-
-# --------------------------------------------------------------------------------------------------
-# Helpers of the loop
 
 
 def print_sample(max_new_tokens):
@@ -245,7 +241,7 @@ def save(name):
         **checkpoint.model_state(raw_model, tok, config, template),  # weights, config, tokenizer
         **vars(train_state),                                         # step, best loss, …
         'data': {'train': train_data.fingerprint, 'val': val_data.fingerprint},
-        'seconds': elapsed(),                                        # as of now
+        'seconds': elapsed(),                                        # instead of those above
         'optimizers': [opt.state_dict() for opt in optimizers],
         'scaler': scaler.state_dict(),
     })
@@ -256,9 +252,9 @@ def elapsed():
     return train_state.seconds + time.perf_counter() - t_start
 
 
-def report(val_loss):
-    """After an evaluation: print and log it, save checkpoints, and show a sample if asked."""
-    train_loss = train_state.loss_sum / train_state.loss_tokens
+def after_evaluation(val_loss):
+    """Print and log an evaluation, save checkpoints, and show a sample if asked."""
+    train_loss = train_state.loss_sum / train_state.loss_tokens  # mean since the last evaluation
     bleu = bleu_of(raw_model, tok, template, val_data, config)  # None without --eval_bleu
     is_best = train_state.record_evaluation(val_loss, bleu if best_by == 'bleu' else None)
     val = format_loss(val_loss, val_data.num_targets, val_bytes)
@@ -273,7 +269,7 @@ def report(val_loss):
     log.add(train_state, elapsed(), train_loss, latest_lr, progress.tokens_per_second)
     if not master_process:
         return
-    log.write()  # order matters: after a crash anywhere, resuming from last.pt recovers
+    log.write()  # last.pt is written last, so that a crash in between loses nothing
     if is_best:
         save('best.pt')
     save('last.pt')
@@ -282,7 +278,7 @@ def report(val_loss):
 
 
 def is_finished():
-    """Whether the run has come to the end of its steps, its minutes, or our patience."""
+    """Whether the run has reached its last step or minute, or has stopped improving."""
     if training.patience_is_over(config, train_state):
         return True
     if max_minutes is not None:
@@ -309,23 +305,24 @@ while True:
     # The learning rate of this step; with --max_minutes it follows the clock
     share_left = training.share_of_time_left(max_minutes, seconds, progress.eval_seconds)
     lr_factor = optim.lr_factor(step, schedule, warmup_iters, decay_iters, lr_floor, share_left)
-    lr = learning_rate * lr_factor
+    lr = learning_rate * lr_factor  # AdamW's, which is printed; Muon's is in proportion
 
-    # Evaluate and save. (A signal that one process received counts once all of them have agreed)
+    # Evaluate and save, but never twice at one step. (A signal that one process received counts
+    # once all of them have agreed)
     eval_due = is_finished() or step % eval_interval == 0
     if eval_due and step > train_state.evaluated and not signals.agreed:
         eval_start = seconds
         try:
             scores = evaluate(model, val_data, device, amp_dtype,
                               stopped=lambda: signals.received)
-        except UserError as e:  # somebody has written into the file
+        except UserError as e:  # the data file has changed on disk
             signals.handle_lost_data(e)
             break
         _, seconds = training.synchronize(signals, elapsed())
         if scores is not None:  # None: a stop was requested during evaluation
             progress.eval_seconds = seconds - eval_start
             training.check_finite('validation loss', scores['loss'], lr, train_state, log)
-            report(scores['loss'])
+            after_evaluation(scores['loss'])
         progress.resume()
     if is_finished() or signals.agreed:
         break
@@ -336,18 +333,18 @@ while True:
     try:
         batches = list(
             train_data.batches(seed, step, gradient_accumulation_steps, rank, world_size))
-    except UserError as e:  # somebody has written into the file
+    except UserError as e:  # the data file has changed on disk
         signals.handle_lost_data(e)
         break
     num_targets = sum((batch['targets'] != -1).sum().item() for batch in batches)
-    num_targets = distributed.all_reduce_sum(num_targets)[0]  # of all processes
+    num_targets = distributed.all_reduce_sum(num_targets)[0]  # the total over all processes
     step_loss = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         with distributed.no_sync(model, last=is_last):
             # A sum over targets, divided by their number in all micro-batches and processes, so
-            # that each target counts equally. (Processes average their gradients, hence
-            # world_size.)
+            # that each target counts equally. (Processes average their gradients; multiplying by
+            # world_size turns that into a sum.)
             loss = forward(model, batch) / (num_targets / world_size)
             scaler.scale(loss).backward()
         step_loss += loss.detach()
@@ -360,9 +357,9 @@ while True:
     step_loss, seconds = training.synchronize(signals, elapsed(), step_loss.item())
     step_loss /= world_size
     training.check_finite('loss', step_loss, lr, train_state, log)
-    if not scaler.is_enabled():  # float16 may skip a step
+    if not scaler.is_enabled():
         training.check_finite('gradient norm', grad_norm, lr, train_state, log)
-    if math.isfinite(grad_norm):
+    if math.isfinite(grad_norm):  # else float16 has overflowed: skip this step
         for opt in optimizers:
             scaler.step(opt)
     for opt in optimizers:
@@ -398,7 +395,7 @@ memory_note = f', peak memory {peak / 1e9:.2f} GB' if peak else ''
 print(f'total time {timedelta(seconds=int(elapsed()))}{memory_note}')
 if (run_dir / 'best.pt').is_file():
     for opt in optimizers:
-        opt.state.clear()  # no longer needed: it makes room for the checkpoint's
+        opt.state.clear()  # no longer needed: frees memory for the one in best.pt
     best = checkpoint.load(run_dir / 'best.pt')
     raw_model.load_state_dict(best['model'])
     if final_sample_tokens:

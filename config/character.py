@@ -6,6 +6,7 @@ n_layer = 2                # two wide layers learn more per minute than four nar
 n_head = 4
 n_embd = 256
 n_inner = 384
+tie_weights = True         # one table for tokens in and out: twice the vocabulary at the same size
 max_iters = 900
 muon_momentum = 0.85
 warmup_iters = 10

@@ -49,14 +49,19 @@ for code in (*range(32), *range(127, 160)):
     if chr(code) not in '\n\t':
         CONTROL_CHARACTERS[code] = f'\\x{code:02x}'
 
+# Those of Unicode that turn the direction of what follows, so that other words seem to stand there
+# (https://trojansource.codes), or hide it. Joiners and marks stay: emoji and scripts need them
+for code in (*range(0x202a, 0x202f), *range(0x2066, 0x2070), *range(0xfff9, 0xfffc)):
+    CONTROL_CHARACTERS[code] = f'\\u{code:04x}'
+
 
 def show_control_characters(text):
     r"""The text with its control characters made visible, but for line breaks and tabs.
 
     A terminal obeys them: it lets a text clear the screen, or fill the clipboard.
 
-    >>> print(show_control_characters('\x1b[2Jhello'))
-    \x1b[2Jhello
+    >>> print(show_control_characters('\x1b[2Jhello \u202e'))
+    \x1b[2Jhello \u202e
     """
     return text.translate(CONTROL_CHARACTERS)
 

@@ -138,9 +138,9 @@ if __name__ == '__main__':
 
     datasets = {str(read_dataset(path)) for path in run} - {'None'}
     if len(datasets) > 1:   # a character, a byte and a word are not equally hard to predict
-        print(f'warning: these runs were trained on different datasets '
-              f'({", ".join(sorted(datasets))}), so their losses per token do not compare',
-              file=sys.stderr)
+        names = show_control_characters(', '.join(sorted(datasets)))
+        print(f'warning: these runs were trained on different datasets ({names}), so their losses '
+              f'per token do not compare', file=sys.stderr)
 
     if to:
         target = check_path(to)

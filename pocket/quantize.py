@@ -18,7 +18,7 @@ import warnings
 import torch
 from torch import nn
 
-from pocket.stack import DecodingStack, can_be_stacked
+from pocket.stack import DecodingStack, can_be_stacked, join, split
 
 
 def prepare_for_decoding(model, bits=None):
@@ -71,6 +71,7 @@ class DecodingLinear(nn.Module):
 
     linear: the nn.Linear, or head of a model, that it replaces; softcap and bias are taken over.
     """
+    levels = None  # if it multiplies what split() makes of its inputs, with multiply_split()
 
     def __init__(self, linear):
         super().__init__()
@@ -110,9 +111,11 @@ class PackedLinear(DecodingLinear):
 class Int8Linear(DecodingLinear):
     """int8 weights, with a scale for each output channel: weight ~ scale * int8.
 
-    On x86 CPUs PyTorch's FBGEMM kernels multiply integers by integers. For that the inputs are
-    rounded to 8 bits too. Everywhere else only the weights are int8, and the arithmetic is in the
-    precision of the input.
+    On x86 CPUs PyTorch's FBGEMM kernels multiply integers by integers. 8 bits are too few for the
+    inputs: in an MLP some are 40 times as large as most, which then become a handful of values.
+    So there are two rows of 8 bits for each, a coarse one and what it lacks: see split(). That
+    takes no longer, as the time goes into reading the weights. Everywhere else only the weights are
+    int8, and the arithmetic is in the precision of the input.
     """
 
     def store(self, weight):
@@ -124,7 +127,7 @@ class Int8Linear(DecodingLinear):
         if self.fbgemm:
             self.weight = pack_for_fbgemm(weight, scale)
             # Processors without VNNI add products in 16 bits: inputs of 7 bits avoid overflow
-            self.reduce_range = not torch.cpu._is_vnni_supported()
+            self.levels = 127 if torch.cpu._is_vnni_supported() else 63
         else:
             rounded = (weight.float() / scale[:, None]).round().to(torch.int8)
             self.register_buffer('weight', rounded)
@@ -141,14 +144,14 @@ class Int8Linear(DecodingLinear):
 
     def multiply_fbgemm(self, rows):
         """rows @ weight.T, (N, out) float32, in integers."""
-        if len(rows) == 1:
-            return torch.ops.quantized.linear_dynamic(rows.float(), self.weight, self.reduce_range)
+        pairs, scale = split(rows.float(), self.levels)
+        return join(self.multiply_split(pairs), scale, self.levels)
 
-        # The kernel rounds all rows with one scale, which suits only the largest of them. Bring
-        # them to the same size first: then a row's result hardly depends on its neighbors.
-        size = rows.float().abs().amax(dim=1, keepdim=True).clamp_(min=1e-12)  # (N, 1)
-        y = torch.ops.quantized.linear_dynamic(rows / size, self.weight, self.reduce_range)
-        return y.mul_(size)
+    def multiply_split(self, pairs):
+        """pairs @ weight.T, (2 N, out) float32. pairs: what split() returns."""
+        zero_point = self.levels + 1  # inputs are integers from 1 on
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            pairs, 1.0, zero_point, self.weight)
 
     def multiply_weight_only(self, rows):
         """rows @ weight.T, (N, out), in the precision of rows."""
@@ -165,7 +168,8 @@ def has_fbgemm():
     quantize_per_channel is to leave PyTorch some day. Int8Linear then does without FBGEMM.
     """
     engines = torch.backends.quantized.supported_engines
-    return 'fbgemm' in engines and hasattr(torch, 'quantize_per_channel')
+    return ('fbgemm' in engines and hasattr(torch, 'quantize_per_channel')
+            and hasattr(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32'))
 
 
 def pack_for_fbgemm(weight, scale):

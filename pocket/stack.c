@@ -7,36 +7,59 @@ this file and calls these three functions.
     swiglu          the nonlinearity of a Llama
 
 They compute what Block.forward in model.py does, to rounding. What comes from linear layers and
-goes to them is float32 or bfloat16 (is_bfloat16), all else float32. Reductions are written as
-plain loops: the compiler makes vector instructions of them.
+goes to them is of a kind: FLOAT32, BFLOAT16 or, from 2 on, split in two rows as Int8Linear in
+pocket/quantize.py wants it, of whole numbers up to `kind`; all else is float32. Reductions are
+written as plain loops: the compiler makes vector instructions of them.
 */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-/* bfloat16 is the upper half of a float32 */
-static void read_numbers(float *to, const void *from, int count, int is_bfloat16) {
-    if (!is_bfloat16) {
+enum {FLOAT32 = 0, BFLOAT16 = 1};
+
+/* What a linear layer has written. Of split numbers the product has two rows as well: scale is that
+   of what the layer has read, bias is still to be added, unless it is NULL */
+static void read_numbers(float *to, const void *from, int count, int kind, const float *scale,
+                         const float *bias) {
+    if (kind == FLOAT32) {
         memcpy(to, from, count * sizeof(float));
-        return;
-    }
-    const uint16_t *halves = from;
-    for (int i = 0; i < count; i++) {
-        union { uint32_t bits; float number; } whole = {(uint32_t)halves[i] << 16};
-        to[i] = whole.number;
+    } else if (kind == BFLOAT16) { /* the upper half of a float32 */
+        const uint16_t *halves = from;
+        for (int i = 0; i < count; i++) {
+            union { uint32_t bits; float number; } whole = {(uint32_t)halves[i] << 16};
+            to[i] = whole.number;
+        }
+    } else {
+        const float *coarse = from, *fine = coarse + count;
+        float step = *scale, fine_step = step / (2 * kind);
+        for (int i = 0; i < count; i++) to[i] = coarse[i] * step + fine[i] * fine_step;
+        if (bias) {
+            for (int i = 0; i < count; i++) to[i] += bias[i];
+        }
     }
 }
 
-static void write_numbers(void *to, const float *from, int count, int is_bfloat16) {
-    if (!is_bfloat16) {
+/* For a linear layer to read. Split numbers are followed by their scale */
+static void write_numbers(void *to, const float *from, int count, int kind) {
+    if (kind == FLOAT32) {
         memcpy(to, from, count * sizeof(float));
-        return;
-    }
-    uint16_t *halves = to;
-    for (int i = 0; i < count; i++) {
-        union { float number; uint32_t bits; } whole = {from[i]};
-        uint32_t is_odd = (whole.bits >> 16) & 1; /* round to nearest, ties to even */
-        halves[i] = (whole.bits + 0x7fff + is_odd) >> 16;
+    } else if (kind == BFLOAT16) {
+        uint16_t *halves = to;
+        for (int i = 0; i < count; i++) {
+            union { float number; uint32_t bits; } whole = {from[i]};
+            uint32_t is_odd = (whole.bits >> 16) & 1; /* round to nearest, ties to even */
+            halves[i] = (whole.bits + 0x7fff + is_odd) >> 16;
+        }
+    } else {
+        float *coarse = to, *fine = coarse + count, largest = 1e-12f;
+        for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(from[i]));
+        float step = largest / kind;
+        for (int i = 0; i < count; i++) {
+            float exact = from[i] / step;
+            coarse[i] = floorf(exact + 0.5f);
+            fine[i] = (exact - coarse[i]) * 2 * kind;
+        }
+        fine[count] = step;
     }
 }
 
@@ -57,13 +80,14 @@ static inline float exponential(float x) {
     return e * power.number;
 }
 
-/* x += y (width), unless y is NULL; out = the norm of x: RMSNorm, or LayerNorm with is_layer_norm.
+/* x += y (width), unless y is NULL, see read_numbers(); out = the norm of x: RMSNorm, or LayerNorm with is_layer_norm.
    bias: NULL for none */
-void add_and_norm(float *x, const void *y, const float *weight, const float *bias, void *out,
-                  int width, float eps, int is_layer_norm, int is_bfloat16) {
+void add_and_norm(float *x, const void *y, const float *y_scale, const float *y_bias,
+                  const float *weight, const float *bias, void *out, int width, float eps,
+                  int is_layer_norm, int kind) {
     float h[width];
     if (y) {
-        read_numbers(h, y, width, is_bfloat16);
+        read_numbers(h, y, width, kind, y_scale, y_bias);
         for (int i = 0; i < width; i++) x[i] += h[i];
     }
     float mean = 0, squares = 0;
@@ -77,16 +101,17 @@ void add_and_norm(float *x, const void *y, const float *weight, const float *bia
     if (bias) {
         for (int i = 0; i < width; i++) h[i] += bias[i];
     }
-    write_numbers(out, h, width, is_bfloat16);
+    write_numbers(out, h, width, kind);
 }
 
 /* silu(gate) * rest, where in holds both (2 * width) */
-void swiglu(const void *in, void *out, int width, int is_bfloat16) {
+void swiglu(const void *in, const float *in_scale, const float *in_bias, void *out, int width,
+            int kind) {
     float gate[2 * width];
     float *rest = gate + width;
-    read_numbers(gate, in, 2 * width, is_bfloat16);
+    read_numbers(gate, in, 2 * width, kind, in_scale, in_bias);
     for (int i = 0; i < width; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * rest[i];
-    write_numbers(out, gate, width, is_bfloat16);
+    write_numbers(out, gate, width, kind);
 }
 
 /* What model.py's normalize() does with QK-norm's weights, for one head */
@@ -109,12 +134,12 @@ static void rotate(float *head, const float *cos, const float *sin, int D) {
    keys, values: a layer of the cache, (G, size, D), of which `position` columns are filled; the
    next one is filled here. cos, sin: (D / 2) of this position, NULL without rotary positions.
    q_norm, k_norm: (D), NULL without QK-norm */
-void attend(const void *qkv, void *out, float *keys, float *values, const float *cos,
+void attend(const void *qkv, const float *qkv_scale, const float *qkv_bias, void *out, float *keys, float *values, const float *cos,
             const float *sin, const float *q_norm, const float *k_norm, float eps, int position,
-            int size, int H, int G, int D, int is_bfloat16) {
+            int size, int H, int G, int D, int kind) {
     float q[(H + 2 * G) * D], y[H * D], weights[position + 1];
     float *k = q + H * D, *v = k + G * D;
-    read_numbers(q, qkv, (H + 2 * G) * D, is_bfloat16);
+    read_numbers(q, qkv, (H + 2 * G) * D, kind, qkv_scale, qkv_bias);
     for (int h = 0; h < H + G; h++) { /* queries, then keys */
         if (q_norm) normalize(q + h * D, h < H ? q_norm : k_norm, eps, D);
         if (cos) rotate(q + h * D, cos, sin, D);
@@ -146,5 +171,5 @@ void attend(const void *qkv, void *out, float *keys, float *values, const float 
             for (int i = 0; i < D; i++) to[i] += weights[s] / total * value[(long)s * D + i];
         }
     }
-    write_numbers(out, y, H * D, is_bfloat16);
+    write_numbers(out, y, H * D, kind);
 }

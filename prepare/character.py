@@ -27,7 +27,7 @@ from pocket.tokenizer import make_tokenizer
 
 character = 'plunkett'         # a file in prepare/characters/ without its .txt, or a path
 conversations = 40_000         # [100, inf) how many to make
-vocab_size = 1024              # of the BPE tokenizer
+vocab_size = 2048              # of the BPE tokenizer: most words in one piece
 seed = 1                       # which conversations
 save: str | None = None        # a file for the conversations, as OpenAI's messages
 data_dir: str | None = None    # where datasets live (None: data/ beside train.py)

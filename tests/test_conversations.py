@@ -146,6 +146,24 @@ def test_a_broken_telegram_export_is_a_sentence(tmp_path, chats):
     assert read(tmp_path, 'all.json', content, me='Ann', skip_bad=True) == []
 
 
+def test_what_stands_beside_the_messages_of_sharegpt_and_alpaca_is_read(tmp_path):
+    content = [{'system': 'Purr.', 'conversations': [{'from': 'human', 'value': 'Hi'},
+                                                     {'from': 'gpt', 'value': 'Miaow'}]}]
+    assert read(tmp_path, 'a.json', json.dumps(content)) == [
+        [{'role': 'system', 'content': 'Purr.'}, user('Hi'), assistant('Miaow')]]
+    rows = [{'instruction': 'Add.', 'input': '1, 2', 'output': '3'},
+            {'instruction': 'Sing.', 'input': '', 'output': 'La'}]
+    assert read(tmp_path, 'a.json', json.dumps(rows)) == [
+        [user('Add.\n1, 2'), assistant('3')], [user('Sing.'), assistant('La')]]
+
+
+def test_a_row_without_text_is_named(tmp_path):
+    rows = [{'question': 'Red?', 'answer': 'Rose'}, {'question': 'Blue?', 'answer': None}]
+    with pytest.raises(UserError, match='entry 2: answer is None, not text; --skip_bad'):
+        read(tmp_path, 'a.json', json.dumps(rows))
+    assert len(read(tmp_path, 'a.json', json.dumps(rows), skip_bad=True)) == 1
+
+
 def test_parts_of_a_message_that_are_no_text_are_left_out(tmp_path):
     parts = [{'type': 'image_url'}, {'text': 'What '}, None, 3, {'text': None}, 'is this?']
     content = json.dumps({'messages': [user(parts), assistant('A lamp.')]})
@@ -376,6 +394,39 @@ def test_whatsapp_of_android_begins_a_new_conversation_after_a_pause(tmp_path):
     assert report.left_out == {'notices and omitted media': 3}
 
 
+@pytest.mark.parametrize('date', [
+    '12/27/23, 9:{} PM - ', '27/12/2023, 21:{} - ', '27.12.23, 21:{} - ', '27.12.23 um 21:{} - ',
+    '27/12/2023 à 21:{} - ', '27.12.2023 klo 21.{} - ', '27/12/23, 9:{}\u202fp.\u00a0m. - ',
+    '2023-12-27, 21:{} - ', '27-12-2023 21:{} - ', '2023/12/27 21:{} - ', '2023/12/27 下午9:{} - ',
+    '2023. 12. 27. 오후 9:{} - ', '2023. 12. 27. 21:{} - ', '27\u200f/12\u200f/2023، 9:{} م - ',
+    '[12/27/23, 9:{}:08\u202fPM] ', '[27.12.23, 21:{}:08] ', '[2023-12-27, 21:{}:08] ',
+    '[2023. 12. 27. 오후 9:{}:08] ', '[2023/12/27 下午9:{}:08] ',
+])
+def test_whatsapp_writes_dates_as_in_the_phone_s_country(tmp_path, date):
+    said = [('Ann', 'Hi'), ('Bob', 'Ho: what?'), ('Ann', 'No'), ('Bob', 'Yes')]
+    lines = [f'{date.format(10 + i)}{name}: {text}' for i, (name, text) in enumerate(said)]
+    morning = (date.replace('12/27', '12/28').replace('27', '28').replace('21', '08')
+               .replace('下午', '上午').replace('오후', '오전').replace(' م', ' ص')
+               .replace('PM', 'AM').replace('p.\u00a0m', 'a.\u00a0m'))
+    lines += [f'{morning.format(50)}Ann: Up?', f'{morning.format(51)}Bob: Now I am']
+    got = read(tmp_path, 'chat.txt', '\n'.join(lines), me='Bob')
+    assert got == [[user('Hi'), assistant('Ho: what?'), user('No'), assistant('Yes')],
+                   [user('Up?'), assistant('Now I am')]]
+
+
+def test_whatsapp_s_notices_with_a_colon_and_deleted_messages_are_left_out(tmp_path):
+    lines = [
+        '27.12.23, 21:00 - Ann hat die Gruppe „Urlaub: Rom“ erstellt.',
+        '27.12.23, 21:01 - Ann: Hallo',
+        '27.12.23, 21:02 - Bob: Diese Nachricht wurde gelöscht.',
+        '27.12.23, 21:03 - Bob: Se eliminó este mensaje.',
+        '27.12.23, 21:04 - Bob: Meine Liste 2.docx (Datei angehängt)',
+        '27.12.23, 21:05 - Bob: Hallo Ann',
+    ]
+    got = read(tmp_path, 'chat.txt', '\n'.join(lines), me='Bob')
+    assert got == [[user('Hallo'), assistant('Hallo Ann')]]
+
+
 def test_direction_marks_are_removed_and_other_joiners_stay(tmp_path):
     family = '👩\u200d👩\u200d👧'
     lines = [f'[31/12/23, 10:00:0{i} PM] {name}: \u200f{text}'
@@ -389,6 +440,16 @@ def test_transcript_with_blank_lines_has_several_conversations(tmp_path):
     got = read(tmp_path, 'a.txt', text)
     assert got[0] == [user('One?'), assistant('Yes.')]
     assert [message['content'] for message in got[1][:2]] == ['Two?\nNote: this is his', 'No.']
+
+
+@pytest.mark.parametrize('form', [
+    'User: {}\nAssistant: {}\n\n', 'Q: {}\nA: {}\n\n', '[10:00] User: {}\n[10:01] Bot: {}\n\n',
+    'Human：{}\nAI：{}\n\n',
+])
+def test_blank_lines_separate_questions_with_their_answers(tmp_path, form):
+    text = ''.join(form.format(asked, replied) for asked, replied in zip(ASKED, REPLIED))
+    got = read(tmp_path, 'a.txt', text)
+    assert got == [[user(asked), assistant(replied)] for asked, replied in zip(ASKED, REPLIED)]
 
 
 def test_a_conversation_of_a_transcript_may_be_without_me(tmp_path):

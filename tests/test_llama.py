@@ -137,11 +137,12 @@ def test_weights_on_disk_may_be_in_16_bits_and_in_shards(tmp_path, dtype):
 @pytest.mark.parametrize('change, message', [
     ({'num_local_experts': 8}, 'mixture of 8 experts'),
     ({'model_type': 'qwen3_moe', 'num_experts': 128}, "'qwen3_moe', a mixture of 128 experts"),
-    ({'model_type': 'qwen2', 'use_sliding_window': True, 'sliding_window': 16}, 'sliding_window is 16'),
+    ({'model_type': 'qwen2', 'use_sliding_window': True, 'sliding_window': 16, 'max_window_layers': 1},
+     'sliding_window is 16'),
     ({'rope_parameters': {'rope_type': 'dynamic', 'rope_theta': 1e4}}, "'dynamic', only linear"),
     ({'rope_scaling': 5}, "rope_scaling is of type '5'"),
     ({'rope_scaling': {'type': 'llama3', 'factor': 2.0}}, 'low_freq_factor of rope_scaling'),
-    ({'rope_theta': 'large'}, 'could not convert'),
+    ({'rope_theta': 'large'}, "rope_theta is 'large', not a number"),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5'),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'its weights are quantized'),
     ({'mlp_bias': True}, 'mlp_bias is True'),
@@ -183,6 +184,32 @@ def test_a_folder_saved_without_the_head_is_read(tmp_path):
     path = tmp_path / 'model.safetensors'
     tensors = {key.removeprefix('model.'): tensor for key, tensor in load_file(path).items()}
     save_file(tensors, path)
+    ours, _ = pretrained.load(tmp_path)
+    idx = torch.randint(96, (1, 50))
+    assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize('scaling', [None, LLAMA3, {'rope_type': 'linear', 'factor': 2.5}])
+def test_rotary_positions_are_those_of_transformers_to_the_last_bit(tmp_path, scaling):
+    """Far from the start a difference in the last bit of a frequency is one in the third digit."""
+    shape = SHAPE | {'max_position_embeddings': 4096, 'head_dim': 64}
+    config = transformers.LlamaConfig(**shape, rope_theta=5e5, rope_scaling=scaling)
+    theirs = save(config, tmp_path)
+    ours, _ = pretrained.load(tmp_path)
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1, 4096, 32), torch.arange(4096)[None])
+    assert torch.equal(ours.transformer.cos[:, 0], cos[0, :, :32])
+    assert torch.equal(ours.transformer.sin[:, 0], sin[0, :, :32])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('layer_types', [None, ['full_attention'] * 2])
+def test_a_sliding_window_that_no_layer_has_does_not_matter(tmp_path, layer_types):
+    config = transformers.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=16,
+                                      max_window_layers=SHAPE['num_hidden_layers'])
+    theirs = save(config, tmp_path)
+    path = tmp_path / 'config.json'
+    content = json.loads(path.read_text(encoding='utf-8')) | {'layer_types': layer_types}
+    path.write_text(json.dumps(content), encoding='utf-8')
     ours, _ = pretrained.load(tmp_path)
     idx = torch.randint(96, (1, 50))
     assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
@@ -608,6 +635,12 @@ def test_a_template_that_reaches_out_is_stopped(source):
     with pytest.raises(ValueError, match='chat template failed'):
         JinjaTemplate(source).render(messages)
     assert messages == [{'role': 'user', 'content': 'Hi'}]
+
+
+def test_a_template_that_writes_nothing_is_one_sentence(tokenizer_folder):
+    tok = pretrained.load_tokenizer(tokenizer_folder)
+    with pytest.raises(UserError, match='writes nothing for this conversation'):
+        encode_messages(tok, JinjaTemplate('{% if false %}x{% endif %}'), [{'role': 'user', 'content': 'Hi'}])
 
 
 def test_a_template_that_fails_is_one_sentence_in_a_chat(project, tmp_path, tokenizer_folder):

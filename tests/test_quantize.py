@@ -92,7 +92,8 @@ def test_only_bfloat16_on_a_cpu_is_packed():
 
 @pytest.mark.parametrize('fbgemm', [True, False])
 def test_int8_is_within_its_rounding(fbgemm, monkeypatch):
-    """Outputs are off by no more than what rounding weights (and with FBGEMM inputs) explains."""
+    """Outputs are off by no more than what rounding weights explains, also if one of the inputs is
+    much larger than all others, as in an MLP of a Llama."""
     if not fbgemm:
         monkeypatch.delattr(torch, 'quantize_per_channel')
     torch.manual_seed(0)
@@ -103,15 +104,16 @@ def test_int8_is_within_its_rounding(fbgemm, monkeypatch):
     step = linear.weight.abs().amax(dim=1) / 127  # (48,): between two values of int8
     for rows in (1, 3, 40):
         x = torch.randn(rows, 64) * torch.logspace(-2, 2, rows)[:, None]  # of very different size
+        x[:, 5] *= 100
         want = linear(x)
         error = int8(x) - want
 
-        # Half a step for each weight. With FBGEMM also half a step of 1/127 of the range of a row;
-        # twice that without VNNI.
+        # Half a step for each weight. With FBGEMM also what split() leaves of a row: of the largest
+        # number 1 in 2 * 127 * 254, and four times as much without VNNI.
         limit = 0.5 * x.abs().sum(1, keepdim=True) * step
         if int8.fbgemm:
             largest_sum = linear.weight.abs().sum(1) + 64 * step / 2
-            limit = limit + 2.1 / 127 * x.abs().amax(1, keepdim=True) * largest_sum
+            limit = limit + x.abs().amax(1, keepdim=True) * largest_sum / (4 * 63**2)
         assert (error.abs() <= limit + 1e-5).all()
         assert error.norm() < 0.02 * want.norm()
 

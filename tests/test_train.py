@@ -80,6 +80,18 @@ def test_what_a_run_leaves(trained):
     assert state['tokenizer']['kind'] == 'char'
 
 
+def test_a_model_takes_over_the_tensors_of_its_checkpoint(trained):
+    """A second copy of the weights would double the memory of an export."""
+    path = trained.root / 'out' / 'toy' / 'best.pt'
+    for mapped in (False, True):
+        state = checkpoint.load(path, mapped)
+        model, _ = checkpoint.build(state, path)
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            assert parameter.data_ptr() == state['model'][name].data_ptr()
+            assert parameter.requires_grad
+        assert (model.lm_head.weight is model.transformer.wte.weight) == model.config.tie_weights
+
+
 def mean_loss_over_val(project, run):
     """The mean loss of out/RUN/best.pt over all of val, by the plain formula."""
     path = project.root / 'out' / run / 'best.pt'

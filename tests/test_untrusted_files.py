@@ -809,6 +809,14 @@ def test_control_characters_are_visible_on_a_terminal_only():
     assert file.getvalue() == CLEARS_SCREEN + '\n'
 
 
+def test_characters_that_turn_the_direction_are_visible_on_a_terminal():
+    """Others that are invisible, too, but part of emoji and of other scripts' words, stay."""
+    shown = Terminal()
+    needed = '👩\u200d👧 \u0645\u06cc\u200c\u062e \u05d0\u200f! ❤\ufe0f \U0001f3f4\U000e0067\U000e007f'
+    print(f'\u202eexe.txt\u202c \u2066x\u2069 {needed}', file=Output(shown))
+    assert shown.getvalue() == f'\\u202eexe.txt\\u202c \\u2066x\\u2069 {needed}\n'
+
+
 def test_errors_show_control_characters():
     assert str(UserError(f'no file {CLEARS_SCREEN!s}x')).startswith('no file \\x1b[2J\\x1b]52')
 
