@@ -85,13 +85,13 @@ eval_split: Literal['val', 'test', 'train'] = 'val'  # what --eval_only evaluate
 eval_replies = 200                 # [0, inf) --eval_only, pairs: score this many replies
 eval_bleu = 0                      # [0, inf) pairs: replies whose BLEU each evaluation computes
 best_by: Literal['loss', 'bleu'] = 'loss'  # what makes an evaluation the best one: best.pt
-num_beams = 1                      # [1, inf) of replies to score: beam search (1: greedy)
+num_beams = 1                      # [1, 1024] of replies to score: beam search (1: greedy)
 bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char', 'none'] = 'auto'  # words for BLEU
 eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
 patience = 0                       # [0, inf) stop after this many evaluations without progress
 log_interval = 50                  # [1, inf) steps between lines
-sample_tokens = 0                  # [0, inf) tokens to sample after each evaluation
-final_sample_tokens = 300          # [0, inf) tokens to sample at the end
+sample_tokens = 0                  # [0, 1048576] tokens to sample after each evaluation
+final_sample_tokens = 300          # [0, 1048576] tokens to sample at the end
 sample_start = ''                  # what samples begin with
 sample_min_p = 0.0                 # [0, 1) min_p of samples, also sample.py's default for this run
 

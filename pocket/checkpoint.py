@@ -401,7 +401,7 @@ def check_config(config):
     for name, largest in LARGEST.items():
         value = getattr(config, name, None)
         if value is not None and not 1 <= value <= largest:
-            problems.append(f'{name} must be from 1 to {largest:,}, got {value}')
+            problems.append(f'{name} must be from 1 to {largest:,}, got {short_repr(value)}')
     for name in ('dropout', 'attn_dropout'):
         value = getattr(config, name)
         if not 0 <= value < 1:

@@ -14,6 +14,7 @@ import gzip
 import html
 import json
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -267,4 +268,8 @@ def export_bundled(name, file, links):
 
 if __name__ == '__main__':
     show_user_errors('pocket/page.py')
+    if sys.argv[1:]:
+        raise UserError('this command takes no options, it writes the pages in docs/: a page of '
+                        'your own is made by python -m pocket.export --out_dir=out/RUN '
+                        '--to=FILE.html')
     main()

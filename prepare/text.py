@@ -281,8 +281,20 @@ def choose_keys(path, number, record):
     return [names[i] for i in columns]
 
 
+def version_of(path):
+    """What is another once somebody has written into a file. Raises UserError."""
+    try:
+        status = path.stat()
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}') from None
+    return status.st_size, status.st_mtime_ns
+
+
 def read_all():
-    """Yield the documents of all files in pieces (text, ends)."""
+    """Yield the documents of all files in pieces (text, ends).
+
+    Raises UserError if a file is not what it was when it was found: each pass reads the same text.
+    """
     separated = False
     for path in files:
         if kind_of_file(path) == 'text':
@@ -296,6 +308,8 @@ def read_all():
             for row in read_rows(path):
                 if row[0].strip():
                     yield row[0], True
+        if version_of(path) != versions[path]:
+            raise changed_while_read(path)
     if separator and not separated:
         say(f'warning: the separator {separator!r} does not occur between documents' +
             advice_on_escapes(separator))
@@ -321,11 +335,16 @@ def advice_on_escapes(text):
 
 # --- Documents ------------------------------------------------------------------------------------
 
+def changed_while_read(name):
+    """A UserError that says that somebody has written into a file."""
+    return UserError(f'{name} changed while it was read: run the same command again when nobody '
+                     'writes to it')
+
+
 def check_unchanged(number, keep):
     """Raise UserError if there are more documents now than when they were counted."""
     if number >= len(keep):
-        raise UserError(f'{", ".join(input)} grew while it was read: run the same command again '
-                        'when nobody writes to it')
+        raise changed_while_read(', '.join(input))
 
 
 def split_by_document(keep, is_val):
@@ -505,6 +524,7 @@ if len(fields) != (2 if pairs else 1):
 # Read, split, encode and write
 folder = dataset_folder(data_dir, name)
 files = find_files()
+versions = {path: version_of(path) for path in files}
 if pairs:
     prepare_pairs(folder)
 else:

@@ -552,3 +552,9 @@ def test_conversation_in_a_browser(tmp_path, chromium):
     tab.page.click('#undo')
     assert tab.page.locator('#log li').count() == 6
     tab.done()
+
+
+def test_the_command_for_our_own_pages_takes_no_options(project):
+    """Whoever names a run there would find the pages in docs/ written anew instead."""
+    assert 'python -m pocket.export' in project.fails('-m', 'pocket.page', '--out_dir=out/toy')
+    assert not (project.root / 'docs').exists()

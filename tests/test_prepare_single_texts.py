@@ -47,13 +47,14 @@ def server():
 
 @pytest.mark.parametrize('script', ['shakespeare_char', 'shakespeare_bpe', 'shakespeare_gpt2', 'verdict'])
 def test_the_tokenizer_of_a_run_can_be_taken(trained, tmp_path, script):
-    text = ''.join(char for char in toy_text(30_000) if char in trained.checkpoint('toy')['tokenizer']['chars'])
+    tokenizer = trained.checkpoint('toy')['tokenizer']
+    text = ''.join(char for char in toy_text(30_000) if char in tokenizer['chars'])
     (tmp_path / 'text.txt').write_text(text, encoding='utf-8')
     out, _ = trained.run(f'prepare/{script}.py', f'--input={tmp_path / "text.txt"}', '--name=other',
                          '--tokenizer=out/toy')
     assert 'next: python train.py --dataset=other' in out
     meta, _, _ = read_dataset(trained.root / 'data' / 'other')
-    assert meta['tokenizer'] == trained.checkpoint('toy')['tokenizer']
+    assert meta['tokenizer'] == tokenizer
 
 
 # --- shakespeare_char.py --------------------------------------------------------------------------

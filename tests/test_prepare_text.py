@@ -241,21 +241,23 @@ def test_another_val_is_another_split(project, tmp_path):
     assert splits[0] != splits[1]
 
 
-@pytest.mark.parametrize('kind', ['many documents', 'one document'])
-def test_file_that_grows_while_it_is_read_is_a_sentence(project, tmp_path, kind):
-    """Written by a script that appends to its own input, between the first and the second pass."""
+@pytest.mark.parametrize('kind', ['many documents', 'one document', 'shrinks'])
+def test_file_that_changes_while_it_is_read_is_a_sentence(project, tmp_path, kind):
+    """Changed by a script, between the first and the second pass over its own input."""
     path = tmp_path / 'x.csv'
-    lines = 300 if kind == 'many documents' else 1
+    lines = 1 if kind == 'one document' else 300
     rows = ''.join(f'"{i} {toy_text(100, seed=i).strip()}"\n' for i in range(lines))
     path.write_text(f'text\n{rows}', encoding='utf-8')
     script = project.root / 'prepare' / 'text.py'
-    grows = tmp_path / 'grows.py'
-    grows.write_text(GROWS, encoding='utf-8')
-    error = project.fails(grows, str(script), str(path), f'--input={path}', '--tokenizer=byte')
-    assert 'grew while it was read' in error
+    changes = tmp_path / 'changes.py'
+    size = len('text\n') + rows.index('"200 ') if kind == 'shrinks' else 0
+    changes.write_text(CHANGES.replace('SIZE', str(size)), encoding='utf-8')
+    error = project.fails(changes, str(script), str(path), f'--input={path}', '--tokenizer=byte')
+    assert 'changed while it was read' in error
 
 
-GROWS = """
+CHANGES = """
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -266,12 +268,15 @@ from pocket import datasets
 
 count = datasets.first_of_each
 
-def append(hashes):
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write('"something else"\\n')
+def change(hashes):
+    if SIZE:
+        os.truncate(path, SIZE)
+    else:
+        with open(path, 'a', encoding='utf-8') as file:
+            file.write('"something else"\\n')
     return count(hashes)
 
-datasets.first_of_each = append
+datasets.first_of_each = change
 sys.argv[0] = script
 runpy.run_path(script, run_name='__main__')
 """

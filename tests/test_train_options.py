@@ -251,7 +251,7 @@ def test_learning_rates_that_contradict_themselves(defaults, changes, typed, mes
 @pytest.mark.parametrize('option', [
     '--sample_tokens=-1', '--lr_decay_iters=-5', '--div_value=nan', '--learning_rate=inf',
     '--gradient_accumulation_steps=1e12', '--max_iters=1e30', '--batch_size=1e308',
-    '--max_epochs=1e300',
+    '--max_epochs=1e300', '--sample_tokens=1e18', '--final_sample_tokens=1e9', '--num_beams=1e9',
 ])
 def test_option_out_of_range_is_refused_before_anything_else(project, option):
     name = option[2:].split('=')[0]

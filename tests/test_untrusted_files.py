@@ -35,7 +35,12 @@ from pocket.generate import (
     prepare_reply_prompts,
 )
 from pocket.template import ChatTemplate
-from pocket.tokenizer import UnknownCharacters, make_tokenizer, tokenizer_from_dict
+from pocket.tokenizer import (
+    BpeTokenizer,
+    UnknownCharacters,
+    make_tokenizer,
+    tokenizer_from_dict,
+)
 
 JUNK = [
     None, True, 0, 1, -1, 2, 10**9, 10**12, 2**62, 2**63, 10**30, 10**5000,
@@ -369,10 +374,12 @@ def test_pickles_that_grow_are_refused(tmp_path):
     path = tmp_path / 'x.pt'
     shared = pickle.dumps(nested, protocol=2)
     as_key = b'\x80\x02}' + shared[2:-1] + b'K\x01s.'  # {nested: 1}, which takes for ever to hash
+    texts = pickle.dumps(['x' * 10**6] * 10**5, protocol=2)  # 100 GB for whoever encodes them
     for content, message in [
         (pickle.dumps(Asks(bytearray, 2**32), protocol=2), 'contains code'),
         (shared, 'is not a checkpoint'),
         (as_key, 'is not a checkpoint'),
+        (texts, 'is not a checkpoint'),
     ]:
         zip_as_torch_does(path, content)
         with pytest.raises(UserError, match=message):
@@ -381,6 +388,23 @@ def test_pickles_that_grow_are_refused(tmp_path):
     with pytest.raises(UserError, match='smaller than its weights'):
         checkpoint.load(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_tokenizer_that_makes_texts_longer_is_refused():
+    """Forty steps that double a text would take a terabyte for one letter."""
+    content = json.loads(BpeTokenizer(['a b']).tokenizer_json())
+    tokenizer_from_dict({'kind': 'huggingface', 'json': json.dumps(content)})
+    doubles = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'aa'}
+    content['normalizer'] = {'type': 'Sequence', 'normalizers': [doubles] * 40}
+    with pytest.raises(ValueError, match='many times longer'):
+        tokenizer_from_dict({'kind': 'huggingface', 'json': json.dumps(content)})
+
+
+def test_jinja_template_needs_its_tokenizer_and_a_gpt(tmp_path):
+    jinja = {'jinja': '{{ messages[0].content }}', 'special': {}}
+    for state in states_of_all_kinds(tmp_path):
+        with pytest.raises(UserError, match='Jinja'):
+            checkpoint.build({**state, 'chat': jinja}, 'x.pt')
 
 
 def test_tensor_larger_than_its_record_is_refused(tmp_path):
