@@ -21,7 +21,6 @@ PHRASES = Path(__file__).parent / 'phrases.txt'   # what stands around the words
 ONSETS = 'b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh st t th tr v w z'.split()
 VOWELS = 'a ai e ee i o oo ou u y'.split()
 CODAS = ['', '', *'b ck d ft g l m n nd r s t x'.split()]
-MAX_EXCHANGES = 6   # a question and its reply, in one conversation
 INVENTED_VALUES = 0.3    # of names and other things that a reply repeats, how many are invented
 LOOSE_QUESTIONS = 0.5   # how many of a topic's questions are made around its words (= … and * …)
 
@@ -312,19 +311,22 @@ def mistype(word, rng):
 # ---- Conversations
 
 
-def make_conversations(character, count, seed):
-    """A list of count different conversations, the same ones for the same seed."""
+def make_conversations(character, count, seed, max_exchanges=6):
+    """A list of count different conversations, the same ones for the same seed.
+
+    max_exchanges: of a question and its reply, in one conversation.
+    """
     rng = Random(seed)
     conversations = {}
     while len(conversations) < count:
-        messages = make_conversation(character, rng)
+        messages = make_conversation(character, rng, max_exchanges)
         conversations[str(messages)] = messages
     return list(conversations.values())
 
 
-def make_conversation(character, rng):
-    """A list of messages: from one to MAX_EXCHANGES questions, each with its reply."""
-    exchanges = min(rng.choice((1, 1, 2, 2, 3, 3, 4, 5, 6)), MAX_EXCHANGES)
+def make_conversation(character, rng, max_exchanges):
+    """A list of messages: from one to max_exchanges questions, each with its reply."""
+    exchanges = min(rng.choice((1, 1, 2, 2, 3, 3, 4, 5, 6)), max_exchanges)
     values = {}         # what was told, to be remembered: {'name': 'Ann'}
     previous = None     # the topic before
     more = []           # what can be added to it when asked why

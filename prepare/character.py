@@ -14,24 +14,30 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 # Make pocket/ importable from any working directory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.characters import make_conversations, read_character
 from pocket.configurator import configure
 from pocket.conversations import chat_template_for, encode_conversation_to_learn
+from pocket.data import LEARN
 from pocket.datasets import dataset_folder, print_next_step, write_bytes, write_chats
 from pocket.errors import UserError
 from pocket.files import ROOT, find_path, sha256_of, short_path
 from pocket.tokenizer import make_tokenizer
 
 character = 'plunkett'         # a file in prepare/characters/ without its .txt, or a path
-conversations = 40_000         # [100, inf) how many to make
+conversations = 20_000         # [100, inf) how many to make
+beginnings = 90_000            # [0, inf) … and how many of a question and the start of a reply
 vocab_size = 2048              # of the BPE tokenizer: most words in one piece
 seed = 1                       # which conversations
 save: str | None = None        # a file for the conversations, as OpenAI's messages
 data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
 configure(__file__, globals())
+
+LENGTH_OF_BEGINNING = 6   # tokens
 
 # Read the character, and make conversations with it; the last ones are val
 if character.endswith('.txt'):
@@ -53,19 +59,28 @@ if save:
     lines = ''.join(json.dumps({'messages': messages}) + '\n' for messages in chats)
     write_bytes(find_path(save), lines.encode())
 
-# Train the tokenizer; a tenth of the text is enough
+# Train the tokenizer; a fifth of the text is enough
 texts = itertools.chain.from_iterable(
     (f'you: {asked["content"]}', f'{persona.name}: {reply["content"]}')
-    for messages in splits['train'][:len(chats) // 10]
+    for messages in splits['train'][:len(chats) // 5]
     for asked, reply in zip(messages[::2], messages[1::2]))
 tok = make_tokenizer('bpe', texts, vocab_size, ('eos',))
 template = replace(chat_template_for(tok), user='you', assistant=persona.name,
                    reply_prefix=f'{persona.name}:')
 
-# Encode and write
+# Encode
 encoded = {}
 for split, members in splits.items():
     encoded[split] = [encode_conversation_to_learn(tok, template, messages) for messages in members]
+
+# Replies are known by heart soon. Which one fits a question takes practice, and shows in its first
+# tokens: many short conversations are of a question and the beginning of a reply
+for messages in make_conversations(persona, beginnings, seed + 1, max_exchanges=1):
+    ids, mask = encode_conversation_to_learn(tok, template, messages)
+    end = np.flatnonzero(mask == LEARN)[:LENGTH_OF_BEGINNING][-1] + 1
+    encoded['train'].append((ids[:end], mask[:end]))
+
+# Write
 source = {'source': str(short_path(path)), 'sha256': sha256_of(path)}
 how_split = 'the last 2 % of the conversations: other ones, made of the same sentences'
 write_chats(dataset_folder(data_dir, 'character'), tok, template, encoded, source, how_split)

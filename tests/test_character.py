@@ -157,7 +157,7 @@ def test_conversations_are_the_same_for_the_same_seed(kettle):
 def test_every_question_has_a_reply(kettle):
     for messages in make_conversations(kettle, 300, seed=1):
         assert [message['role'] for message in messages[:2]] == ['user', 'assistant']
-        assert len(messages) % 2 == 0 and len(messages) <= 2 * characters.MAX_EXCHANGES
+        assert len(messages) % 2 == 0 and len(messages) <= 2 * 6
         for question, reply in exchanges(messages):
             assert question and reply
             assert not set('{}()|') & set(question + reply)
