@@ -21,7 +21,7 @@ PHRASES = Path(__file__).parent / 'phrases.txt'   # what stands around the words
 ONSETS = 'b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh st t th tr v w z'.split()
 VOWELS = 'a ai e ee i o oo ou u y'.split()
 CODAS = ['', '', *'b ck d ft g l m n nd r s t x'.split()]
-INVENTED_VALUES = 0.3    # of names and other things that a reply repeats, how many are invented
+INVENTED_VALUES = 0.2    # of names and other things that a reply repeats, how many are invented
 LOOSE_QUESTIONS = 0.5   # how many of a topic's questions are made around its words (= … and * …)
 
 
@@ -225,7 +225,7 @@ def write_as_people_do(text, lists, rng, keep=()):
     if rng.random() < 0.15 and lists.get('aside'):
         text = add_aside(text, rng.choice(lists['aside']), rng)
     for long, short in CONTRACTIONS.items():
-        if rng.random() < 0.5:
+        if long.lower() in text.lower() and rng.random() < 0.5:
             text = re.sub(rf'\b{long}\b', short, text, flags=re.I)
     if rng.random() < 0.3 and lists.get('extra'):
         text = insert_words(text, lists, rng)
@@ -334,9 +334,11 @@ def make_conversation(character, rng, max_exchanges):
     messages = []
     for i in range(exchanges):
         is_last = i > 0 and i == exchanges - 1
-        topics = [topic for topic in character.topics if has_more_to_say(topic, said)]
-        if not any(is_open(topic, values) for topic in topics):
-            topics = character.topics   # everything was said: say it again
+        topics = character.topics
+        if said:
+            topics = [topic for topic in topics if has_more_to_say(topic, said)]
+            if not any(is_open(topic, values) for topic in topics):
+                topics = character.topics   # everything was said: say it again
         topic = choose_topic(topics, i == 0, is_last, previous, more, values, rng)
         if 'tells' in topic.marks:
             values.pop(topic.marks['tells'], None)

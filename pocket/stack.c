@@ -80,8 +80,8 @@ static inline float exponential(float x) {
     return e * power.number;
 }
 
-/* x += y (width), unless y is NULL, see read_numbers(); out = the norm of x: RMSNorm, or LayerNorm with is_layer_norm.
-   bias: NULL for none */
+/* x += y (width), see read_numbers(), unless y is NULL; out = the norm of x: RMSNorm, or LayerNorm
+   with is_layer_norm. bias: NULL for none */
 void add_and_norm(float *x, const void *y, const float *y_scale, const float *y_bias,
                   const float *weight, const float *bias, void *out, int width, float eps,
                   int is_layer_norm, int kind) {
@@ -134,9 +134,9 @@ static void rotate(float *head, const float *cos, const float *sin, int D) {
    keys, values: a layer of the cache, (G, size, D), of which `position` columns are filled; the
    next one is filled here. cos, sin: (D / 2) of this position, NULL without rotary positions.
    q_norm, k_norm: (D), NULL without QK-norm */
-void attend(const void *qkv, const float *qkv_scale, const float *qkv_bias, void *out, float *keys, float *values, const float *cos,
-            const float *sin, const float *q_norm, const float *k_norm, float eps, int position,
-            int size, int H, int G, int D, int kind) {
+void attend(const void *qkv, const float *qkv_scale, const float *qkv_bias, void *out, float *keys,
+            float *values, const float *cos, const float *sin, const float *q_norm,
+            const float *k_norm, float eps, int position, int size, int H, int G, int D, int kind) {
     float q[(H + 2 * G) * D], y[H * D], weights[position + 1];
     float *k = q + H * D, *v = k + G * D;
     read_numbers(q, qkv, (H + 2 * G) * D, kind, qkv_scale, qkv_bias);

@@ -29,7 +29,7 @@ from pocket.files import ROOT, find_path, sha256_of, short_path
 from pocket.tokenizer import make_tokenizer
 
 character = 'plunkett'         # a file in prepare/characters/ without its .txt, or a path
-conversations = 20_000         # [100, inf) how many to make
+conversations = 22_000         # [100, inf) how many to make
 beginnings = 90_000            # [0, inf) … and how many of a question and the start of a reply
 vocab_size = 2048              # of the BPE tokenizer: most words in one piece
 seed = 1                       # which conversations
