@@ -392,7 +392,7 @@ def choose_topic(topics, is_first, is_last, previous, more, values, rng):
         found = [topic for topic in topics if 'why' in topic.marks]
     elif previous and rng.random() < 0.05:
         found = [topic for topic in topics if 'which' in topic.marks]
-    elif values and rng.random() < 0.5:
+    elif values and rng.random() < 0.35:
         found = [topic for topic in topics if topic.marks.get('after') in values]
     else:
         found = []

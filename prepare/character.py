@@ -74,11 +74,8 @@ for split, members in splits.items():
     encoded[split] = [encode_conversation_to_learn(tok, template, messages) for messages in members]
 
 # Replies are known by heart soon. Which one fits a question takes practice, and shows in its first
-# tokens: many short conversations are of a question and the beginning of a reply. (Not about what
-# has not been told: in these it never has, so the model would learn to deny that it was)
-topics = [topic for topic in persona.topics if 'before' not in topic.marks]
-for messages in make_conversations(replace(persona, topics=topics), beginnings, seed + 1,
-                                   max_exchanges=1):
+# tokens: many short conversations are of a question and the beginning of a reply
+for messages in make_conversations(persona, beginnings, seed + 1, max_exchanges=1):
     ids, mask = encode_conversation_to_learn(tok, template, messages)
     end = np.flatnonzero(mask == LEARN)[:LENGTH_OF_BEGINNING][-1] + 1
     encoded['train'].append((ids[:end], mask[:end]))
