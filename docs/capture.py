@@ -34,7 +34,7 @@ say: tuple[str, ...] = (           # what is said, one line after the other
     'who are you?',
     'do you like the rain?',
     'how did you get lost?',
-    'are you afraid of anything?',
+    'what are you afraid of?',
 )
 command = 'python sample.py --chat'  # what is typed first
 to = 'docs/chat.svg'               # the picture
