@@ -236,7 +236,7 @@ def test_examples_in_docstrings():
 def test_another_character_becomes_a_dataset(project):
     """One data file makes another persona: its name is in the chat template."""
     (project.root / 'kettle.txt').write_text(KETTLE, encoding='utf-8')
-    out, _ = project.run('prepare/character.py', '--character=kettle.txt', '--conversations=300',
+    out, _ = project.run('prepare/character.py', '--character=kettle.txt', '--conversations=300', '--beginnings=300',
                          '--vocab_size=300', '--save=chats.jsonl')
     assert 'Kettle: 8 topics, 300 conversations' in out
     assert 'next: python train.py config/character.py' in out

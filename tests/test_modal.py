@@ -371,7 +371,8 @@ def test_containers_get_all_files_that_the_scripts_need(modal_train, project):
     project.train('--max_iters=2', '--eval_interval=2')
     project.run('sample.py', '--out_dir=out/toy', '--max_new_tokens=5')
     project.run('sample.py', '--out_dir=out/toy', '--chat', typed='/quit\n')
-    project.run('prepare/character.py', '--conversations=100', '--vocab_size=300')
+    project.run('prepare/character.py', '--conversations=100', '--beginnings=50',
+                '--vocab_size=300')
 
 
 @pytest.mark.parametrize('name, is_copied', [

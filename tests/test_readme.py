@@ -299,7 +299,7 @@ def test_commands_of_readme_run(project):
             continue
         assert python == 'python', command
         if words[0] == 'prepare/character.py':
-            words += ['--conversations=200', '--vocab_size=300']
+            words += ['--conversations=200', '--beginnings=100', '--vocab_size=300']
         elif words[0] == 'train.py' and '--help' not in command:
             words += SMALL
         elif words[0] == 'sample.py':
