@@ -56,7 +56,7 @@ gradient_checkpointing = False     # less memory, for about a third more time
 # Batches, and the length of the run: set one of max_iters, max_epochs and max_minutes. If several
 # are set, the one on the command line counts, else minutes, else epochs
 batch_size = 16                    # [1, inf) sequences of plain text per micro-batch
-batch_tokens = 4096                # [1, inf) tokens, if it is pairs or conversations, with padding
+batch_tokens = 4096                # [1, inf) tokens of pairs or conversations per micro-batch
 gradient_accumulation_steps = 1    # [1, 65536] micro-batches per step
 max_iters = 800                    # [1, inf) length of the run in steps
 max_epochs: float | None = None    # (0, 1e9] length in passes over the dataset
@@ -209,7 +209,7 @@ if eval_only:
 
 
 def forward(model, batch):
-    """Summed loss of a batch, a dict: idx, tokens; targets, the one that follows each; and src."""
+    """Summed loss of a batch, a dict: idx are tokens, targets those that follow each of them."""
     with autocast(device, amp_dtype):
         _, loss = model(**to_device(batch, device), label_smoothing=label_smoothing,
                         reduction='sum')

@@ -18,11 +18,8 @@ from pocket.errors import UserError
 MARKS = ('first', 'last', 'often', 'why', 'which', 'tells', 'after', 'before')
 MARKS_WITH_A_LIST = ('tells', 'after', 'before')   # [tells name] is about the list [name]
 PHRASES = Path(__file__).parent / 'phrases.txt'   # what stands around the words of a topic
-ONSETS = 'b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh st t th tr v w z'.split()
-VOWELS = 'a ai e ee i o oo ou u y'.split()
-CODAS = ['', '', *'b ck d ft g l m n nd r s t x'.split()]
-INVENTED_VALUES = 0.2    # of names and other things that a reply repeats, how many are invented
-LOOSE_QUESTIONS = 0.5   # how many of a topic's questions are made around its words (= … and * …)
+LOOSE_QUESTIONS = 0.5   # how many of a topic's questions are made around its words (= and *)
+INVENTED_VALUES = 0.2   # how many of the names that a reply repeats are invented
 
 
 # ---- Reading
@@ -36,7 +33,7 @@ class Topic:
     subject: str                                    # what it is called when one refers back to it
     marks: dict = field(default_factory=dict)       # {'often': '2', 'tells': 'name', …}
     words: list = field(default_factory=list)       # what points to it in any question
-    things: list = field(default_factory=list)      # names of it, for the questions of [frame]
+    things: list = field(default_factory=list)      # what it is called, for questions of [frame]
     questions: list = field(default_factory=list)   # templates, as are the others
     replies: list = field(default_factory=list)
     more: list = field(default_factory=list)        # what the character adds when asked why
@@ -193,8 +190,14 @@ def fill_in(template, lists, values, rng):
     return re.sub(' ([.,!?])', r'\1', text)
 
 
+# What a syllable begins with, its vowel, and what a word ends in
+ONSETS = 'b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh st t th tr v w z'.split()
+VOWELS = 'a ai e ee i o oo ou u y'.split()
+CODAS = ['', '', *'b ck d ft g l m n nd r s t x'.split()]
+
+
 def invent_words(count, rng):
-    """A list of words that nobody knows, such as 'brantolu'."""
+    """A list of words that nobody knows, such as 'branolu'."""
     words = []
     for _ in range(count):
         syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.randint(2, 3))]
@@ -314,7 +317,7 @@ def mistype(word, rng):
 def make_conversations(character, count, seed, max_exchanges=6):
     """A list of count different conversations, the same ones for the same seed.
 
-    max_exchanges: of a question and its reply, in one conversation.
+    max_exchanges: at most so many questions, each with its reply, in one conversation.
     """
     rng = Random(seed)
     conversations = {}

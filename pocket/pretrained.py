@@ -889,8 +889,14 @@ def load_sampling(name):
     generation = read_json(path)
     if generation.get('do_sample') is not True:
         return {}
-    options = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
-    sampling = {name: generation[name] for name in options if generation.get(name) is not None}
+    sampling = {}
+    for option in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty'):
+        value = generation.get(option)
+        if value is None:
+            continue
+        if type(value) not in (int, float):
+            raise UserError(f'{path}: {option} must be a number, got {value!r}')
+        sampling[option] = value
     if sampling.get('top_k') == 0:  # there it means all tokens
         sampling['top_k'] = None
     return sampling

@@ -165,7 +165,7 @@ class DecodingStack(nn.Module):
 class Numbers:
     """What linear layers read: memory to be written again and again.
 
-    rows: (1, width) or, if there are `levels`, (2, width) and a scale. See split() in quantize.py.
+    rows: (1, width) or, if there are `levels`, (2, width) and a scale, see split().
     """
 
     def __init__(self, width, levels, dtype):

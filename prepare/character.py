@@ -30,7 +30,7 @@ from pocket.tokenizer import make_tokenizer
 
 character = 'plunkett'         # a file in prepare/characters/ without its .txt, or a path
 conversations = 22_000         # [100, inf) how many to make
-beginnings = 90_000            # [0, inf) … and how many of a question and the start of a reply
+beginnings = 90_000            # [0, inf) … and how many of a question and the start of its reply
 vocab_size = 2048              # of the BPE tokenizer: most words in one piece
 seed = 1                       # which conversations
 save: str | None = None        # a file for the conversations, as OpenAI's messages
@@ -73,8 +73,8 @@ encoded = {}
 for split, members in splits.items():
     encoded[split] = [encode_conversation_to_learn(tok, template, messages) for messages in members]
 
-# Replies are known by heart soon. Which one fits a question takes practice, and shows in its first
-# tokens: many short conversations are of a question and the beginning of a reply
+# A model soon knows the replies by heart. Choosing one that fits the question takes practice, and
+# the choice shows in the first tokens: so many conversations end there, after a single question
 for messages in make_conversations(persona, beginnings, seed + 1, max_exchanges=1):
     ids, mask = encode_conversation_to_learn(tok, template, messages)
     end = np.flatnonzero(mask == LEARN)[:LENGTH_OF_BEGINNING][-1] + 1

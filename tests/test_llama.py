@@ -268,6 +268,11 @@ def test_makers_say_how_to_sample(tokenizer_folder, tmp_path):
         else:
             assert settings == Settings()
 
+    (folder / 'generation_config.json').write_text(
+        '{"do_sample": true, "temperature": "hot"}', encoding='utf-8')
+    with pytest.raises(UserError, match="generation_config.json: temperature .* 'hot'"):
+        load(init_from=folder)
+
 
 TEMPLATE = """{% for message in messages %}
     {%- if loop.first and message['role'] != 'system' %}
