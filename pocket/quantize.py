@@ -13,12 +13,11 @@ the matter of pocket/stack.py.
 
 docs/LOG.md has what each gains. Training keeps the plain layers: these have no gradients.
 """
-import warnings
-
 import torch
 from torch import nn
 
-from pocket.stack import DecodingStack, can_be_stacked, join, split
+from pocket.native import load_library, pointer
+from pocket.stack import DecodingStack, can_be_stacked
 
 
 def prepare_for_decoding(model, bits=None):
@@ -71,8 +70,6 @@ class DecodingLinear(nn.Module):
 
     linear: the nn.Linear, or head of a model, that it replaces; softcap and bias are taken over.
     """
-    levels = None  # if it multiplies what split() makes of its inputs, with multiply_split()
-
     def __init__(self, linear):
         super().__init__()
         self.in_features = linear.in_features
@@ -111,72 +108,44 @@ class PackedLinear(DecodingLinear):
 class Int8Linear(DecodingLinear):
     """int8 weights, with a scale for each output channel: weight ~ scale * int8.
 
-    On x86 CPUs PyTorch's FBGEMM kernels multiply integers by integers. 8 bits are too few for the
-    inputs: in an MLP some are 40 times as large as most, which then become a handful of values.
-    So there are two rows of 8 bits for each, a coarse one and what it lacks: see split(). That
-    takes no longer, as the time goes into reading the weights. Everywhere else only the weights are
-    int8, and the arithmetic is in the precision of the input.
+    Only the weights are rounded. A few rows on a CPU are multiplied in integers by
+    pocket/native.c, which makes numbers of 14 bits of them. 8 bits would be too few: in an MLP some
+    inputs are 40 times as large as most, which would become a handful of values. Everything else
+    is computed in the precision of the input.
     """
 
     def store(self, weight):
         # The largest weight of a channel becomes 127. A channel of zeros must not divide by zero.
         largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # without a copy
         scale = (largest.float() / 127).clamp(min=1e-12)  # (out,)
-
-        self.fbgemm = weight.is_cpu and has_fbgemm()
-        if self.fbgemm:
-            self.weight = pack_for_fbgemm(weight, scale)
-            # Processors without VNNI add products in 16 bits: inputs of 7 bits avoid overflow
-            self.levels = 127 if torch.cpu._is_vnni_supported() else 63
-        else:
-            rounded = (weight.float() / scale[:, None]).round().to(torch.int8)
-            self.register_buffer('weight', rounded)
-            self.register_buffer('scale', scale.to(weight.dtype))
+        rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for part, to, step in zip(weight.split(4096), rounded.split(4096), scale.split(4096)):
+            to.copy_((part.float() / step[:, None]).round())  # in parts, which need little memory
+        self.register_buffer('weight', rounded)
+        self.register_buffer('scale', scale)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.float(), requires_grad=False)
+        self.library = load_library() if weight.is_cpu else None
 
     def multiply(self, rows):
-        if self.fbgemm:
-            y = self.multiply_fbgemm(rows)
-        else:
-            y = self.multiply_weight_only(rows)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(rows.dtype)
+        # The more rows, the less it matters how many bytes a weight has, and PyTorch has quicker
+        # products of large matrices
+        if self.library is not None and len(rows) <= 16:
+            return self.multiply_in_c(rows.float().contiguous()).to(rows.dtype)
 
-    def multiply_fbgemm(self, rows):
-        """rows @ weight.T, (N, out) float32, in integers."""
-        pairs, scale = split(rows.float(), self.levels)
-        return join(self.multiply_split(pairs), scale, self.levels)
-
-    def multiply_split(self, pairs):
-        """pairs @ weight.T, (2 N, out) float32. pairs: what split() returns."""
-        zero_point = self.levels + 1  # inputs are integers from 1 on
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            pairs, 1.0, zero_point, self.weight)
-
-    def multiply_weight_only(self, rows):
-        """rows @ weight.T, (N, out), in the precision of rows."""
         # For a few rows PyTorch has a kernel that reads the weights as bytes
         has_kernel = rows.device.type in ('cpu', 'mps') and rows.dtype != torch.float64
         if has_kernel and len(rows) <= 4:
-            return torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        return rows @ self.weight.to(rows.dtype).t() * self.scale
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale.to(rows.dtype))
+        else:
+            y = rows @ self.weight.to(rows.dtype).t() * self.scale.to(rows.dtype)
+        return y if self.bias is None else y + self.bias.to(rows.dtype)
 
-
-def has_fbgemm():
-    """True if this PyTorch multiplies int8 matrices with FBGEMM (x86 CPUs).
-
-    quantize_per_channel is to leave PyTorch some day. Int8Linear then does without FBGEMM.
-    """
-    engines = torch.backends.quantized.supported_engines
-    return ('fbgemm' in engines and hasattr(torch, 'quantize_per_channel')
-            and hasattr(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32'))
-
-
-def pack_for_fbgemm(weight, scale):
-    """weight (out, in) rounded to int8 with scale (out,), in the layout that FBGEMM reads."""
-    zero_point = torch.zeros(len(scale), dtype=torch.int64)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # PyTorch says that quantize_per_channel is deprecated
-        quantized = torch.quantize_per_channel(weight.float(), scale, zero_point, axis=0,
-                                               dtype=torch.qint8)
-    return torch.ops.quantized.linear_prepack(quantized, None)
+    def multiply_in_c(self, rows):
+        """multiply() of float32 rows on a CPU."""
+        y = torch.empty(len(rows), self.out_features)
+        whole = torch.empty(rows.shape, dtype=torch.int16)
+        self.library.multiply_int8(
+            self.weight.data_ptr(), self.scale.data_ptr(), pointer(self.bias), rows.data_ptr(),
+            whole.data_ptr(), y.data_ptr(), self.in_features, self.out_features, len(rows))
+        return y

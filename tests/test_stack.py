@@ -4,6 +4,7 @@ pocket/stack.py: a token through the blocks of a GPT in C, against the blocks of
     pytest -n 0 tests/test_stack.py
 """
 import shutil
+import subprocess
 from unittest.mock import Mock
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
-from pocket import stack
+from pocket import native, quantize, stack
 from pocket.generate import new_cache
 from pocket.quantize import DecodingLinear, prepare_for_decoding
 from pocket.stack import DecodingStack
@@ -87,12 +88,12 @@ def test_greedy_text_is_that_of_the_blocks(bits, monkeypatch):
     assert texts[0] == texts[1]
 
 
-load_library = stack.load_library
+load_library = native.load_library
 
 
 @needs_compiler
 def test_what_is_stacked():
-    """On a CPU a GPT; no Seq2Seq, and nothing with parts that stack.c lacks."""
+    """On a CPU a GPT; no Seq2Seq, and nothing with parts that native.c lacks."""
     shape = SHAPE | {'n_layer': 1}
     model = prepare_for_decoding(GPT(GPTConfig(**shape)), bits=8)
     assert isinstance(model.transformer.h[0], DecodingStack)
@@ -100,7 +101,7 @@ def test_what_is_stacked():
         GPT(GPTConfig(**shape, token_shift=True)),
         GPT(GPTConfig(**shape, qk_norm=True)),
         GPT(GPTConfig(**shape, norm_position='post')),
-        GPT(GPTConfig(**shape, n_inner=140_000)),  # too wide for the arrays in stack.c
+        GPT(GPTConfig(**shape, n_inner=140_000)),  # too wide for the arrays in native.c
         Seq2Seq(Seq2SeqConfig(**shape)),
     ):
         prepare_for_decoding(model.eval(), bits=8)
@@ -113,7 +114,8 @@ def test_what_is_stacked():
 def test_without_a_working_compiler_the_blocks_remain(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv('CC', compiler)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(stack, 'load_library', load_library.__wrapped__)
+    for module in (stack, quantize):
+        monkeypatch.setattr(module, 'load_library', load_library.__wrapped__)
     model = prepare_for_decoding(GPT(GPTConfig(**SHAPE)), bits=8)
     assert len(model.transformer.h) == 2
     assert not list(tmp_path.rglob('*.so'))
@@ -123,9 +125,29 @@ def test_without_a_working_compiler_the_blocks_remain(compiler, monkeypatch, tmp
 def test_what_is_compiled_is_cached(monkeypatch, tmp_path):
     monkeypatch.delenv('CC', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    path = stack.compiled(shutil.which('cc'))
+    compiler = shutil.which('cc')
+    path = native.compiled(compiler, native.FLAGS)
     [only] = (tmp_path / 'pocketgpt').iterdir()
     assert path == only
-    assert stack.compiled(shutil.which('cc')) == path
-    path.write_bytes(b'not a library')  # a damaged one: without it, then
+    assert native.compiled(compiler, native.FLAGS) == path
+
+    # Damaged files: without them, then
+    for flags in (native.FLAGS, native.FLAGS + ('-fopenmp',)):
+        native.compiled(compiler, flags).write_bytes(b'not a library')
     assert load_library.__wrapped__() is None
+
+
+@needs_compiler
+def test_a_compiler_without_openmp(monkeypatch, tmp_path):
+    """Leads to C on a single core."""
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    run = native.run
+
+    def run_without_openmp(*command):
+        if '-fopenmp' in command:
+            raise subprocess.CalledProcessError(1, command)
+        run(*command)
+
+    monkeypatch.setattr(native, 'run', run_without_openmp)
+    assert load_library.__wrapped__() is not None

@@ -1,0 +1,109 @@
+"""
+C functions for what PyTorch has no quick operation for: pocket/native.c, compiled at first use.
+
+The C compiler of the machine compiles it when it is first needed, which takes a second, and the
+result is cached. Without a compiler, load_library() returns None, and whoever would call C does
+without: more slowly, but with the same results. CC=none switches it off.
+"""
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch  # noqa: F401 - it brings OpenMP, whose threads native.c shares
+
+SOURCE = Path(__file__).with_name('native.c')
+FLAGS = (
+    '-O3', '-march=native', '-fPIC',
+    # Sums may be computed in any order, nobody looks at errno, and no number is infinite: that
+    # allows vector instructions
+    '-fno-math-errno', '-fno-trapping-math', '-fassociative-math', '-fno-signed-zeros',
+    '-ffinite-math-only',
+)
+POINTER = ctypes.c_void_p
+INT = ctypes.c_int
+FLOAT = ctypes.c_float
+# How many numbers may be in an array of native.c. They lie on the thread's stack, whose size is
+# 8 MB on Linux, and an untrusted file decides how wide a model is
+LARGEST_ARRAY = 2**18
+ARGUMENTS = {  # of the functions in native.c
+    'multiply_int8': [POINTER] * 6 + [INT] * 3,
+    'add_and_norm': [POINTER] * 5 + [INT, FLOAT, INT, INT],
+    'swiglu': [POINTER] * 2 + [INT] * 2,
+    'attend': [POINTER] * 8 + [FLOAT] + [INT] * 6,
+}
+
+
+@lru_cache(maxsize=1)
+def load_library():
+    """The functions of native.c as a ctypes library, or None if they can't be compiled here."""
+    compiler = shutil.which(os.environ.get('CC') or 'cc')
+    if compiler is None:
+        return None
+    # With OpenMP all cores work. Not every compiler knows it, nor is every PyTorch's OpenMP the one
+    # that the compiler wants
+    for flags in (FLAGS + ('-fopenmp',), FLAGS):
+        try:
+            return open_library(compiled(compiler, flags))
+        except (OSError, AttributeError, subprocess.SubprocessError):
+            continue
+    return None
+
+
+def open_library(path):
+    """A compiled native.c with its functions' types. Raises OSError or AttributeError."""
+    library = ctypes.CDLL(str(path))
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = None
+    return library
+
+
+def compiled(compiler, flags):
+    """The path of the compiled native.c, from the cache or new. Raises OSError or
+    SubprocessError."""
+    # What was compiled for one processor need not run on another that shares the home folder
+    key = repr((SOURCE.read_bytes(), compiler, flags, describe_processor()))
+    name = f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'pocketgpt').expanduser()
+    path = cache / name
+    if path.is_file():
+        return path
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        objects = str(Path(folder, 'native.o'))
+        made = Path(folder, name)
+        run(compiler, *flags, '-c', str(SOURCE), '-o', objects)
+        # Linked without -fopenmp, which would bring a second OpenMP: PyTorch's has its threads
+        run(compiler, '-shared', objects, '-o', str(made), '-lm')
+        os.replace(made, path)  # atomically: others may be doing the same
+    return path
+
+
+def run(*command):
+    """Run a command without input or output. Raises OSError or SubprocessError."""
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def describe_processor():
+    """A text that differs between processors with different instructions."""
+    text = platform.machine()
+    info = Path('/proc/cpuinfo')
+    if info.is_file():  # Linux
+        for line in info.read_text(encoding='utf-8', errors='replace').splitlines():
+            if line.startswith(('flags', 'Features', 'isa')):
+                return text + line
+    return text + platform.processor()
+
+
+def pointer(tensor):
+    """The address of a tensor's numbers; None, a null pointer, for None."""
+    return None if tensor is None else tensor.data_ptr()
