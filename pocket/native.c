@@ -1,23 +1,23 @@
 /*
-What PyTorch has no quick function for when a GPT generates: pocket/stack.py compiles this file.
+What PyTorch has no quick function for when a GPT generates: pocket/native.py compiles this file.
 
     multiply_int8   a linear layer with 8-bit weights
     add_and_norm    x = x + y, then the norm of x
     attend          QK-norm, rotary positions, append to the cache, attention
     swiglu          the nonlinearity of a Llama
 
-The last three are all that a block does besides its linear layers, for a single token. They compute
-what Block.forward in model.py does, to rounding. What comes from linear layers and goes to them is
-bfloat16 with is_bfloat16, otherwise float32; all else is float32.
+The last three are all that a block does besides its linear layers, for one new token in each of B
+texts. They compute what Block.forward in model.py does, to rounding. What comes from linear layers
+and goes to them is bfloat16 with is_bfloat16, otherwise float32; all else is float32.
 
-Reductions are written as plain loops: the compiler makes vector instructions of them.
+Loops are written plainly: the compiler makes vector instructions of them.
 */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-/* The numbers a layer reads become whole, up to LEVELS, so that 127 * LEVELS * CHUNK < 2^31: the sum
-   of that many products with 8-bit weights fits into 32 bits, whatever they are */
+/* The numbers a layer reads become whole, up to LEVELS, so that 127 * LEVELS * CHUNK < 2^31: the
+   sum of that many products with 8-bit weights fits into 32 bits, whatever they are */
 enum {LEVELS = 8191, CHUNK = 2048};
 
 /* How many bytes before they are needed weights are asked for. It takes long until they come from
@@ -26,6 +26,7 @@ enum {AHEAD = 8192};
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 
+/* weight (count) times one row of x */
 static float dot(const int8_t *weight, const int16_t *x, int count) {
     float total = 0;
     for (int start = 0; start < count; start += CHUNK) {
@@ -40,10 +41,38 @@ static float dot(const int8_t *weight, const int16_t *x, int count) {
     return total;
 }
 
-/* y (rows, out) = x (rows, in) times weight (out, in), whose rows have a scale each, plus bias
-   (out), unless that is NULL. whole: memory for (rows, in) numbers */
-void multiply_int8(const int8_t *weight, const float *scale, const float *bias, const float *x,
-                   int16_t *whole, float *y, int in, int out, int rows) {
+/* weight (count) times four rows of x, `stride` apart: each weight is made wide once for all */
+static void four_dots(const int8_t *weight, const int16_t *x, long stride, int count, float to[4]) {
+    const int16_t *x1 = x + stride, *x2 = x1 + stride, *x3 = x2 + stride;
+    memset(to, 0, 4 * sizeof(float));
+    for (int start = 0; start < count; start += CHUNK) {
+        int end = smaller(start + CHUNK, count);
+        int32_t sum = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+        for (int i = start; i < end; i++) {
+            int16_t wide = weight[i];
+            sum += wide * x[i];
+            sum1 += wide * x1[i];
+            sum2 += wide * x2[i];
+            sum3 += wide * x3[i];
+        }
+        to[0] += sum;
+        to[1] += sum1;
+        to[2] += sum2;
+        to[3] += sum3;
+    }
+}
+
+typedef struct {
+    int in, out;
+    const int8_t *weight; /* (out, in) */
+    const float *scale;   /* (out), of the weights */
+    const float *bias;    /* (out), or NULL */
+} Int8Linear;
+
+/* y (rows, out) = x (rows, in) times weights, plus bias */
+void multiply_int8(const Int8Linear *linear, const float *x, float *y, int rows) {
+    int in = linear->in, out = linear->out;
+    int16_t whole[rows * in];
     float steps[rows];
     for (int row = 0; row < rows; row++) {
         const float *from = x + (long)row * in;
@@ -56,35 +85,41 @@ void multiply_int8(const int8_t *weight, const float *scale, const float *bias, 
 
     #pragma omp parallel for
     for (int i = 0; i < out; i++) {
-        const int8_t *channel = weight + (long)i * in;
+        const int8_t *channel = linear->weight + (long)i * in;
         for (int byte = 0; byte < in; byte += 64) __builtin_prefetch(channel + byte + AHEAD);
-        for (int row = 0; row < rows; row++) {
-            float sum = dot(channel, whole + (long)row * in, in);
-            y[(long)row * out + i] = sum * scale[i] * steps[row] + (bias ? bias[i] : 0);
+        float sums[rows];
+        int row = 0;
+        for (; row + 4 <= rows; row += 4) {
+            four_dots(channel, whole + (long)row * in, in, in, sums + row);
+        }
+        for (; row < rows; row++) sums[row] = dot(channel, whole + (long)row * in, in);
+        for (row = 0; row < rows; row++) {
+            float bias = linear->bias ? linear->bias[i] : 0;
+            y[(long)row * out + i] = sums[row] * steps[row] * linear->scale[i] + bias;
         }
     }
 }
 
-/* What a linear layer has written */
-static void read_numbers(float *to, const void *from, int count, int is_bfloat16) {
+/* `count` numbers, from number `first` on, of what a linear layer has written */
+static void read_numbers(float *to, const void *from, long first, int count, int is_bfloat16) {
     if (!is_bfloat16) {
-        memcpy(to, from, count * sizeof(float));
+        memcpy(to, (const float *)from + first, count * sizeof(float));
         return;
     }
-    const uint16_t *halves = from; /* bfloat16 is the upper half of a float32 */
+    const uint16_t *halves = (const uint16_t *)from + first; /* the upper half of a float32 each */
     for (int i = 0; i < count; i++) {
         union { uint32_t bits; float number; } whole = {(uint32_t)halves[i] << 16};
         to[i] = whole.number;
     }
 }
 
-/* For a linear layer to read */
-static void write_numbers(void *to, const float *from, int count, int is_bfloat16) {
+/* The same for a linear layer to read */
+static void write_numbers(void *to, long first, const float *from, int count, int is_bfloat16) {
     if (!is_bfloat16) {
-        memcpy(to, from, count * sizeof(float));
+        memcpy((float *)to + first, from, count * sizeof(float));
         return;
     }
-    uint16_t *halves = to;
+    uint16_t *halves = (uint16_t *)to + first;
     for (int i = 0; i < count; i++) {
         union { float number; uint32_t bits; } whole = {from[i]};
         uint32_t is_odd = (whole.bits >> 16) & 1; /* round to nearest, ties to even */
@@ -109,36 +144,60 @@ static inline float exponential(float x) {
     return e * power.number;
 }
 
-/* x += y (width), unless y is NULL; out = the norm of x: RMSNorm, or LayerNorm with is_layer_norm.
-   bias: NULL for none */
-void add_and_norm(float *x, const void *y, const float *weight, const float *bias, void *out,
-                  int width, float eps, int is_layer_norm, int is_bfloat16) {
+/* What all blocks share in a step */
+typedef struct {
+    int B;                   /* texts */
+    int is_bfloat16;
+    int size, position;      /* columns of the cache; how many of them are filled */
+    const int64_t *pad;      /* (B), how many of these are padding, or NULL */
+    const float *cos, *sin;  /* (B, D / 2), or NULL without rotary positions */
+} Step;
+
+typedef struct {
+    int width, is_layer_norm; /* otherwise it is an RMSNorm */
+    float eps;
+    const float *weight, *bias; /* (width), bias: NULL for none */
+} Norm;
+
+typedef struct {
+    int H, G, D;                    /* query heads, key-value heads, width of each */
+    float eps;
+    const float *q_norm, *k_norm;   /* (D), or NULL without QK-norm */
+} Heads;
+
+/* x += y, unless y is NULL; out = the norm of x. All are (B, width) */
+void add_and_norm(const Step *step, const Norm *norm, float *x, const void *y, void *out) {
+    int width = norm->width;
     float h[width];
-    if (y) {
-        read_numbers(h, y, width, is_bfloat16);
-        for (int i = 0; i < width; i++) x[i] += h[i];
+    for (int row = 0; row < step->B; row++, x += width) {
+        if (y) {
+            read_numbers(h, y, (long)row * width, width, step->is_bfloat16);
+            for (int i = 0; i < width; i++) x[i] += h[i];
+        }
+        float mean = 0, squares = 0;
+        if (norm->is_layer_norm) {
+            for (int i = 0; i < width; i++) mean += x[i];
+            mean /= width;
+        }
+        for (int i = 0; i < width; i++) squares += (x[i] - mean) * (x[i] - mean);
+        float scale = 1 / sqrtf(squares / width + norm->eps);
+        for (int i = 0; i < width; i++) h[i] = (x[i] - mean) * scale * norm->weight[i];
+        if (norm->bias) {
+            for (int i = 0; i < width; i++) h[i] += norm->bias[i];
+        }
+        write_numbers(out, (long)row * width, h, width, step->is_bfloat16);
     }
-    float mean = 0, squares = 0;
-    if (is_layer_norm) {
-        for (int i = 0; i < width; i++) mean += x[i];
-        mean /= width;
-    }
-    for (int i = 0; i < width; i++) squares += (x[i] - mean) * (x[i] - mean);
-    float scale = 1 / sqrtf(squares / width + eps);
-    for (int i = 0; i < width; i++) h[i] = (x[i] - mean) * scale * weight[i];
-    if (bias) {
-        for (int i = 0; i < width; i++) h[i] += bias[i];
-    }
-    write_numbers(out, h, width, is_bfloat16);
 }
 
-/* silu(gate) * rest, where in holds both (2 * width) */
-void swiglu(const void *in, void *out, int width, int is_bfloat16) {
+/* out (B, width) = silu(gate) * rest, where in (B, 2 * width) holds both */
+void swiglu(const Step *step, const void *in, void *out, int width) {
     float gate[2 * width];
     float *rest = gate + width;
-    read_numbers(gate, in, 2 * width, is_bfloat16);
-    for (int i = 0; i < width; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * rest[i];
-    write_numbers(out, gate, width, is_bfloat16);
+    for (int row = 0; row < step->B; row++) {
+        read_numbers(gate, in, 2L * row * width, 2 * width, step->is_bfloat16);
+        for (int i = 0; i < width; i++) gate[i] = gate[i] / (1 + exponential(-gate[i])) * rest[i];
+        write_numbers(out, (long)row * width, gate, width, step->is_bfloat16);
+    }
 }
 
 /* What model.py's normalize() does with QK-norm's weights, for one head */
@@ -157,46 +216,63 @@ static void rotate(float *head, const float *cos, const float *sin, int D) {
     }
 }
 
-/* Attention of H heads, D wide, to G heads of keys and values. qkv: (H + 2 G, D), out: (H, D).
-   keys, values: a layer of the cache, (G, size, D), of which `position` columns are filled; the
-   next one is filled here. cos, sin: (D / 2) of this position, NULL without rotary positions.
-   q_norm, k_norm: (D), NULL without QK-norm */
-void attend(const void *qkv, void *out, float *keys, float *values, const float *cos,
-            const float *sin, const float *q_norm, const float *k_norm, float eps, int position,
-            int size, int H, int G, int D, int is_bfloat16) {
-    float q[(H + 2 * G) * D], y[H * D], weights[position + 1];
-    float *k = q + H * D, *v = k + G * D;
-    read_numbers(q, qkv, (H + 2 * G) * D, is_bfloat16);
-    for (int h = 0; h < H + G; h++) { /* queries, then keys */
-        if (q_norm) normalize(q + h * D, h < H ? q_norm : k_norm, eps, D);
-        if (cos) rotate(q + h * D, cos, sin, D);
-    }
-    for (int g = 0; g < G; g++) {
-        memcpy(keys + ((long)g * size + position) * D, k + g * D, D * sizeof(float));
-        memcpy(values + ((long)g * size + position) * D, v + g * D, D * sizeof(float));
-    }
+/* Attention of one head: out (D), from a query (D) and columns `first` to `last` of keys and values
+   (columns, D) */
+static void attend_one(const float *query, const float *keys, const float *values, float *out,
+                       int first, int last, int D) {
+    int count = last - first + 1;
+    float weights[count];
+    keys += (long)first * D;
+    values += (long)first * D;
 
-    for (int h = 0; h < H; h++) {
-        int g = h / (H / G);
-        const float *query = q + h * D;
-        const float *key = keys + (long)g * size * D, *value = values + (long)g * size * D;
-        float *to = y + h * D;
+    float largest = -1e30f, total = 0; /* softmax, whose largest exponent is 0 */
+    for (int s = 0; s < count; s++) {
+        float score = 0;
+        for (int i = 0; i < D; i++) score += query[i] * keys[(long)s * D + i];
+        weights[s] = score / sqrtf(D);
+        largest = fmaxf(largest, weights[s]);
+    }
+    for (int s = 0; s < count; s++) {
+        weights[s] = exponential(weights[s] - largest);
+        total += weights[s];
+    }
+    memset(out, 0, D * sizeof(float));
+    for (int s = 0; s < count; s++) {
+        float weight = weights[s] / total;
+        for (int i = 0; i < D; i++) out[i] += weight * values[(long)s * D + i];
+    }
+}
 
-        float largest = -1e30f, total = 0; /* softmax, whose largest exponent is 0 */
-        for (int s = 0; s <= position; s++) {
-            float score = 0;
-            for (int i = 0; i < D; i++) score += query[i] * key[(long)s * D + i];
-            weights[s] = score / sqrtf(D);
-            largest = fmaxf(largest, weights[s]);
-        }
-        for (int s = 0; s <= position; s++) {
-            weights[s] = exponential(weights[s] - largest);
-            total += weights[s];
-        }
-        memset(to, 0, D * sizeof(float));
-        for (int s = 0; s <= position; s++) {
-            for (int i = 0; i < D; i++) to[i] += weights[s] / total * value[(long)s * D + i];
+/* Attention. qkv: (B, H + 2 G, D), out: (B, H, D). keys, values: a layer of the cache,
+   (B, G, size, D), whose next column is filled here */
+void attend(const Step *step, const Heads *heads, const void *qkv, void *out, float *keys,
+            float *values) {
+    int H = heads->H, G = heads->G, D = heads->D, is_bfloat16 = step->is_bfloat16;
+    int position = step->position;
+
+    /* Each head of keys and values, of each text, by itself */
+    #pragma omp parallel for if (step->B * H * position > 4096)
+    for (int part = 0; part < step->B * G; part++) {
+        int row = part / G, g = part % G, queries = H / G;
+        const float *cos = step->cos ? step->cos + row * (D / 2) : NULL;
+        const float *sin = step->sin ? step->sin + row * (D / 2) : NULL;
+        int first = step->pad ? step->pad[row] : 0;
+        long qkv_row = (long)row * (H + 2 * G);
+        long column = (long)part * step->size + position;
+        float *k = keys + column * D, *v = values + column * D;
+
+        read_numbers(k, qkv, (qkv_row + H + g) * D, D, is_bfloat16);
+        read_numbers(v, qkv, (qkv_row + H + G + g) * D, D, is_bfloat16);
+        if (heads->k_norm) normalize(k, heads->k_norm, heads->eps, D);
+        if (cos) rotate(k, cos, sin, D);
+
+        for (int h = g * queries; h < (g + 1) * queries; h++) {
+            float q[D], y[D];
+            read_numbers(q, qkv, (qkv_row + h) * D, D, is_bfloat16);
+            if (heads->q_norm) normalize(q, heads->q_norm, heads->eps, D);
+            if (cos) rotate(q, cos, sin, D);
+            attend_one(q, k - (long)position * D, v - (long)position * D, y, first, position, D);
+            write_numbers(out, ((long)row * H + h) * D, y, D, is_bfloat16);
         }
     }
-    write_numbers(out, y, H * D, is_bfloat16);
 }

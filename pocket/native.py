@@ -31,11 +31,34 @@ FLOAT = ctypes.c_float
 # How many numbers may be in an array of native.c. They lie on the thread's stack, whose size is
 # 8 MB on Linux, and an untrusted file decides how wide a model is
 LARGEST_ARRAY = 2**18
-ARGUMENTS = {  # of the functions in native.c
-    'multiply_int8': [POINTER] * 6 + [INT] * 3,
-    'add_and_norm': [POINTER] * 5 + [INT, FLOAT, INT, INT],
-    'swiglu': [POINTER] * 2 + [INT] * 2,
-    'attend': [POINTER] * 8 + [FLOAT] + [INT] * 6,
+
+
+class Int8Linear(ctypes.Structure):
+    """The struct of native.c, as are those below."""
+    _fields_ = [('inputs', INT), ('outputs', INT), ('weight', POINTER), ('scale', POINTER),
+                ('bias', POINTER)]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [('B', INT), ('is_bfloat16', INT), ('size', INT), ('position', INT),
+                ('pad', POINTER), ('cos', POINTER), ('sin', POINTER)]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [('width', INT), ('is_layer_norm', INT), ('eps', FLOAT), ('weight', POINTER),
+                ('bias', POINTER)]
+
+
+class Heads(ctypes.Structure):
+    _fields_ = [('H', INT), ('G', INT), ('D', INT), ('eps', FLOAT), ('q_norm', POINTER),
+                ('k_norm', POINTER)]
+
+
+ARGUMENTS = {  # of the functions in native.c; structs are given as pointers, too
+    'multiply_int8': [POINTER] * 3 + [INT],
+    'add_and_norm': [POINTER] * 5,
+    'swiglu': [POINTER] * 3 + [INT],
+    'attend': [POINTER] * 6,
 }
 
 

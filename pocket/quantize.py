@@ -13,10 +13,13 @@ the matter of pocket/stack.py.
 
 docs/LOG.md has what each gains. Training keeps the plain layers: these have no gradients.
 """
+import ctypes
+
 import torch
 from torch import nn
 
-from pocket.native import load_library, pointer
+from pocket import native
+from pocket.native import LARGEST_ARRAY, load_library, pointer
 from pocket.stack import DecodingStack, can_be_stacked
 
 
@@ -125,13 +128,21 @@ class Int8Linear(DecodingLinear):
         self.register_buffer('scale', scale)
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.float(), requires_grad=False)
+
         self.library = load_library() if weight.is_cpu else None
+        self.struct = native.Int8Linear(self.in_features, self.out_features, pointer(rounded),
+                                        pointer(scale), pointer(self.bias))
+        self.struct_pointer = ctypes.addressof(self.struct)
+        self.max_rows = min(16, LARGEST_ARRAY // self.in_features)  # for C
 
     def multiply(self, rows):
         # The more rows, the less it matters how many bytes a weight has, and PyTorch has quicker
         # products of large matrices
-        if self.library is not None and len(rows) <= 16:
-            return self.multiply_in_c(rows.float().contiguous()).to(rows.dtype)
+        if self.library is not None and len(rows) <= self.max_rows:
+            x = rows.float().contiguous()
+            y = torch.empty(len(rows), self.out_features)
+            self.library.multiply_int8(self.struct_pointer, x.data_ptr(), y.data_ptr(), len(x))
+            return y.to(rows.dtype)
 
         # For a few rows PyTorch has a kernel that reads the weights as bytes
         has_kernel = rows.device.type in ('cpu', 'mps') and rows.dtype != torch.float64
@@ -140,12 +151,3 @@ class Int8Linear(DecodingLinear):
         else:
             y = rows @ self.weight.to(rows.dtype).t() * self.scale.to(rows.dtype)
         return y if self.bias is None else y + self.bias.to(rows.dtype)
-
-    def multiply_in_c(self, rows):
-        """multiply() of float32 rows on a CPU."""
-        y = torch.empty(len(rows), self.out_features)
-        whole = torch.empty(rows.shape, dtype=torch.int16)
-        self.library.multiply_int8(
-            self.weight.data_ptr(), self.scale.data_ptr(), pointer(self.bias), rows.data_ptr(),
-            whole.data_ptr(), y.data_ptr(), self.in_features, self.out_features, len(rows))
-        return y

@@ -1,16 +1,19 @@
 """
-The blocks of a GPT for one token at a time: what is not a linear layer runs in C.
+The blocks of a GPT for one new token in each text: what is not a linear layer runs in C.
 
 A generated token goes through hundreds of PyTorch's operations. In a small model each of them does
 next to nothing, but calling it takes a few microseconds, for Python and PyTorch have grown out of
 the cache while weights came through it. That was half the time of a token of SmolLM2-135M. Here
 three functions of pocket/native.c do the same between the linear layers of a block. Without a C
-compiler the blocks of model.py do it all, as they do for several tokens at once.
+compiler the blocks of model.py do it all, as they do while a prompt is read.
 """
+import ctypes
+
 import torch
 from torch import nn
 
 from model import GPT
+from pocket import native
 from pocket.native import LARGEST_ARRAY, load_library, pointer
 
 
@@ -28,7 +31,7 @@ def can_be_stacked(model):
 
 
 class DecodingStack(nn.Module):
-    """All blocks of a GPT as one. Several tokens go through them as before, a single one quicker.
+    """All blocks of a GPT as one. Prompts go through them as before, single tokens quicker.
 
     blocks: the ModuleList, on a CPU, whose linear layers are DecodingLinear, see
     pocket/quantize.py. It takes their place: model.transformer.h then has this as its only block.
@@ -41,44 +44,43 @@ class DecodingStack(nn.Module):
 
     def forward(self, x, context, cache=None, memory=None):
         """x: (B, T, C); returns the same shape, as Block.forward() in model.py does."""
-        is_one_token = cache is not None and x.size(0) == x.size(1) == 1 and context.mask is None
-        has_dtypes = x.dtype in (torch.float32, torch.bfloat16)
-        if is_one_token and has_dtypes and cache.k.dtype == torch.float32:
+        if self.can_step(x, cache):
             return self.step(x, context.rope, cache)
         for block in self.blocks:
             x = block(x, context, cache, memory)
         return x
 
+    def can_step(self, x, cache):
+        """Whether step() computes this: one new token each, which may see all but padding."""
+        if cache is None or x.size(1) > 1 or not cache.k.is_contiguous():
+            return False
+        return x.dtype in (torch.float32, torch.bfloat16) and cache.k.dtype == torch.float32
+
     def step(self, x, rope, cache):
-        """All blocks for a token x (1, 1, C) that follows those in the cache."""
-        token = Token(x, rope, cache, self.steps[0])
+        """All blocks for tokens x (B, 1, C) that follow those in the cache."""
+        tokens = Tokens(x, rope, cache, self.steps[0])
         for step in self.steps:
-            step(token)
-        return (token.x + token.added).to(x.dtype).view(x.shape)
+            step(tokens)
+        return (tokens.x + tokens.added).to(x.dtype).view(x.shape)
 
 
-class Token:
-    """What the blocks hand on for a token, and the addresses that C functions want.
+class Tokens:
+    """What the blocks hand on in a step, and the addresses that C functions want.
 
-    x: (1, C) float32, the residual stream. added: what a block's MLP adds to it, or None. h: (1, C)
-    for a norm of x, y: (1, H * D) for attention, inner: (1, n_inner); these are what linear layers
+    x: (B, C) float32, the residual stream. added: what a block's MLP adds to it, or None. h: (B, C)
+    for a norm of x, y: (B, H * D) for attention, inner: (B, n_inner); these are what linear layers
     read, and are overwritten by each block. keys, values: of the next layer.
     """
 
-    def __init__(self, x, rope, cache, step):
+    def __init__(self, x, rope, cache, block_step):
+        x = x[:, 0]
+        B = len(x)
         # The residual stream is float32: there is so little of it that this costs nothing
-        self.x = x[0].to(torch.float32, copy=True).contiguous()
+        self.x = x.to(torch.float32, copy=True).contiguous()
         self.added = None
-        self.is_bfloat16 = x.dtype == torch.bfloat16
-        self.h = torch.empty_like(x[0])
-        self.y = x.new_empty(1, step.n_head * step.head_dim)
-        self.inner = x.new_empty(1, step.n_inner)
-
-        self.tables = None, None  # of rotary positions
-        if rope is not None:
-            self.tables = tuple(table.float().contiguous() for table in rope)  # (1, 1, D/2)
-        self.cos_pointer = pointer(self.tables[0])
-        self.sin_pointer = pointer(self.tables[1])
+        self.h = x.new_empty(x.shape)
+        self.y = x.new_empty(B, block_step.attn_proj.in_features)
+        self.inner = x.new_empty(B, block_step.mlp_proj.in_features)
         self.x_pointer = pointer(self.x)
         self.h_pointer = pointer(self.h)
         self.y_pointer = pointer(self.y)
@@ -87,65 +89,69 @@ class Token:
         self.keys = pointer(cache.k)
         self.values = pointer(cache.v)
         self.layer_bytes = cache.k.stride(0) * cache.k.itemsize
-        self.position = cache.length
-        self.size = cache.size
+
+        self.pad = None if cache.pad is None else cache.pad.contiguous()
+        self.tables = None, None  # of rotary positions
+        if rope is not None:  # each (1 or B, 1, 1, D / 2), or without the first dimension
+            self.tables = [table.float().expand(B, 1, 1, -1).contiguous() for table in rope]
+        self.struct = native.Step(
+            B, x.dtype == torch.bfloat16, cache.size, cache.length, pointer(self.pad),
+            pointer(self.tables[0]), pointer(self.tables[1]))
+        self.struct_pointer = ctypes.addressof(self.struct)
 
 
 class BlockStep:
-    """Block.forward() of model.py for a Token."""
+    """Block.forward() of model.py for Tokens."""
 
     def __init__(self, block):
         attn = block.attn
         library = load_library()
         self.c_attend = library.attend
         self.c_swiglu = library.swiglu
-        self.attn_norm = Norm(block.ln_1)
-        self.c_attn = attn.c_attn.multiply
-        self.head_dim = attn.head_dim
-        self.n_head = attn.q_width // attn.head_dim
-        self.n_kv_head = attn.kv_width // attn.head_dim
-        self.norm_eps = 0.0
-        self.qk_weights = None, None
-        if attn.qk_norm:
-            self.norm_eps = attn.q_norm.eps
-            self.qk_weights = attn.q_norm.weight.float(), attn.k_norm.weight.float()
-        self.q_weight_pointer = pointer(self.qk_weights[0])
-        self.k_weight_pointer = pointer(self.qk_weights[1])
-        self.attn_proj = attn.c_proj.multiply
 
-        self.mlp_norm = Norm(block.ln_2)
-        self.c_fc = block.mlp.c_fc.multiply
+        self.attn_norm = AddAndNorm(block.ln_1)
+        self.c_attn = attn.c_attn
+        self.qk_weights = None, None
+        eps = 0.0
+        if attn.qk_norm:
+            self.qk_weights = attn.q_norm.weight.float(), attn.k_norm.weight.float()
+            eps = attn.q_norm.eps
+        self.heads = native.Heads(
+            attn.q_width // attn.head_dim, attn.kv_width // attn.head_dim, attn.head_dim, eps,
+            pointer(self.qk_weights[0]), pointer(self.qk_weights[1]))
+        self.heads_pointer = ctypes.addressof(self.heads)
+        self.attn_proj = attn.c_proj
+
+        self.mlp_norm = AddAndNorm(block.ln_2)
+        self.c_fc = block.mlp.c_fc
         self.is_swiglu = block.mlp.act == 'swiglu'
         self.activate = block.mlp.activate
-        self.n_inner = block.mlp.c_proj.in_features
-        self.mlp_proj = block.mlp.c_proj.multiply
+        self.mlp_proj = block.mlp.c_proj
 
-    def __call__(self, token):
-        """Add to token.x what the block before has left in token.added, then attention; leave
+    def __call__(self, tokens):
+        """Add to tokens.x what the block before has left in tokens.added, then attention; leave
         there what the MLP adds."""
         # Attention
-        self.attn_norm(token, token.added)
-        qkv = self.c_attn(token.h)  # (1, (H + 2 n_kv_head) * D)
-        self.c_attend(
-            qkv.data_ptr(), token.y_pointer, token.keys, token.values, token.cos_pointer,
-            token.sin_pointer, self.q_weight_pointer, self.k_weight_pointer, self.norm_eps,
-            token.position, token.size, self.n_head, self.n_kv_head, self.head_dim,
-            token.is_bfloat16)
-        token.keys += token.layer_bytes
-        token.values += token.layer_bytes
+        self.attn_norm(tokens, tokens.added)
+        qkv = self.c_attn.multiply(tokens.h)  # (B, (H + 2 n_kv_head) * D)
+        self.c_attend(tokens.struct_pointer, self.heads_pointer, qkv.data_ptr(), tokens.y_pointer,
+                      tokens.keys, tokens.values)
+        tokens.keys += tokens.layer_bytes
+        tokens.values += tokens.layer_bytes
 
         # MLP
-        self.mlp_norm(token, self.attn_proj(token.y))
-        h = self.c_fc(token.h)  # (1, n_inner), or twice that with swiglu
+        self.mlp_norm(tokens, self.attn_proj.multiply(tokens.y))
+        h = self.c_fc.multiply(tokens.h)  # (B, n_inner), or twice that with swiglu
         if self.is_swiglu:
-            self.c_swiglu(h.data_ptr(), token.inner_pointer, self.n_inner, token.is_bfloat16)
-            h = token.inner
+            self.c_swiglu(tokens.struct_pointer, h.data_ptr(), tokens.inner_pointer,
+                          self.mlp_proj.in_features)
+            h = tokens.inner
         else:
             h = self.activate(h)
-        token.added = self.mlp_proj(h)
+        tokens.added = self.mlp_proj.multiply(h)
 
 
-class Norm:
+class AddAndNorm:
     """A LayerNorm or RMSNorm, after an addition."""
 
     def __init__(self, norm):
@@ -154,14 +160,12 @@ class Norm:
         self.bias = None
         if getattr(norm, 'bias', None) is not None:
             self.bias = norm.bias.detach().float()
-        self.weight_pointer = pointer(self.weight)
-        self.bias_pointer = pointer(self.bias)
-        self.width = len(self.weight)
-        self.eps = norm.eps
-        self.is_layer_norm = isinstance(norm, nn.LayerNorm)
+        self.struct = native.Norm(
+            len(self.weight), isinstance(norm, nn.LayerNorm), norm.eps, pointer(self.weight),
+            pointer(self.bias))
+        self.struct_pointer = ctypes.addressof(self.struct)
 
-    def __call__(self, token, added):
-        """token.x += added, unless it is None; token.h becomes the norm of x."""
-        self.add_and_norm(
-            token.x_pointer, pointer(added), self.weight_pointer, self.bias_pointer,
-            token.h_pointer, self.width, self.eps, self.is_layer_norm, token.is_bfloat16)
+    def __call__(self, tokens, added):
+        """tokens.x += added, unless it is None; tokens.h becomes the norm of x."""
+        self.add_and_norm(tokens.struct_pointer, self.struct_pointer, tokens.x_pointer,
+                          pointer(added), tokens.h_pointer)

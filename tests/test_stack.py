@@ -1,5 +1,5 @@
 """
-pocket/stack.py: a token through the blocks of a GPT in C, against the blocks of model.py.
+pocket/stack.py: tokens through the blocks of a GPT in C, against the blocks of model.py.
 
     pytest -n 0 tests/test_stack.py
 """
@@ -43,15 +43,16 @@ STACKED = {
 
 
 @needs_compiler
+@pytest.mark.parametrize('B, pad', [(1, None), (3, None), (3, torch.tensor([0, 3, 1]))])
 @pytest.mark.parametrize('name', STACKED)
-def test_one_token_through_the_stack_equals_the_blocks(name):
+def test_tokens_through_the_stack_equal_the_blocks(name, B, pad):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE, **STACKED[name])).eval()
     for parameter in model.parameters():  # norms and biases, too, are not at their initial values
         parameter.data += 0.1 * torch.randn_like(parameter)
-    idx = torch.randint(60, (1, 9))
+    idx = torch.randint(60, (B, 9))
     with torch.inference_mode():
-        want = model(idx)[0]
+        want = model(idx, cache=new_cache(model, B, 12, pad))[0]
         for block in model.transformer.h:
             for part in (block.attn, block.mlp):
                 for child, linear in list(part.named_children()):
@@ -60,11 +61,12 @@ def test_one_token_through_the_stack_equals_the_blocks(name):
         stack = DecodingStack(model.transformer.h)
         model.transformer.h = nn.ModuleList([stack])
         stack.step = Mock(side_effect=stack.step)
-        cache = new_cache(model, 1, 12)  # longer than the text
+        cache = new_cache(model, B, 12, pad)  # longer than the text
         pieces = idx.split((4, 1, 1, 2, 1), dim=1)
         got = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
     assert stack.step.call_count == 3
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    is_real = torch.ones(B, 9, dtype=torch.bool) if pad is None else torch.arange(9) >= pad[:, None]
+    torch.testing.assert_close(got[is_real], want[is_real], atol=1e-5, rtol=1e-4)
 
 
 @needs_compiler
@@ -84,7 +86,8 @@ def test_greedy_text_is_that_of_the_blocks(bits, monkeypatch):
             model.bfloat16()
         prepare_for_decoding(model, bits)
         assert isinstance(model.transformer.h[0], DecodingStack) == is_stacked
-        texts.append(model.generate([[1, 2, 3]], 20, temperature=0))  # beyond block_size
+        prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+        texts.append(model.generate(prompts, 20, temperature=0))  # beyond block_size
     assert texts[0] == texts[1]
 
 
