@@ -144,10 +144,16 @@ class Int8Linear(DecodingLinear):
             self.library.multiply_int8(self.struct_pointer, x.data_ptr(), y.data_ptr(), len(x))
             return y.to(rows.dtype)
 
-        # For a few rows PyTorch has a kernel that reads the weights as bytes
-        has_kernel = rows.device.type in ('cpu', 'mps') and rows.dtype != torch.float64
+        # For a few rows PyTorch has a kernel that reads the weights as bytes, in blocks of 32. On
+        # CPUs it is quick for bfloat16 alone
+        has_kernel = rows.device.type in ('cpu', 'mps') and self.in_features % 32 == 0
         if has_kernel and len(rows) <= 4:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale.to(rows.dtype))
+            x = rows.bfloat16() if rows.is_cpu else rows
+            ones = torch.ones(self.out_features, device=x.device, dtype=x.dtype)
+            y = torch._weight_int8pack_mm(x, self.weight, ones)
         else:
-            y = rows @ self.weight.to(rows.dtype).t() * self.scale.to(rows.dtype)
-        return y if self.bias is None else y + self.bias.to(rows.dtype)
+            y = rows @ self.weight.to(rows.dtype).t()
+        y = y.float() * self.scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(rows.dtype)
