@@ -73,6 +73,7 @@ class DecodingLinear(nn.Module):
 
     linear: the nn.Linear, or head of a model, that it replaces; softcap and bias are taken over.
     """
+
     def __init__(self, linear):
         super().__init__()
         self.in_features = linear.in_features
