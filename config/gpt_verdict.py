@@ -1,6 +1,5 @@
 # A large model and a tiny text: GPT-2 124M, from nothing, on The Verdict, 5,145 tokens of GPT-2's
-# BPE. Its loss falls to the end, 6.08 on val, as the learning rate does;
-# with a constant one it soon knows the story by heart instead.
+# BPE. As the learning rate falls, so does the loss, to val 6.08 at the end.
 dataset = 'verdict'
 block_size = 256
 n_layer = 12

@@ -16,12 +16,12 @@ Loops are written plainly: the compiler makes vector instructions of them.
 #include <stdint.h>
 #include <string.h>
 
-/* The numbers a layer reads become whole, up to LEVELS, so that 127 * LEVELS * CHUNK < 2^31: the
-   sum of that many products with 8-bit weights fits into 32 bits, whatever they are */
+/* The inputs of a layer become whole numbers up to LEVELS. A sum of CHUNK products with 8-bit
+   weights then fits into 32 bits, whatever they are: 127 * LEVELS * CHUNK < 2^31 */
 enum {LEVELS = 8191, CHUNK = 2048};
 
-/* How many bytes before they are needed weights are asked for. It takes long until they come from
-   memory, and the processor's own guess of what is needed next comes too late */
+/* Weights are requested this many bytes before they are needed: memory takes long to answer, and
+   the processor's own guess of what comes next is too late */
 enum {AHEAD = 8192};
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -33,7 +33,7 @@ static float dot(const int8_t *weight, const int16_t *x, int count) {
         int end = smaller(start + CHUNK, count);
         int32_t sum = 0;
         for (int i = start; i < end; i++) {
-            int16_t wide = weight[i]; /* for sums of 16-bit products there is an instruction */
+            int16_t wide = weight[i]; /* processors have an instruction that adds 16-bit products */
             sum += wide * x[i];
         }
         total += sum;
@@ -41,7 +41,8 @@ static float dot(const int8_t *weight, const int16_t *x, int count) {
     return total;
 }
 
-/* weight (count) times four rows of x, `stride` apart: each weight is made wide once for all */
+/* weight (count) times four rows of x, which are `stride` numbers apart: so each weight is widened
+   once for all of them */
 static void four_dots(const int8_t *weight, const int16_t *x, long stride, int count, float to[4]) {
     const int16_t *x1 = x + stride, *x2 = x1 + stride, *x3 = x2 + stride;
     memset(to, 0, 4 * sizeof(float));
@@ -67,11 +68,11 @@ typedef struct {
     const int8_t *weight; /* (out, in) */
     const float *scale;   /* (out), of the weights */
     const float *bias;    /* (out), or NULL */
-} Int8Linear;
+} Int8Weights;
 
-/* y (rows, out) = x (rows, in) times weights, plus bias */
-void multiply_int8(const Int8Linear *linear, const float *x, float *y, int rows) {
-    int in = linear->in, out = linear->out;
+/* y (rows, out) = x (rows, in) times the weights, plus bias */
+void multiply_int8(const Int8Weights *weights, const float *x, float *y, int rows) {
+    int in = weights->in, out = weights->out;
     int16_t whole[rows * in];
     float steps[rows];
     for (int row = 0; row < rows; row++) {
@@ -85,7 +86,7 @@ void multiply_int8(const Int8Linear *linear, const float *x, float *y, int rows)
 
     #pragma omp parallel for
     for (int i = 0; i < out; i++) {
-        const int8_t *channel = linear->weight + (long)i * in;
+        const int8_t *channel = weights->weight + (long)i * in;
         for (int byte = 0; byte < in; byte += 64) __builtin_prefetch(channel + byte + AHEAD);
         float sums[rows];
         int row = 0;
@@ -94,8 +95,8 @@ void multiply_int8(const Int8Linear *linear, const float *x, float *y, int rows)
         }
         for (; row < rows; row++) sums[row] = dot(channel, whole + (long)row * in, in);
         for (row = 0; row < rows; row++) {
-            float bias = linear->bias ? linear->bias[i] : 0;
-            y[(long)row * out + i] = sums[row] * steps[row] * linear->scale[i] + bias;
+            float bias = weights->bias ? weights->bias[i] : 0;
+            y[(long)row * out + i] = sums[row] * steps[row] * weights->scale[i] + bias;
         }
     }
 }

@@ -3,7 +3,7 @@ C functions for what PyTorch has no quick operation for: pocket/native.c, compil
 
 The C compiler of the machine compiles it when it is first needed, which takes a second, and the
 result is cached. Without a compiler, load_library() returns None, and whoever would call C does
-without: more slowly, but with the same results. CC=none switches it off.
+without: more slowly, and with the same results but for rounding. CC=none switches it off.
 """
 import ctypes
 import hashlib
@@ -33,23 +33,26 @@ FLOAT = ctypes.c_float
 LARGEST_ARRAY = 2**18
 
 
-class Int8Linear(ctypes.Structure):
-    """The struct of native.c, as are those below."""
+class Int8Weights(ctypes.Structure):
+    """An 8-bit linear layer: the struct of native.c, as are those below."""
     _fields_ = [('inputs', INT), ('outputs', INT), ('weight', POINTER), ('scale', POINTER),
                 ('bias', POINTER)]
 
 
 class Step(ctypes.Structure):
+    """What all blocks share in a step of generation."""
     _fields_ = [('B', INT), ('is_bfloat16', INT), ('size', INT), ('position', INT),
                 ('pad', POINTER), ('cos', POINTER), ('sin', POINTER)]
 
 
 class Norm(ctypes.Structure):
+    """A LayerNorm or RMSNorm."""
     _fields_ = [('width', INT), ('is_layer_norm', INT), ('eps', FLOAT), ('weight', POINTER),
                 ('bias', POINTER)]
 
 
 class Heads(ctypes.Structure):
+    """The heads of an attention, and its QK-norm."""
     _fields_ = [('H', INT), ('G', INT), ('D', INT), ('eps', FLOAT), ('q_norm', POINTER),
                 ('k_norm', POINTER)]
 
@@ -68,8 +71,8 @@ def load_library():
     compiler = shutil.which(os.environ.get('CC') or 'cc')
     if compiler is None:
         return None
-    # With OpenMP all cores work. Not every compiler knows it, nor is every PyTorch's OpenMP the one
-    # that the compiler wants
+    # OpenMP puts all cores to work. But some compilers lack it, and some want another OpenMP than
+    # the one that PyTorch brings
     for flags in (FLAGS + ('-fopenmp',), FLAGS):
         try:
             return open_library(compiled(compiler, flags))

@@ -112,10 +112,10 @@ class PackedLinear(DecodingLinear):
 class Int8Linear(DecodingLinear):
     """int8 weights, with a scale for each output channel: weight ~ scale * int8.
 
-    Only the weights are rounded. A few rows on a CPU are multiplied in integers by
-    pocket/native.c, which makes numbers of 14 bits of them. 8 bits would be too few: in an MLP some
-    inputs are 40 times as large as most, which would become a handful of values. Everything else
-    is computed in the precision of the input.
+    Only the weights have 8 bits. For a few rows on a CPU, pocket/native.c computes in integers and
+    gives the inputs 14 bits. 8 would be too few: some inputs of an MLP are 40 times as large as
+    most, so that most would become one of a handful of values. Everything else is computed in the
+    precision of the input.
     """
 
     def store(self, weight):
@@ -123,23 +123,25 @@ class Int8Linear(DecodingLinear):
         largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # without a copy
         scale = (largest.float() / 127).clamp(min=1e-12)  # (out,)
         rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for part, to, step in zip(weight.split(4096), rounded.split(4096), scale.split(4096)):
-            to.copy_((part.float() / step[:, None]).round())  # in parts, which need little memory
+        # Part by part, so that little of it exists in float32
+        for part, part_rounded, part_scale in zip(
+                weight.split(4096), rounded.split(4096), scale.split(4096)):
+            part_rounded.copy_((part.float() / part_scale[:, None]).round())
         self.register_buffer('weight', rounded)
         self.register_buffer('scale', scale)
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.float(), requires_grad=False)
 
         self.library = load_library() if weight.is_cpu else None
-        self.struct = native.Int8Linear(self.in_features, self.out_features, pointer(rounded),
-                                        pointer(scale), pointer(self.bias))
+        self.struct = native.Int8Weights(self.in_features, self.out_features, pointer(rounded),
+                                         pointer(scale), pointer(self.bias))
         self.struct_pointer = ctypes.addressof(self.struct)
-        self.max_rows = min(16, LARGEST_ARRAY // self.in_features)  # for C
+        self.max_rows_in_c = min(16, LARGEST_ARRAY // self.in_features)
 
     def multiply(self, rows):
         # The more rows, the less it matters how many bytes a weight has, and PyTorch has quicker
         # products of large matrices
-        if self.library is not None and len(rows) <= self.max_rows:
+        if self.library is not None and len(rows) <= self.max_rows_in_c:
             x = rows.float().contiguous()
             y = torch.empty(len(rows), self.out_features)
             self.library.multiply_int8(self.struct_pointer, x.data_ptr(), y.data_ptr(), len(x))

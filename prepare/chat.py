@@ -53,7 +53,7 @@ vocab_size: int | None = None  # of bpe and sentencepiece (None: 512 to 8,192, t
 skip_bad = False               # leave out lines and conversations that can't be read
 keep_duplicates = False        # learn a conversation as often as it occurs
 val = 0.1                      # (0, 1) fraction of the text that is for validation
-val_input: tuple[str, ...] = ()  # or files with the conversations for validation, as --input
+val_input: tuple[str, ...] = ()  # instead of val: files with the conversations for validation
 data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
 configure(__file__, globals())
 

@@ -599,8 +599,11 @@ def test_duplicates_can_be_kept_and_val_can_be_other_files(project):
     assert f'{len(rows) + 2} train and 1 val conversations' in out
 
     (project.root / 'b.jsonl').write_text(json.dumps({'messages': [user('Hm?')]}), encoding='utf-8')
-    error = project.fails('prepare/chat.py', '--input=a.jsonl', '--val_input=b.jsonl')
+    both = ('--input=a.jsonl', '--val_input=b.jsonl')
+    error = project.fails('prepare/chat.py', *both)
     assert 'b.jsonl: no conversation in which both sides speak' in error
+    error = project.fails('prepare/chat.py', '--input=a.jsonl', '--val_input=none.jsonl')
+    assert 'there is no file none.jsonl' in error
 
 
 def test_an_option_for_streams_or_a_seq2seq_is_refused(project):

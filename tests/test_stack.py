@@ -19,6 +19,7 @@ from pocket.stack import DecodingStack
 
 needs_compiler = pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
 cpu_has_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bool)()
+load_library = native.load_library  # tests replace it
 SHAPE = dict(vocab_size=60, block_size=16, n_layer=2, n_head=4, n_embd=32)
 
 
@@ -90,8 +91,6 @@ def test_greedy_text_is_that_of_the_blocks(bits, monkeypatch):
         texts.append(model.generate(prompts, 20, temperature=0))  # beyond block_size
     assert texts[0] == texts[1]
 
-
-load_library = native.load_library
 
 
 @needs_compiler
