@@ -6,11 +6,12 @@ What PyTorch has no quick function for when a GPT generates: pocket/native.py co
     attend          QK-norm, rotary positions, append to the cache, attention
     swiglu          the nonlinearity of a Llama
 
-The last three are all that a block does besides its linear layers, for one new token in each of B
-texts. They compute what Block.forward in model.py does, to rounding. What comes from linear layers
-and goes to them is bfloat16 with is_bfloat16, otherwise float32; all else is float32.
+The last three are what a block does between its linear layers, for one new token in each of B
+texts; nonlinearities other than SwiGLU stay in PyTorch. They compute what Block.forward in model.py
+does, up to rounding. Inputs and outputs of linear layers are bfloat16 if is_bfloat16, otherwise
+float32; everything else is float32.
 
-Loops are written plainly: the compiler makes vector instructions of them.
+The loops are plain: the compiler vectorizes them.
 */
 #include <math.h>
 #include <stdint.h>
@@ -41,8 +42,8 @@ static float dot(const int8_t *weight, const int16_t *x, int count) {
     return total;
 }
 
-/* weight (count) times four rows of x, which are `stride` numbers apart: so each weight is widened
-   once for all of them */
+/* weight (count) times four rows of x, which are `stride` numbers apart, so that each weight is
+   widened only once */
 static void four_dots(const int8_t *weight, const int16_t *x, long stride, int count, float to[4]) {
     const int16_t *x1 = x + stride, *x2 = x1 + stride, *x3 = x2 + stride;
     memset(to, 0, 4 * sizeof(float));
@@ -73,15 +74,15 @@ typedef struct {
 /* y (rows, out) = x (rows, in) times the weights, plus bias */
 void multiply_int8(const Int8Weights *weights, const float *x, float *y, int rows) {
     int in = weights->in, out = weights->out;
-    int16_t whole[rows * in];
-    float steps[rows];
+    int16_t x_int[rows * in];
+    float x_scale[rows];
     for (int row = 0; row < rows; row++) {
         const float *from = x + (long)row * in;
-        int16_t *to = whole + (long)row * in;
-        float largest = 1e-12f;
+        int16_t *to = x_int + (long)row * in;
+        float largest = 1e-12f; /* not 0: a row of zeros must not divide by zero */
         for (int i = 0; i < in; i++) largest = fmaxf(largest, fabsf(from[i]));
-        steps[row] = largest / LEVELS;
-        for (int i = 0; i < in; i++) to[i] = floorf(from[i] / steps[row] + 0.5f);
+        x_scale[row] = largest / LEVELS;
+        for (int i = 0; i < in; i++) to[i] = floorf(from[i] / x_scale[row] + 0.5f);
     }
 
     #pragma omp parallel for
@@ -91,12 +92,12 @@ void multiply_int8(const Int8Weights *weights, const float *x, float *y, int row
         float sums[rows];
         int row = 0;
         for (; row + 4 <= rows; row += 4) {
-            four_dots(channel, whole + (long)row * in, in, in, sums + row);
+            four_dots(channel, x_int + (long)row * in, in, in, sums + row);
         }
-        for (; row < rows; row++) sums[row] = dot(channel, whole + (long)row * in, in);
+        for (; row < rows; row++) sums[row] = dot(channel, x_int + (long)row * in, in);
         for (row = 0; row < rows; row++) {
             float bias = weights->bias ? weights->bias[i] : 0;
-            y[(long)row * out + i] = sums[row] * steps[row] * weights->scale[i] + bias;
+            y[(long)row * out + i] = sums[row] * x_scale[row] * weights->scale[i] + bias;
         }
     }
 }
@@ -109,8 +110,8 @@ static void read_numbers(float *to, const void *from, long first, int count, int
     }
     const uint16_t *halves = (const uint16_t *)from + first; /* the upper half of a float32 each */
     for (int i = 0; i < count; i++) {
-        union { uint32_t bits; float number; } whole = {(uint32_t)halves[i] << 16};
-        to[i] = whole.number;
+        union { uint32_t bits; float number; } full = {(uint32_t)halves[i] << 16};
+        to[i] = full.number;
     }
 }
 
@@ -122,18 +123,18 @@ static void write_numbers(void *to, long first, const float *from, int count, in
     }
     uint16_t *halves = (uint16_t *)to + first;
     for (int i = 0; i < count; i++) {
-        union { float number; uint32_t bits; } whole = {from[i]};
-        uint32_t is_odd = (whole.bits >> 16) & 1; /* round to nearest, ties to even */
-        halves[i] = (whole.bits + 0x7fff + is_odd) >> 16;
+        union { float number; uint32_t bits; } full = {from[i]};
+        uint32_t is_odd = (full.bits >> 16) & 1; /* round to nearest, ties to even */
+        halves[i] = (full.bits + 0x7fff + is_odd) >> 16;
     }
 }
 
-/* e^x to 1e-7, as 2^n e^r with |r| < 0.35. Unlike expf() it is made of what vectors can do.
-   Constants: Cephes, by S. Moshier */
+/* e^x as 2^n e^r with |r| < 0.35, to a few millionths. Unlike a call of expf(), it vectorizes.
+   Coefficients: Cephes, by S. Moshier */
 static inline float exponential(float x) {
     x = fminf(fmaxf(x, -87), 88);
     float n = floorf(x * 1.44269504f + 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float r = x - n * 0.693147181f; /* ln 2 */
     float e = 1.9875691500e-4f;
     e = e * r + 1.3981999507e-3f;
     e = e * r + 8.3334519073e-3f;
@@ -145,14 +146,14 @@ static inline float exponential(float x) {
     return e * power.number;
 }
 
-/* What all blocks share in a step */
+/* What all blocks share while one token is generated */
 typedef struct {
     int B;                   /* texts */
     int is_bfloat16;
-    int size, position;      /* columns of the cache; how many of them are filled */
+    int size, length;        /* columns of the cache, and how many of them are filled */
     const int64_t *pad;      /* (B), how many of these are padding, or NULL */
     const float *cos, *sin;  /* (B, D / 2), or NULL without rotary positions */
-} Step;
+} StepContext;
 
 typedef struct {
     int width, is_layer_norm; /* otherwise it is an RMSNorm */
@@ -167,7 +168,7 @@ typedef struct {
 } Heads;
 
 /* x += y, unless y is NULL; out = the norm of x. All are (B, width) */
-void add_and_norm(const Step *step, const Norm *norm, float *x, const void *y, void *out) {
+void add_and_norm(const StepContext *step, const Norm *norm, float *x, const void *y, void *out) {
     int width = norm->width;
     float h[width];
     for (int row = 0; row < step->B; row++, x += width) {
@@ -191,7 +192,7 @@ void add_and_norm(const Step *step, const Norm *norm, float *x, const void *y, v
 }
 
 /* out (B, width) = silu(gate) * rest, where in (B, 2 * width) holds both */
-void swiglu(const Step *step, const void *in, void *out, int width) {
+void swiglu(const StepContext *step, const void *in, void *out, int width) {
     float gate[2 * width];
     float *rest = gate + width;
     for (int row = 0; row < step->B; row++) {
@@ -245,21 +246,22 @@ static void attend_one(const float *query, const float *keys, const float *value
 }
 
 /* Attention. qkv: (B, H + 2 G, D), out: (B, H, D). keys, values: a layer of the cache,
-   (B, G, size, D), whose next column is filled here */
-void attend(const Step *step, const Heads *heads, const void *qkv, void *out, float *keys,
+   (B, G, size, D), whose next column this function fills */
+void attend(const StepContext *step, const Heads *heads, const void *qkv, void *out, float *keys,
             float *values) {
     int H = heads->H, G = heads->G, D = heads->D, is_bfloat16 = step->is_bfloat16;
-    int position = step->position;
+    int length = step->length;
 
-    /* Each head of keys and values, of each text, by itself */
-    #pragma omp parallel for if (step->B * H * position > 4096)
+    /* An iteration for each text and key-value head. Short texts are done before other threads wake
+       up: where that ends is a guess */
+    #pragma omp parallel for if (step->B * H * length > 4096)
     for (int part = 0; part < step->B * G; part++) {
         int row = part / G, g = part % G, queries = H / G;
         const float *cos = step->cos ? step->cos + row * (D / 2) : NULL;
         const float *sin = step->sin ? step->sin + row * (D / 2) : NULL;
-        int first = step->pad ? step->pad[row] : 0;
+        int first = step->pad ? smaller(step->pad[row], length) : 0; /* padding sees itself */
         long qkv_row = (long)row * (H + 2 * G);
-        long column = (long)part * step->size + position;
+        long column = (long)part * step->size + length;
         float *k = keys + column * D, *v = values + column * D;
 
         read_numbers(k, qkv, (qkv_row + H + g) * D, D, is_bfloat16);
@@ -272,7 +274,7 @@ void attend(const Step *step, const Heads *heads, const void *qkv, void *out, fl
             read_numbers(q, qkv, (qkv_row + h) * D, D, is_bfloat16);
             if (heads->q_norm) normalize(q, heads->q_norm, heads->eps, D);
             if (cos) rotate(q, cos, sin, D);
-            attend_one(q, k - (long)position * D, v - (long)position * D, y, first, position, D);
+            attend_one(q, k - (long)length * D, v - (long)length * D, y, first, length, D);
             write_numbers(out, ((long)row * H + h) * D, y, D, is_bfloat16);
         }
     }

@@ -2,13 +2,15 @@
 C functions for what PyTorch has no quick operation for: pocket/native.c, compiled at first use.
 
 The C compiler of the machine compiles it when it is first needed, which takes a second, and the
-result is cached. Without a compiler, load_library() returns None, and whoever would call C does
-without: more slowly, and with the same results but for rounding. CC=none switches it off.
+result is cached. Without a compiler, load_library() returns None and callers fall back to PyTorch:
+slower, but with the same results up to rounding. CC=none disables C: any name that is no program
+does.
 """
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,8 +30,8 @@ FLAGS = (
 POINTER = ctypes.c_void_p
 INT = ctypes.c_int
 FLOAT = ctypes.c_float
-# How many numbers may be in an array of native.c. They lie on the thread's stack, whose size is
-# 8 MB on Linux, and an untrusted file decides how wide a model is
+# The longest array that native.c may put on a thread's stack: as float32 it takes 1 MB, and two are
+# never needed at once. Stacks have 8 MB on Linux. An untrusted file decides how wide a model is
 LARGEST_ARRAY = 2**18
 
 
@@ -39,9 +41,9 @@ class Int8Weights(ctypes.Structure):
                 ('bias', POINTER)]
 
 
-class Step(ctypes.Structure):
-    """What all blocks share in a step of generation."""
-    _fields_ = [('B', INT), ('is_bfloat16', INT), ('size', INT), ('position', INT),
+class StepContext(ctypes.Structure):
+    """What all blocks share while one token is generated."""
+    _fields_ = [('B', INT), ('is_bfloat16', INT), ('size', INT), ('length', INT),
                 ('pad', POINTER), ('cos', POINTER), ('sin', POINTER)]
 
 
@@ -68,21 +70,23 @@ ARGUMENTS = {  # of the functions in native.c; structs are given as pointers, to
 @lru_cache(maxsize=1)
 def load_library():
     """The functions of native.c as a ctypes library, or None if they can't be compiled here."""
-    compiler = shutil.which(os.environ.get('CC') or 'cc')
-    if compiler is None:
+    program, *arguments = shlex.split(os.environ.get('CC') or 'cc') or ['']  # such as ccache gcc
+    compiler = shutil.which(program), *arguments
+    if compiler[0] is None:
         return None
-    # OpenMP puts all cores to work. But some compilers lack it, and some want another OpenMP than
-    # the one that PyTorch brings
+    # With OpenMP all cores work. Some compilers lack it, and clang's needs another library than the
+    # one in PyTorch's Linux packages: then C runs on one core
     for flags in (FLAGS + ('-fopenmp',), FLAGS):
         try:
             return open_library(compiled(compiler, flags))
-        except (OSError, AttributeError, subprocess.SubprocessError):
+        except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError):
             continue
     return None
 
 
 def open_library(path):
-    """A compiled native.c with its functions' types. Raises OSError or AttributeError."""
+    """Load a compiled native.c and declare its functions' types. Raises OSError or AttributeError.
+    """
     library = ctypes.CDLL(str(path))
     for name, arguments in ARGUMENTS.items():
         function = getattr(library, name)
@@ -92,9 +96,9 @@ def open_library(path):
 
 
 def compiled(compiler, flags):
-    """The path of the compiled native.c, from the cache or new. Raises OSError or
-    SubprocessError."""
-    # What was compiled for one processor need not run on another that shares the home folder
+    """The path of the compiled native.c, from the cache or new. compiler: a tuple of its name and
+    arguments. Raises OSError, SubprocessError, or RuntimeError if there is no home folder."""
+    # What was compiled for one processor may not run on another that shares the home folder
     key = repr((SOURCE.read_bytes(), compiler, flags, describe_processor()))
     name = f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'pocketgpt').expanduser()
@@ -104,12 +108,12 @@ def compiled(compiler, flags):
 
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        objects = str(Path(folder, 'native.o'))
-        made = Path(folder, name)
-        run(compiler, *flags, '-c', str(SOURCE), '-o', objects)
-        # Linked without -fopenmp, which would bring a second OpenMP: PyTorch's has its threads
-        run(compiler, '-shared', objects, '-o', str(made), '-lm')
-        os.replace(made, path)  # atomically: others may be doing the same
+        object_file = str(Path(folder, 'native.o'))
+        built = Path(folder, name)
+        run(*compiler, *flags, '-c', str(SOURCE), '-o', object_file)
+        # Linked without -fopenmp, which would bring a second OpenMP: PyTorch's is already loaded, with its threads
+        run(*compiler, '-shared', object_file, '-o', str(built), '-lm')
+        os.replace(built, path)  # atomically: others may be doing the same
     return path
 
 
@@ -120,7 +124,7 @@ def run(*command):
 
 
 def describe_processor():
-    """A text that differs between processors with different instructions."""
+    """A string that differs between processors with different instructions."""
     text = platform.machine()
     info = Path('/proc/cpuinfo')
     if info.is_file():  # Linux

@@ -8,8 +8,8 @@ per second): GPT-2 124M in bfloat16, 0.25 GB at 25 GB/s, takes 10 ms. Two things
     PackedLinear   the same bfloat16 weights, in the order in which the CPU's kernels read them
     Int8Linear     weights rounded to 8 bits: half as many bytes
 
-And calling the hundreds of operations in between takes time, however little they compute: that is
-the matter of pocket/stack.py.
+And calling the hundreds of operations in between takes time, however little they compute:
+pocket/stack.py deals with that.
 
 docs/LOG.md has what each gains. Training keeps the plain layers: these have no gradients.
 """
@@ -29,7 +29,7 @@ def prepare_for_decoding(model, bits=None):
     bits=8: by Int8Linear. None: by PackedLinear for bfloat16 on a CPU that computes in it; any
     other model stays as it is. Embeddings stay in any case, and adaptive softmax becomes float32,
     in which it computes. On a CPU the blocks of a GPT also become a DecodingStack, if it can
-    compute them. Returns the model, which can no longer be trained.
+    compute them. Returns the model, which can no longer be trained, moved or cast.
     """
     in_adaptive_softmax = set()
     for module in model.modules():
@@ -49,7 +49,7 @@ def prepare_for_decoding(model, bits=None):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and module not in in_adaptive_softmax:
                 places.append((module, name))
-    child = None
+    child = None  # otherwise the loop's variable would keep the last layer alive
     for module, name in places:
         setattr(module, name, replacement(getattr(module, name)))
 
@@ -71,7 +71,7 @@ def runs_in_bfloat16_on_cpu(model):
 class DecodingLinear(nn.Module):
     """A linear layer without gradients. Subclasses say how weights are stored and multiplied.
 
-    linear: the nn.Linear, or head of a model, that it replaces; softcap and bias are taken over.
+    linear: the nn.Linear, or head of a model, that it replaces; its bias and softcap are kept.
     """
 
     def __init__(self, linear):
@@ -90,8 +90,12 @@ class DecodingLinear(nn.Module):
             y = self.softcap * torch.tanh(y / self.softcap)
         return y
 
+    def _apply(self, *args, **kwargs):
+        # native.c has the addresses of the weights, which .to() would move
+        raise RuntimeError('move or cast a model before prepare_for_decoding(), not after it')
+
     def store(self, weight):
-        """Keep weight, (out, in), in a form of one's own."""
+        """Keep weight, (out, in), in the subclass's own format."""
         raise NotImplementedError
 
     def multiply(self, rows):
@@ -143,7 +147,7 @@ class Int8Linear(DecodingLinear):
         # products of large matrices
         if self.library is not None and len(rows) <= self.max_rows_in_c:
             x = rows.float().contiguous()
-            y = torch.empty(len(rows), self.out_features)
+            y = x.new_empty(len(x), self.out_features)
             self.library.multiply_int8(self.struct_pointer, x.data_ptr(), y.data_ptr(), len(x))
             return y.to(rows.dtype)
 

@@ -1,11 +1,11 @@
 """
-The blocks of a GPT for one new token in each text: what is not a linear layer runs in C.
+Decoding steps of a GPT, with most of what lies between the linear layers in C.
 
-A generated token goes through hundreds of PyTorch's operations. In a small model each of them does
-next to nothing, but calling it takes a few microseconds, for Python and PyTorch have grown out of
-the cache while weights came through it. That was half the time of a token of SmolLM2-135M. Here
-three functions of pocket/native.c do the same between the linear layers of a block. Without a C
-compiler the blocks of model.py do it all, as they do while a prompt is read.
+A generated token takes hundreds of PyTorch operations. In a small model each does next to nothing,
+but calling it takes a few microseconds, because the weights that stream through the CPU's cache
+have evicted Python and PyTorch. That was half the time per token of SmolLM2-135M. Here three
+functions of pocket/native.c do this work instead. Without a C compiler, and always while a prompt
+is read, the blocks of model.py run.
 """
 import ctypes
 
@@ -51,13 +51,17 @@ class DecodingStack(nn.Module):
         return x
 
     def can_step(self, x, cache):
-        """Whether step() computes this: one new token each, which may see all but padding."""
+        """Whether step() can handle this call: one new token per text, and a contiguous float32 cache.
+        """
         if cache is None or x.size(1) > 1 or not cache.k.is_contiguous():
             return False
         return x.dtype in (torch.float32, torch.bfloat16) and cache.k.dtype == torch.float32
 
     def step(self, x, rope, cache):
         """All blocks for tokens x (B, 1, C) that follow those in the cache."""
+        # C checks no bounds: a column or row too many would overwrite other memory
+        assert cache.length < cache.size, 'the cache is full'
+        assert len(x) == cache.k.size(1), 'the cache has another batch size'
         tokens = Tokens(x, rope, cache, self.steps[0])
         for step in self.steps:
             step(tokens)
@@ -65,11 +69,11 @@ class DecodingStack(nn.Module):
 
 
 class Tokens:
-    """What the blocks hand on in a step, and the addresses that C functions want.
+    """What blocks pass on within one step, and the addresses that the C functions take.
 
     x: (B, C) float32, the residual stream. added: what a block's MLP adds to it, or None. h: (B, C)
     for a norm of x, y: (B, H * D) for attention, inner: (B, n_inner); these are what linear layers
-    read, and are overwritten by each block. keys, values: of the next layer.
+    read, and are overwritten by each block. keys_pointer, values_pointer: of the next layer.
     """
 
     def __init__(self, x, rope, cache, block_step):
@@ -86,15 +90,15 @@ class Tokens:
         self.y_pointer = pointer(self.y)
         self.inner_pointer = pointer(self.inner)
 
-        self.keys = pointer(cache.k)
-        self.values = pointer(cache.v)
+        self.keys_pointer = pointer(cache.k)
+        self.values_pointer = pointer(cache.v)
         self.layer_bytes = cache.k.stride(0) * cache.k.itemsize
 
         self.pad = None if cache.pad is None else cache.pad.contiguous()
         self.tables = None, None  # of rotary positions
         if rope is not None:  # each (1 or B, 1, 1, D / 2), or without the first dimension
             self.tables = [table.float().expand(B, 1, 1, -1).contiguous() for table in rope]
-        self.struct = native.Step(
+        self.struct = native.StepContext(
             B, x.dtype == torch.bfloat16, cache.size, cache.length, pointer(self.pad),
             pointer(self.tables[0]), pointer(self.tables[1]))
         self.struct_pointer = ctypes.addressof(self.struct)
@@ -106,8 +110,8 @@ class BlockStep:
     def __init__(self, block):
         attn = block.attn
         library = load_library()
-        self.c_attend = library.attend
-        self.c_swiglu = library.swiglu
+        self.attend_in_c = library.attend
+        self.swiglu_in_c = library.swiglu
 
         self.attn_norm = AddAndNorm(block.ln_1)
         self.c_attn = attn.c_attn
@@ -129,21 +133,21 @@ class BlockStep:
         self.mlp_proj = block.mlp.c_proj
 
     def __call__(self, tokens):
-        """Add to tokens.x what the block before has left in tokens.added, then attention; leave
-        there what the MLP adds."""
+        """Add the previous block's MLP output (tokens.added) and this block's attention to tokens.x.
+        This block's MLP output is left in tokens.added: the next norm adds it."""
         # Attention
         self.attn_norm(tokens, tokens.added)
         qkv = self.c_attn.multiply(tokens.h)  # (B, (H + 2 n_kv_head) * D)
-        self.c_attend(tokens.struct_pointer, self.heads_pointer, qkv.data_ptr(), tokens.y_pointer,
-                      tokens.keys, tokens.values)
-        tokens.keys += tokens.layer_bytes
-        tokens.values += tokens.layer_bytes
+        self.attend_in_c(tokens.struct_pointer, self.heads_pointer, qkv.data_ptr(), tokens.y_pointer,
+                      tokens.keys_pointer, tokens.values_pointer)
+        tokens.keys_pointer += tokens.layer_bytes
+        tokens.values_pointer += tokens.layer_bytes
 
         # MLP
         self.mlp_norm(tokens, self.attn_proj.multiply(tokens.y))
         h = self.c_fc.multiply(tokens.h)  # (B, n_inner), or twice that with swiglu
         if self.is_swiglu:
-            self.c_swiglu(tokens.struct_pointer, h.data_ptr(), tokens.inner_pointer,
+            self.swiglu_in_c(tokens.struct_pointer, h.data_ptr(), tokens.inner_pointer,
                           self.mlp_proj.in_features)
             h = tokens.inner
         else:

@@ -163,6 +163,13 @@ def test_int8_keeps_the_perplexity(gpt, token_ids, where):
     assert abs(math.exp(after - before) - 1) < 0.01
 
 
+def test_layers_in_c_stay_where_they_are(gpt):
+    """C has the addresses of their weights."""
+    prepare_for_decoding(gpt, bits=8)
+    with pytest.raises(RuntimeError, match='before prepare_for_decoding'):
+        gpt.bfloat16()
+
+
 def test_sample_with_int8(trained):
     out, _ = trained.run('sample.py', '--out_dir=out/toy', '--quantize=int8', '--start=ba',
                          '--max_new_tokens=5')

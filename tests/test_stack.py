@@ -44,7 +44,7 @@ STACKED = {
 
 
 @needs_compiler
-@pytest.mark.parametrize('B, pad', [(1, None), (3, None), (3, torch.tensor([0, 3, 1]))])
+@pytest.mark.parametrize('B, pad', [(1, None), (3, None), (3, torch.tensor([0, 6, 1]))])
 @pytest.mark.parametrize('name', STACKED)
 def test_tokens_through_the_stack_equal_the_blocks(name, B, pad):
     torch.manual_seed(0)
@@ -65,9 +65,16 @@ def test_tokens_through_the_stack_equal_the_blocks(name, B, pad):
         cache = new_cache(model, B, 12, pad)  # longer than the text
         pieces = idx.split((4, 1, 1, 2, 1), dim=1)
         got = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
-    assert stack.step.call_count == 3
+        assert stack.step.call_count == 3
+
+        # Padding, too, may come one by one; and the cache ends
+        cache = new_cache(model, B, 9, pad)
+        one_by_one = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(1, dim=1)], 1)
+        with pytest.raises(AssertionError, match='full'):
+            model(idx[:, :1], cache=cache)
     is_real = torch.ones(B, 9, dtype=torch.bool) if pad is None else torch.arange(9) >= pad[:, None]
     torch.testing.assert_close(got[is_real], want[is_real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one_by_one[is_real], want[is_real], atol=1e-5, rtol=1e-4)
 
 
 @needs_compiler
@@ -90,7 +97,6 @@ def test_greedy_text_is_that_of_the_blocks(bits, monkeypatch):
         prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
         texts.append(model.generate(prompts, 20, temperature=0))  # beyond block_size
     assert texts[0] == texts[1]
-
 
 
 @needs_compiler
@@ -128,14 +134,14 @@ def test_what_is_compiled_is_cached(monkeypatch, tmp_path):
     monkeypatch.delenv('CC', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     compiler = shutil.which('cc')
-    path = native.compiled(compiler, native.FLAGS)
+    path = native.compiled((compiler,), native.FLAGS)
     [only] = (tmp_path / 'pocketgpt').iterdir()
     assert path == only
-    assert native.compiled(compiler, native.FLAGS) == path
+    assert native.compiled((compiler,), native.FLAGS) == path
 
     # Damaged files: without them, then
     for flags in (native.FLAGS, native.FLAGS + ('-fopenmp',)):
-        native.compiled(compiler, flags).write_bytes(b'not a library')
+        native.compiled((compiler,), flags).write_bytes(b'not a library')
     assert load_library.__wrapped__() is None
 
 
