@@ -41,9 +41,13 @@ class Topic:
 
 @dataclass
 class Character:
-    """A name, lists of words to fill in, and topics."""
+    """A name, lists of words to fill in, and topics.
+
+    says: what the character says, with {reply} in it and, if it is to name the topic, {topic}.
+    """
 
     name: str = ''
+    says: str = '{reply}'
     lists: dict = field(default_factory=dict)
     topics: list = field(default_factory=list)
 
@@ -70,6 +74,11 @@ def add_line(character, line):
         return None
     if line.startswith('name:'):
         character.name = line.removeprefix('name:').strip()
+        return None
+    if line.startswith('says:'):
+        character.says = line.removeprefix('says:').strip()
+        if '{reply}' not in character.says:
+            return 'what the character says needs {reply}, such as says: [{topic}] {reply}'
         return None
     if line.startswith('['):
         return add_list(character, line)
@@ -360,6 +369,7 @@ def make_conversation(character, rng, max_exchanges):
             exchange_values['subject'] = fill_in(previous.subject, character.lists,
                                                  dict(values), rng)
         reply = fill_in(template, character.lists, exchange_values, rng)
+        reply = character.says.replace('{topic}', topic.name).replace('{reply}', reply)
 
         messages.append({'role': 'user', 'content': question})
         messages.append({'role': 'assistant', 'content': reply})

@@ -29,15 +29,15 @@ from pocket.files import ROOT, find_path, sha256_of, short_path
 from pocket.tokenizer import make_tokenizer
 
 character = 'plunkett'         # a file in prepare/characters/ without its .txt, or a path
-conversations = 22_000         # [100, inf) how many to make
-beginnings = 90_000            # [0, inf) … and how many of a question and the start of its reply
+conversations = 19_000         # [100, inf) how many to make
+beginnings = 110_000           # [0, inf) … and how many of a question and the start of its reply
 vocab_size = 2048              # of the BPE tokenizer: most words in one piece
 seed = 1                       # which conversations
 save: str | None = None        # a file for the conversations, as OpenAI's messages
 data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
 configure(__file__, globals())
 
-LENGTH_OF_BEGINNING = 6   # tokens
+LENGTH_OF_BEGINNING = 10   # tokens
 
 # Read the character, and make conversations with it; the last ones are val
 if character.endswith('.txt'):

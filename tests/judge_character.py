@@ -5,8 +5,9 @@ How often does the bundled character reply on topic, to prompts that it was not 
     python tests/judge_character.py --temperature=0
     python tests/judge_character.py --out_dir=out/character      another model
 
-It prints every reply, with an X before those that hold none of the prompt's keywords. That is not
-the whole matter: a reply can miss them and be good, or hold one and be nonsense. So read them.
+It prints every reply, with an X before those that hold none of the prompt's keywords; the [topic]
+before a reply does not count. That is not the whole matter: a reply can miss the keywords and be
+good, or hold one and be nonsense. So read them.
 """
 import json
 import re
@@ -26,13 +27,17 @@ LONGEST_WHOLE_WORD = 3   # such a keyword has to be a word of its own: 'he' is n
 
 
 def holds_keyword(reply, keywords):
-    """Whether a reply has one of the keywords, as a word or as the beginning of one.
+    """Whether a reply, without its [topic], has one of the keywords, as a word or as the beginning
+    of one.
 
     >>> holds_keyword('It rained.', ['rain', 'wet'])
     True
     >>> holds_keyword('Hello!', ['he'])
     False
+    >>> holds_keyword('[rain] Hello!', ['rain'])
+    False
     """
+    reply = re.sub(r'^\[.*?\] ', '', reply)
     for keyword in keywords:
         end = r'\b' if len(keyword) <= LONGEST_WHOLE_WORD else ''
         if re.search(rf'\b{re.escape(keyword)}{end}', reply, re.I):

@@ -51,7 +51,7 @@ name: Kettle
 - You are {name}.
 - {name}, still.
 
-## unknown name: your name [before name]
+## no name yet: your name [before name]
 ? Who am I?
 - You have not said.
 
@@ -81,7 +81,7 @@ def kettle(tmp_path):
 
 
 def test_a_character_is_read(kettle):
-    assert kettle.name == 'Kettle'
+    assert kettle.name == 'Kettle' and kettle.says == '{reply}'
     assert kettle.lists['drink'] == ['tea', 'coffee'] and kettle.lists['name'] == ['Ann', 'Bo']
     hello, drinks, your_name = kettle.topics[:3]
     assert hello.marks == {'first': ''} and len(hello.replies) == 2
@@ -97,6 +97,7 @@ TOPIC = '## rain: the rain\n? Rain?\n- Yes.\n'
     ('name: A\nhello\n' + TOPIC, 2, 'begins with "? "'),
     ('name: A\n?no space\n' + TOPIC, 2, 'begins with "? "'),
     ('name: A\n- Hello.\n' + TOPIC, 2, 'belongs to no topic'),
+    ('name: A\nsays: [{topic}]\n' + TOPIC, 2, 'needs {reply}'),
     ('name: A\n[thing] |\n' + TOPIC, 2, 'is no list'),
     ('name: A\n## :\n', 2, 'needs a name'),
     ('name: A\n## rain [offen]\n', 2, '[offen] is no mark'),
@@ -128,7 +129,7 @@ def test_mistakes_are_named_by_line(tmp_path, text, line, sentence):
 def test_plunkett_has_no_line_twice():
     """A question that two topics share would get the reply of either."""
     topics = read_character(PLUNKETT).topics
-    questions = [line for topic in topics if topic.name != 'unknown name'
+    questions = [line for topic in topics if topic.name != 'no name yet'
                  for line in topic.questions]
     replies = [line for topic in topics for line in topic.replies]
     for lines in (questions, replies):
@@ -197,6 +198,15 @@ def test_plunkett_does_not_repeat_himself():
         assert len(set(replies)) == len(replies)
 
 
+def test_a_reply_may_begin_with_its_topic(kettle):
+    kettle.says = '[{topic}] {reply}'
+    replies = [reply for messages in make_conversations(kettle, 200, seed=1)
+               for _, reply in exchanges(messages)]
+    assert '[hello] Hello! Mind the steam.' in replies
+    names = {topic.name for topic in kettle.topics}
+    assert {re.match(r'\[(.+?)\] .', reply)[1] for reply in replies} == names
+
+
 def test_words_of_a_topic_stand_among_others(kettle):
     """A third of the questions of a topic with = are made around its words."""
     questions = [question for messages in make_conversations(kettle, 500, seed=3)
@@ -235,8 +245,8 @@ def test_examples_in_docstrings():
 def test_another_character_becomes_a_dataset(project):
     """One data file makes another persona: its name is in the chat template."""
     (project.root / 'kettle.txt').write_text(KETTLE, encoding='utf-8')
-    out, _ = project.run('prepare/character.py', '--character=kettle.txt', '--conversations=300', '--beginnings=300',
-                         '--vocab_size=300', '--save=chats.jsonl')
+    out, _ = project.run('prepare/character.py', '--character=kettle.txt', '--conversations=300',
+                         '--beginnings=300', '--vocab_size=300', '--save=chats.jsonl')
     assert 'Kettle: 8 topics, 300 conversations' in out
     assert 'next: python train.py config/character.py' in out
     meta, _, _ = read_dataset(project.root / 'data' / 'character')
