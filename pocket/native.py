@@ -111,7 +111,8 @@ def compiled(compiler, flags):
         object_file = str(Path(folder, 'native.o'))
         built = Path(folder, name)
         run(*compiler, *flags, '-c', str(SOURCE), '-o', object_file)
-        # Linked without -fopenmp, which would bring a second OpenMP: PyTorch's is already loaded, with its threads
+        # Linked without -fopenmp, which would bring a second OpenMP: PyTorch's is already loaded,
+        # with its threads
         run(*compiler, '-shared', object_file, '-o', str(built), '-lm')
         os.replace(built, path)  # atomically: others may be doing the same
     return path

@@ -51,8 +51,7 @@ class DecodingStack(nn.Module):
         return x
 
     def can_step(self, x, cache):
-        """Whether step() can handle this call: one new token per text, and a contiguous float32 cache.
-        """
+        """Whether step() can handle this: one new token per text, a contiguous float32 cache."""
         if cache is None or x.size(1) > 1 or not cache.k.is_contiguous():
             return False
         return x.dtype in (torch.float32, torch.bfloat16) and cache.k.dtype == torch.float32
@@ -133,13 +132,13 @@ class BlockStep:
         self.mlp_proj = block.mlp.c_proj
 
     def __call__(self, tokens):
-        """Add the previous block's MLP output (tokens.added) and this block's attention to tokens.x.
+        """Add the previous block's MLP output (tokens.added) to tokens.x, then this attention's.
         This block's MLP output is left in tokens.added: the next norm adds it."""
         # Attention
         self.attn_norm(tokens, tokens.added)
         qkv = self.c_attn.multiply(tokens.h)  # (B, (H + 2 n_kv_head) * D)
-        self.attend_in_c(tokens.struct_pointer, self.heads_pointer, qkv.data_ptr(), tokens.y_pointer,
-                      tokens.keys_pointer, tokens.values_pointer)
+        self.attend_in_c(tokens.struct_pointer, self.heads_pointer, qkv.data_ptr(),
+                         tokens.y_pointer, tokens.keys_pointer, tokens.values_pointer)
         tokens.keys_pointer += tokens.layer_bytes
         tokens.values_pointer += tokens.layer_bytes
 
