@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -70,7 +69,7 @@ ARGUMENTS = {  # of the functions in native.c; structs are given as pointers, to
 @lru_cache(maxsize=1)
 def load_library():
     """The functions of native.c as a ctypes library, or None if they can't be compiled here."""
-    program, *arguments = shlex.split(os.environ.get('CC') or 'cc') or ['']  # such as ccache gcc
+    program, *arguments = (os.environ.get('CC') or 'cc').split() or ['']  # such as ccache gcc
     compiler = shutil.which(program), *arguments
     if compiler[0] is None:
         return None
