@@ -5,8 +5,8 @@ A character of your own as a dataset: conversations made from one text file that
     python prepare/character.py --character=mine       prepare/characters/mine.txt
     python prepare/character.py --save=chats.jsonl     also writes the conversations, to look at
 
-The file says what people ask, in many ways, and what the character replies; what it means is
-explained at its top. Copy it, change name and topics, and train: config/character.py.
+The file says what people ask, in many ways, and what the character replies; its first lines explain
+the format. Copy it, change the name and the topics, and train: config/character.py.
 """
 import itertools
 import json
@@ -45,9 +45,9 @@ if character.endswith('.txt'):
 else:
     path = ROOT / 'prepare' / 'characters' / f'{character}.txt'
 if not path.is_file():
-    known = sorted(file.stem for file in path.parent.glob('*.txt'))
-    raise UserError(f'there is no {short_path(path)}: copy '
-                    f'prepare/characters/plunkett.txt and change it; there are {", ".join(known)}')
+    known = sorted(file.stem for file in (ROOT / 'prepare' / 'characters').glob('*.txt'))
+    raise UserError(f'there is no {short_path(path)}: copy prepare/characters/plunkett.txt and '
+                    f'change it, or choose one of: {", ".join(known)}')
 persona = read_character(path)
 chats = make_conversations(persona, conversations, seed)
 num_val = max(1, len(chats) // 50)
@@ -73,7 +73,7 @@ encoded = {}
 for split, members in splits.items():
     encoded[split] = [encode_conversation_to_learn(tok, template, messages) for messages in members]
 
-# A model soon knows the replies by heart. Choosing one that fits the question takes practice, and
+# A model soon memorizes the replies. Choosing one that fits the question takes practice, and
 # the choice shows in the first tokens: so many conversations end there, after a single question
 for messages in make_conversations(persona, beginnings, seed + 1, max_exchanges=1):
     ids, mask = encode_conversation_to_learn(tok, template, messages)
