@@ -77,8 +77,9 @@ def add_line(character, line):
         return None
     if line.startswith('says:'):
         character.says = line.removeprefix('says:').strip()
-        if '{reply}' not in character.says:
-            return 'what the character says needs {reply}, such as says: [{topic}] {reply}'
+        slots = set(re.findall(r'\{(.*?)\}', character.says))
+        if 'reply' not in slots or slots - {'topic', 'reply'}:
+            return 'says: needs {reply} and may have {topic}, such as says: [{topic}] {reply}'
         return None
     if line.startswith('['):
         return add_list(character, line)

@@ -69,10 +69,12 @@ ARGUMENTS = {  # of the functions in native.c; structs are given as pointers, to
 @lru_cache(maxsize=1)
 def load_library():
     """The functions of native.c as a ctypes library, or None if they can't be compiled here."""
-    program, *arguments = (os.environ.get('CC') or 'cc').split() or ['']  # such as ccache gcc
-    compiler = shutil.which(program), *arguments
-    if compiler[0] is None:
+    command = os.environ.get('CC', '').split() or ['cc']  # CC may have arguments: ccache gcc
+    program = shutil.which(command[0])
+    if program is None:
         return None
+    compiler = (program, *command[1:])
+
     # With OpenMP all cores work. Some compilers lack it, and clang's needs another library than the
     # one in PyTorch's Linux packages: then C runs on one core
     for flags in (FLAGS + ('-fopenmp',), FLAGS):
@@ -84,7 +86,9 @@ def load_library():
 
 
 def open_library(path):
-    """Load a compiled native.c and declare its functions' types. Raises OSError or AttributeError.
+    """Load a compiled native.c and declare its functions' types.
+
+    Raises OSError or AttributeError.
     """
     library = ctypes.CDLL(str(path))
     for name, arguments in ARGUMENTS.items():
@@ -95,8 +99,11 @@ def open_library(path):
 
 
 def compiled(compiler, flags):
-    """The path of the compiled native.c, from the cache or new. compiler: a tuple of its name and
-    arguments. Raises OSError, SubprocessError, or RuntimeError if there is no home folder."""
+    """The path of the compiled native.c, from the cache or new.
+
+    compiler: a tuple of its path and its arguments. Raises OSError, SubprocessError, or
+    RuntimeError if there is no home folder.
+    """
     # What was compiled for one processor may not run on another that shares the home folder
     key = repr((SOURCE.read_bytes(), compiler, flags, describe_processor()))
     name = f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'

@@ -91,7 +91,8 @@ class DecodingLinear(nn.Module):
         return y
 
     def _apply(self, *args, **kwargs):
-        # native.c has the addresses of the weights, which .to() would move
+        # .to(), .cuda() and .bfloat16() all come here. They would move the weights, but native.c
+        # keeps the old addresses
         raise RuntimeError('move or cast a model before prepare_for_decoding(), not after it')
 
     def store(self, weight):

@@ -37,15 +37,16 @@ save: str | None = None        # a file for the conversations, as OpenAI's messa
 data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
 configure(__file__, globals())
 
-LENGTH_OF_BEGINNING = 10   # tokens
+LENGTH_OF_BEGINNING = 10   # tokens: the topic's name, if there is one, and a few words
+CHARACTERS = ROOT / 'prepare' / 'characters'
 
 # Read the character, and make conversations with it; the last ones are val
 if character.endswith('.txt'):
     path = find_path(character)
 else:
-    path = ROOT / 'prepare' / 'characters' / f'{character}.txt'
+    path = CHARACTERS / f'{character}.txt'
 if not path.is_file():
-    known = sorted(file.stem for file in (ROOT / 'prepare' / 'characters').glob('*.txt'))
+    known = sorted(file.stem for file in CHARACTERS.glob('*.txt'))
     raise UserError(f'there is no {short_path(path)}: copy prepare/characters/plunkett.txt and '
                     f'change it, or choose one of: {", ".join(known)}')
 persona = read_character(path)

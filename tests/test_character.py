@@ -98,6 +98,7 @@ TOPIC = '## rain: the rain\n? Rain?\n- Yes.\n'
     ('name: A\n?no space\n' + TOPIC, 2, 'begins with "? "'),
     ('name: A\n- Hello.\n' + TOPIC, 2, 'belongs to no topic'),
     ('name: A\nsays: [{topic}]\n' + TOPIC, 2, 'needs {reply}'),
+    ('name: A\nsays: [{topics}] {reply}\n' + TOPIC, 2, 'may have {topic}'),
     ('name: A\n[thing] |\n' + TOPIC, 2, 'is no list'),
     ('name: A\n## :\n', 2, 'needs a name'),
     ('name: A\n## rain [offen]\n', 2, '[offen] is no mark'),
