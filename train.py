@@ -98,7 +98,7 @@ sample_min_p = 0.0                 # [0, 1) min_p of samples, also sample.py's d
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matmuls, not of weights
-compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA, where it pays off
+compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA, and in long runs on a CPU
 config, explicit = configure(__file__, globals())  # {option: value}, {option: where it was set}
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +220,8 @@ def forward(model, batch):
 raw_model = model  # unwrapped: for saving and sampling
 first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
 model, compile_note = training.compile_or_stay_eager(
-    model, compile, device, try_step=lambda m: forward(m, next(first_batches)).backward())
+    model, compile, device, try_step=lambda m: forward(m, next(first_batches)).backward(),
+    worth_it=training.is_long_run(model, train_data, config))
 model = distributed.wrap_model(model, some_unused=bool(config['cutoffs']))
 
 # Print a summary (only the master process prints: errors.py silences the others)

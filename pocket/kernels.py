@@ -68,9 +68,9 @@ def causal_bias(length, dtype, device):
 def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     """softmax(q kᵀ / √D) v; arguments and result are those of plain_attention() in model.py.
 
-    On GPUs PyTorch's fused kernel is fastest, and never holds the scores. On CPUs it wins only for
-    a single query in float32 and for very long texts; otherwise two matmuls and a softmax take 10
-    to 50 % of its time.
+    On GPUs PyTorch's fused kernel is fastest, and never holds the scores. On CPUs it wins for a
+    single query in float32, for very long texts and, if the CPU has AMX, without a gradient.
+    Otherwise two matmuls and a softmax take 10 to 50 % of its time.
     """
     T, S = q.size(2), k.size(2)
     group = q.size(1) // k.size(1)
@@ -83,8 +83,7 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     if group > 1:
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
-    fused = q.device.type != 'cpu' or T * S > MAX_SCORES or (T == 1 and q.dtype == torch.float32)
-    if fused:
+    if is_fused_faster(q, S):
         p = dropout.p if dropout is not None and dropout.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
     if not is_causal:
@@ -103,6 +102,22 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat(blocks, dim=2)
+
+
+def is_fused_faster(q, S):
+    """Whether PyTorch's fused kernel is the fastest one for queries (B, H, T, D) and S keys."""
+    T = q.size(2)
+    if q.device.type != 'cpu' or T * S > MAX_SCORES:
+        return True
+    if T == 1:
+        return q.dtype == torch.float32
+    return has_amx() and not torch.is_grad_enabled()
+
+
+@lru_cache(maxsize=1)
+def has_amx():
+    """Whether the CPU has Intel's matrix unit for bfloat16."""
+    return torch.cpu.get_capabilities().get('amx_bf16', False)
 
 
 def attend_block(q, k, v, mask=None, causal_start=None, dropout=None):

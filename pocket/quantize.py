@@ -18,6 +18,7 @@ import ctypes
 import torch
 from torch import nn
 
+from model import MLP
 from pocket import native
 from pocket.native import LARGEST_ARRAY, load_library, pointer
 from pocket.stack import DecodingStack, can_be_stacked
@@ -52,10 +53,23 @@ def prepare_for_decoding(model, bits=None):
     child = None  # otherwise the loop's variable would keep the last layer alive
     for module, name in places:
         setattr(module, name, replacement(getattr(module, name)))
+    if replacement is PackedLinear:
+        for module in model.modules():
+            if isinstance(module, MLP) and module.act == 'gelu':
+                fuse_gelu(module)
 
     if next(model.parameters()).is_cpu and can_be_stacked(model):
         model.transformer.h = nn.ModuleList([DecodingStack(model.transformer.h)])
     return model
+
+
+def fuse_gelu(mlp):
+    """Let the first linear layer of an MLP, a PackedLinear, apply the GELU to what it computes.
+
+    On its own PyTorch's tanh GELU took an eighth of the time of a prompt of GPT-2 124M.
+    """
+    mlp.c_fc.activation = 'gelu'
+    mlp.activate = lambda x: x
 
 
 def runs_in_bfloat16_on_cpu(model):
@@ -105,13 +119,18 @@ class DecodingLinear(nn.Module):
 
 
 class PackedLinear(DecodingLinear):
-    """bfloat16 weights in blocks, the way oneDNN's kernels on a CPU read them."""
+    """bfloat16 weights in blocks, the way oneDNN's kernels on a CPU read them.
+
+    activation: 'gelu' applies the tanh form of it to the results, see fuse_gelu().
+    """
+    activation = 'none'
 
     def store(self, weight):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def multiply(self, rows):
-        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, 'none', [], '')
+        return torch.ops.mkldnn._linear_pointwise(
+            rows, self.weight, self.bias, self.activation, [], 'tanh')
 
 
 class Int8Linear(DecodingLinear):

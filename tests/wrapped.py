@@ -76,10 +76,10 @@ FAIL_TO_COMPILE = '''
 import torch
 
 class NotCompiled(torch.nn.Module):
-    def forward(self, **batch):
+    def forward(self, *args, **batch):
         raise RuntimeError('no compiler')
 
-torch.compile = lambda model: NotCompiled()
+torch.compile = lambda function: NotCompiled()
 '''
 
 # The processes after the first wait less long for the first to report a mistake
