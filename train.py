@@ -86,6 +86,7 @@ eval_replies = 200                 # [0, inf) --eval_only, pairs: score this man
 eval_bleu = 0                      # [0, inf) pairs: replies whose BLEU each evaluation computes
 best_by: Literal['loss', 'bleu'] = 'loss'  # what makes an evaluation the best one: best.pt
 num_beams = 1                      # [1, 1024] of replies to score: beam search (1: greedy)
+length_penalty = 0.6               # [-10, 10] beam search, here and in sample.py: > 0 favors longer
 bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char', 'none'] = 'auto'  # words for BLEU
 eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
 patience = 0                       # [0, inf) stop after this many evaluations without progress

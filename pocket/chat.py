@@ -206,7 +206,7 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
         model, tok = checkpoint.build(state, name, gradient_checkpointing=False)
         if state.get('chat') is not None:   # a model that was trained on conversations
             template = template_from_dict(state['chat'])
-        recommended = checkpoint.sampling_of(state)
+        recommended = checkpoint.decoding_of(state)
 
     model = model.to(device, dtype)
     model = prepare_for_decoding(model, bits=8 if quantize else None)

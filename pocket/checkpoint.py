@@ -216,6 +216,15 @@ def sampling_of(state):
     return {}
 
 
+def decoding_of(state):
+    """sampling_of(), and the length_penalty of a beam search if the run has one."""
+    settings = sampling_of(state)
+    length_penalty = state['config'].get('length_penalty')
+    if isinstance(length_penalty, float) and -10 <= length_penalty <= 10:
+        settings['length_penalty'] = length_penalty
+    return settings
+
+
 def first_line(error):
     """The first line of an error's text; the error's name if it has no text."""
     return [*str(error).splitlines(), type(error).__name__][0]

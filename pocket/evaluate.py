@@ -126,7 +126,8 @@ def print_evaluation(model, tok, template, data, num_bytes, device, dtype, confi
     if template is None or config['eval_replies'] == 0 or not master_process:
         return
     replies = generate_replies(model, tok, template, data, config['eval_replies'],
-                               num_beams=config['num_beams'])
+                               num_beams=config['num_beams'],
+                               length_penalty=config['length_penalty'])
     every = math.ceil(len(replies) / 10)
     for reply in replies[::every]:  # ten to read, from all over the split
         print(f'{reply.source}\n  -> {reply.text}\n  (reference: {reply.reference})')
@@ -164,10 +165,11 @@ class Reply:
 
 
 def generate_replies(model, tok, template, data, count, max_new_tokens=None, num_beams=1,
-                     batch_size=32, sampling=None, seed=None):
+                     length_penalty=0.6, batch_size=32, sampling=None, seed=None):
     """Replies to `count` pairs or conversations spread over data: a list of Reply.
 
-    Greedy unless sampling, a SamplingParams, says otherwise; num_beams above 1: beam search.
+    Greedy unless sampling, a SamplingParams, says otherwise; num_beams above 1: beam search with
+    that length_penalty, see beam_search().
     max_new_tokens None: replies may fill the context, which holds at least half a block of them.
     """
     from tqdm import tqdm
@@ -219,7 +221,8 @@ def generate_replies(model, tok, template, data, count, max_new_tokens=None, num
             limit = max(limits[member] for member in batch)
             rows = [prompts[member] for member in batch]
             if num_beams > 1:
-                found = beam_search(model, rows, limit, num_beams, **options)
+                found = beam_search(model, rows, limit, num_beams,
+                                    length_penalty=length_penalty, **options)
                 generated = [candidates[0][0] for candidates in found]
             else:
                 params = sampling or SamplingParams(temperature=0)
@@ -372,7 +375,8 @@ def bleu_of(model, tok, template, data, config):
     score = 0.0
     if master_process:
         replies = generate_replies(model, tok, template, data, config['eval_bleu'],
-                                   num_beams=config['num_beams'])
+                                   num_beams=config['num_beams'],
+                                   length_penalty=config['length_penalty'])
         model.train()
         references = [reply.reference for reply in replies]
         tokenize, _ = pick_bleu_tokenize(references, config['bleu_tokenize'])

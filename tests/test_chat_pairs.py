@@ -82,6 +82,12 @@ def test_eval_only_measures_loss_and_replies(chatty):
     for word in ('val loss', 'accuracy', 'BLEU', 'chrF2', 'version:', 'distinct-2'):
         assert word in out
 
+    # A length penalty prefers longer texts
+    longer, _ = chatty.run('train.py', '--eval_only', '--out_dir=out/s2s', '--eval_replies=10', '--num_beams=2',
+                           '--length_penalty=9')
+    ratio = re.compile(r'length ([0-9.]+) of the reference')
+    assert float(ratio.search(longer)[1]) > float(ratio.search(out)[1])
+
     # Label smoothing enters training only
     loss = float(out.split('val loss ')[1].split()[0])
     assert abs(loss - chatty.checkpoint('s2s', 'best.pt')['best']) < 1e-3

@@ -117,8 +117,8 @@ def model_of_replies(monkeypatch):
     pytest.importorskip('sacrebleu')
     asked = []
 
-    def generate_replies(model, tok, template, data, count, num_beams):
-        asked.append((count, num_beams))
+    def generate_replies(model, tok, template, data, count, num_beams, length_penalty):
+        asked.append((count, num_beams, length_penalty))
         return perfect(ENGLISH * 3)
 
     monkeypatch.setattr(evaluate, 'generate_replies', generate_replies)
@@ -127,10 +127,10 @@ def model_of_replies(monkeypatch):
 
 def test_bleu_in_training(model_of_replies, capsys):
     model, asked = model_of_replies
-    config = {'eval_bleu': 6, 'num_beams': 2, 'bleu_tokenize': 'auto'}
+    config = {'eval_bleu': 6, 'num_beams': 2, 'length_penalty': 1.2, 'bleu_tokenize': 'auto'}
     bleu = evaluate.bleu_of(model, None, TEMPLATE, None, config)
     assert bleu == pytest.approx(100)
-    assert asked == [(6, 2), 'train']
+    assert asked == [(6, 2, 1.2), 'train']
     out = capsys.readouterr().out
     assert out.count('  -> ') == 3 and 'BLEU 100.00 of 6 replies\n' in out
 
@@ -144,7 +144,8 @@ def test_bleu_in_training_says_how_many_replies_are_cut(model_of_replies, monkey
     replies = perfect(ENGLISH)
     replies[0].is_cut = True
     monkeypatch.setattr(evaluate, 'generate_replies', lambda *args, **kwargs: replies)
-    config = {'eval_bleu': len(replies), 'num_beams': 1, 'bleu_tokenize': 'auto'}
+    config = {'eval_bleu': len(replies), 'num_beams': 1, 'length_penalty': 0.6,
+              'bleu_tokenize': 'auto'}
     evaluate.bleu_of(model, None, TEMPLATE, None, config)
     assert 'replies, 1 of them cut off' in capsys.readouterr().out
 

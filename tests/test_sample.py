@@ -214,6 +214,13 @@ def test_run_says_how_to_sample_from_it(tmp_path, trained):
     assert silent == the_same != another
 
 
+@pytest.mark.parametrize('length_penalty, settings', [
+    (1.2, {'length_penalty': 1.2}), (99.0, {}), ('long', {}), (None, {})])
+def test_run_says_how_long_the_texts_of_a_beam_search_are(length_penalty, settings):
+    state = {'config': {'length_penalty': length_penalty}}
+    assert checkpoint.decoding_of(state) == settings
+
+
 @pytest.mark.parametrize('args, message', [
     (['--start=ba ß'], "does not know 'ß' (U+00DF)"),
     (['--start=FILE:gone.txt'], 'cannot read the prompt FILE:gone.txt'),
