@@ -17,6 +17,13 @@ The loops are plain: the compiler vectorizes them.
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AMX_INT8__) && defined(__linux__)
+#define HAS_TILES
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 /* The inputs of a layer become whole numbers up to LEVELS. A sum of CHUNK products with 8-bit
    weights then fits into 32 bits, whatever they are: 127 * LEVELS * CHUNK < 2^31 */
 enum {LEVELS = 8191, CHUNK = 2048};
@@ -71,19 +78,125 @@ typedef struct {
     const float *bias;    /* (out), or NULL */
 } Int8Weights;
 
+/* x (count) as whole numbers up to LEVELS. Returns their scale: x ~ scale * to */
+static float round_inputs(const float *x, int16_t *to, int count) {
+    float largest = 1e-12f; /* not 0: a row of zeros must not divide by zero */
+    for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(x[i]));
+    float scale = largest / LEVELS;
+    for (int i = 0; i < count; i++) to[i] = floorf(x[i] / scale + 0.5f);
+    return scale;
+}
+
+#ifdef HAS_TILES
+/* Intel's AMX. A tile is a register of 16 rows of 64 bytes. One instruction multiplies 16 channels x
+   64 inputs of weights by 64 inputs x 16 rows of x, and adds the result to 16 x 16 sums: that is
+   16,384 products. It takes bytes, so each input is split in two, x = 128 * high + low, which both
+   lie from -64 to 64 and are multiplied separately */
+enum {TILE = 16, TILE_BYTES = 64, MAX_TILE_ROWS = 16};
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_per_row[16]; /* of each tile */
+    uint8_t rows[16];
+} TileConfig;
+
+/* Linux reserves memory for the tiles of a process that asks */
+static int may_use_tiles(void) {
+    enum {ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18};
+    static int answer = -1;
+    if (answer < 0) {
+        answer = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    }
+    return answer;
+}
+
+/* multiply_int8() with tiles. x: (rows, in), rounded; rows <= MAX_TILE_ROWS, in is a multiple of
+   TILE_BYTES, out >= 2 * TILE */
+static void multiply_in_tiles(const Int8Weights *weights, const int16_t *x, const float *x_scale,
+                              float *y, int rows) {
+    int in = weights->in, out = weights->out;
+
+    /* The order in which the instruction wants its inputs: (in / 4, rows, 4) */
+    int8_t high[rows * in], low[rows * in];
+    for (int row = 0; row < rows; row++) {
+        for (int i = 0; i < in; i++) {
+            int number = x[(long)row * in + i];
+            int upper = (number + 64) >> 7;
+            long place = ((long)(i / 4) * rows + row) * 4 + i % 4;
+            high[place] = upper;
+            low[place] = number - 128 * upper;
+        }
+    }
+
+    /* Tiles 0 to 3: sums of two groups of channels with high and low inputs. 4 and 5: weights of
+       the two groups. 6 and 7: high and low inputs */
+    TileConfig config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        config.rows[tile] = TILE;
+        config.bytes_per_row[tile] = tile == 4 || tile == 5 ? TILE_BYTES : rows * 4;
+    }
+
+    #pragma omp parallel
+    {
+        _tile_loadconfig(&config);
+        #pragma omp for
+        for (int part = 0; part < (out + 2 * TILE - 1) / (2 * TILE); part++) {
+            int first = smaller(part * 2 * TILE, out - 2 * TILE); /* the last part may overlap */
+            const int8_t *channel = weights->weight + (long)first * in;
+            const int8_t *next = channel + 2L * TILE * in; /* requested in the order of memory */
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int i = 0; i < in; i += TILE_BYTES) {
+                for (int c = 0; c < 2 * TILE; c++) {
+                    __builtin_prefetch(next + (long)i * 2 * TILE + c * TILE_BYTES);
+                }
+                _tile_loadd(4, channel + i, in);
+                _tile_loadd(5, channel + (long)TILE * in + i, in);
+                _tile_loadd(6, high + (long)i * rows, rows * 4);
+                _tile_loadd(7, low + (long)i * rows, rows * 4);
+                _tile_dpbssd(0, 4, 6);
+                _tile_dpbssd(1, 4, 7);
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            }
+            int32_t high_sums[2 * TILE][rows], low_sums[2 * TILE][rows];
+            _tile_stored(0, high_sums[0], rows * 4);
+            _tile_stored(1, low_sums[0], rows * 4);
+            _tile_stored(2, high_sums[TILE], rows * 4);
+            _tile_stored(3, low_sums[TILE], rows * 4);
+
+            for (int c = 0; c < 2 * TILE; c++) {
+                float bias = weights->bias ? weights->bias[first + c] : 0;
+                for (int row = 0; row < rows; row++) {
+                    float sum = 128.0 * high_sums[c][row] + low_sums[c][row];
+                    float product = sum * x_scale[row] * weights->scale[first + c];
+                    y[(long)row * out + first + c] = product + bias;
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+#endif
+
 /* y (rows, out) = x (rows, in) times the weights, plus bias */
 void multiply_int8(const Int8Weights *weights, const float *x, float *y, int rows) {
     int in = weights->in, out = weights->out;
     int16_t x_int[rows * in];
     float x_scale[rows];
     for (int row = 0; row < rows; row++) {
-        const float *from = x + (long)row * in;
-        int16_t *to = x_int + (long)row * in;
-        float largest = 1e-12f; /* not 0: a row of zeros must not divide by zero */
-        for (int i = 0; i < in; i++) largest = fmaxf(largest, fabsf(from[i]));
-        x_scale[row] = largest / LEVELS;
-        for (int i = 0; i < in; i++) to[i] = floorf(from[i] / x_scale[row] + 0.5f);
+        x_scale[row] = round_inputs(x + (long)row * in, x_int + (long)row * in, in);
     }
+
+#ifdef HAS_TILES
+    int fits = rows <= MAX_TILE_ROWS && in % TILE_BYTES == 0 && out >= 2 * TILE;
+    if (rows > 1 && fits && may_use_tiles()) { /* one row is limited by memory in any case */
+        multiply_in_tiles(weights, x_int, x_scale, y, rows);
+        return;
+    }
+#endif
 
     #pragma omp parallel for
     for (int i = 0; i < out; i++) {

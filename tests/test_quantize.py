@@ -129,11 +129,28 @@ def test_int8_is_within_its_rounding(width, where):
         assert error.norm() < 0.02 * want.norm()
 
 
-def test_int8_with_the_largest_numbers_does_not_overflow(where):
+@pytest.mark.parametrize('width, channels', [(9000, 3), (12800, 32)])
+def test_int8_with_the_largest_numbers_does_not_overflow(width, channels, where):
     """All products are as large as they can be, and of one sign."""
-    linear = nn.Linear(9000, 3, bias=False).requires_grad_(False)
+    linear = nn.Linear(width, channels, bias=False).requires_grad_(False)
     linear.weight.fill_(0.5)
-    torch.testing.assert_close(Int8Linear(linear)(torch.ones(2, 9000)), torch.full((2, 3), 4500.0))
+    y = Int8Linear(linear)(torch.ones(2, width))
+    bfloat16 = 2**-8
+    torch.testing.assert_close(y, torch.full((2, channels), width / 2), rtol=bfloat16, atol=0)
+
+
+@pytest.mark.parametrize('width', [64, 1000, 3072])
+@pytest.mark.parametrize('channels', [5, 32, 77])
+def test_int8_rows_together_or_one_by_one(width, channels):
+    """C has other code for several rows and, on processors with AMX, for round numbers of inputs."""
+    if load_library() is None:
+        pytest.skip('no C compiler')
+    torch.manual_seed(0)
+    int8 = Int8Linear(nn.Linear(width, channels).requires_grad_(False))
+    x = torch.randn(16, width)
+    one_by_one = torch.cat([int8(row[None]) for row in x])
+    for rows in (2, 3, 7, 16):
+        torch.testing.assert_close(int8(x[:rows]), one_by_one[:rows], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize('rows', [1, 4, 40])
