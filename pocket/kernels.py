@@ -111,13 +111,13 @@ def is_fused_faster(q, S):
         return True
     if T == 1:
         return q.dtype == torch.float32
-    return has_amx() and not torch.is_grad_enabled()
+    return cpu_has('amx_bf16') and not torch.is_grad_enabled()
 
 
-@lru_cache(maxsize=1)
-def has_amx():
-    """Whether the CPU has Intel's matrix unit for bfloat16."""
-    return torch.cpu.get_capabilities().get('amx_bf16', False)
+@lru_cache(maxsize=8)
+def cpu_has(feature):
+    """Whether the CPU has a feature: amx_bf16 is Intel's matrix unit, avx512_bf16 instructions."""
+    return torch.cpu.get_capabilities().get(feature, False)
 
 
 def attend_block(q, k, v, mask=None, causal_start=None, dropout=None):

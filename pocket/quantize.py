@@ -20,6 +20,7 @@ from torch import nn
 
 from model import MLP
 from pocket import native
+from pocket.kernels import cpu_has
 from pocket.native import LARGEST_ARRAY, load_library, pointer
 from pocket.stack import DecodingStack, can_be_stacked
 
@@ -179,7 +180,8 @@ class Int8Linear(DecodingLinear):
             ones = torch.ones(self.out_features, device=x.device, dtype=x.dtype)
             y = torch._weight_int8pack_mm(x, self.weight, ones)
         else:
-            y = rows @ self.weight.to(rows.dtype).t()
+            x = rows.bfloat16() if rows.is_cpu and cpu_has('avx512_bf16') else rows
+            y = x @ self.weight.to(x.dtype).t()
         y = y.float() * self.scale
         if self.bias is not None:
             y = y + self.bias

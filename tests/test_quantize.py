@@ -117,11 +117,11 @@ def test_int8_is_within_its_rounding(width, where):
         want = linear(x)
         error = int8(x) - want
 
-        # Half a step for each weight. In C for each input one in 2 * 8191 of the largest; PyTorch
-        # has bfloat16 for inputs and outputs
+        # Half a step for each weight. In C for each input one in 2 * 8191 of the largest; PyTorch,
+        # which also computes many rows, has bfloat16 for inputs and outputs
         limit = 0.5 * x.abs().sum(1, keepdim=True) * step
         largest = linear.weight.abs() + step[:, None] / 2
-        if where == 'in C':
+        if where == 'in C' and rows <= int8.max_rows_in_c:
             limit += x.abs().amax(1, keepdim=True) * largest.sum(1) / (2 * 8191)
         else:
             limit += x.abs() @ largest.T / 2**7
