@@ -3,8 +3,9 @@ How fast this machine trains, encodes and generates, and how much of its peak sp
 
     python bench.py                       every row once, in two to three minutes
     python bench.py --rows=decode         only the rows with this in their name
-    python bench.py --peers --rounds=3    three repeats, with baselines: torch.nn.Transformer and,
-                                          if installed, transformers, ctranslate2, tokenizers
+    python bench.py --peers --rounds=3    three repeats, with baselines: ours without a KV cache or
+                                          torch.compile, torch.nn.Transformer and, if installed,
+                                          transformers, ctranslate2, tokenizers
     python bench.py --nanogpt=FOLDER      and with nanoGPT: a clone of github.com/karpathy/nanoGPT
     python bench.py --init_from=smollm2   generation with a pretrained model instead (a name or a
                                           folder); as baselines transformers and llama.cpp
@@ -58,6 +59,7 @@ from pocket.files import ROOT, atomic_write
 from pocket.generate import new_cache
 from pocket.quantize import prepare_for_decoding
 from pocket.tokenizer import BpeTokenizer, ByteTokenizer
+from pocket.training import compile_or_stay_eager
 
 device = pick_device(device)
 compute_dtype, _ = pick_dtype(device, dtype)
@@ -146,11 +148,22 @@ def shortest_time(function):
 
 # Training
 
-def train_gpt(shape, batch_size, length):
-    """Tokens/s of training a GPT on random ids: forward, backward, clipping, AdamW."""
+def train_gpt(shape, batch_size, length, compile='auto'):
+    """Tokens/s of training a GPT on random ids: forward, backward, clipping, AdamW.
+
+    compile: 'auto' as train.py does it in long runs, if there is a compiler; False: eager.
+    """
     attn_dropout = shape.get('dropout', 0.0)  # as nanoGPT does it
-    model = GPT(GPTConfig(act='gelu_erf', attn_dropout=attn_dropout, **shape))
-    step = make_training_step(model, compute_dtype)
+    model = GPT(GPTConfig(act='gelu_erf', attn_dropout=attn_dropout, **shape)).to(device)
+    idx, targets = torch.randint(shape['vocab_size'], (2, batch_size, length), device=device)
+
+    def try_step(model):
+        with autocast(device, compute_dtype):
+            _, loss = model(idx, targets)
+        loss.backward()
+
+    compiled, _ = compile_or_stay_eager(model, compile, device, try_step, worth_it=True)
+    step = make_training_step(compiled, compute_dtype)
     return time_gpt_training(model, step, shape, batch_size, length)
 
 
@@ -171,9 +184,11 @@ def train_nanogpt_bf16(shape, batch_size, length):
     return time_gpt_training(model, step, shape, batch_size, length)
 
 
-def nanogpt_baselines(shape, batch_size, length):
-    """nanoGPT twice: as its README runs it on this machine, and with bfloat16 and torch.compile."""
+def training_baselines(shape, batch_size, length):
+    """Ours without torch.compile, and nanoGPT twice: as its README runs it on this machine, and
+    with bfloat16 and torch.compile."""
     return {
+        'eager': lambda: train_gpt(shape, batch_size, length, compile=False),
         'nanogpt': lambda: train_nanogpt(shape, batch_size, length),
         'nanogpt-bf16': lambda: train_nanogpt_bf16(shape, batch_size, length),
     }
@@ -691,25 +706,25 @@ ROWS = [
     Row(
         "train nanoGPT's CPU example (0.8 M), 12 x 64", 'tok/s',
         lambda: train_gpt(TINY, 12, 64),
-        nanogpt_baselines(TINY, 12, 64),
+        training_baselines(TINY, 12, 64),
         limit='FLOP',
     ),
     Row(
         'train shakespeare_char (10.7 M), 64 x 256', 'tok/s',
         lambda: train_gpt(SMALL, 64, 256),
-        nanogpt_baselines(SMALL, 64, 256),
+        training_baselines(SMALL, 64, 256),
         limit='FLOP',
     ),
     Row(
         'train shakespeare_char with dropout 0.2', 'tok/s',
         lambda: train_gpt(SMALL_DROPOUT, 64, 256),
-        nanogpt_baselines(SMALL_DROPOUT, 64, 256),
+        training_baselines(SMALL_DROPOUT, 64, 256),
         limit='FLOP',
     ),
     Row(
         'train GPT-2 124M, 4 x 512', 'tok/s',
         lambda: train_gpt(GPT2, 4, 512),
-        nanogpt_baselines(GPT2, 4, 512),
+        training_baselines(GPT2, 4, 512),
         limit='FLOP',
     ),
     Row(
@@ -889,7 +904,7 @@ def available_baselines():
     """The names of the baselines that are asked for and can run here."""
     if not peers and not nanogpt:
         return set()
-    names = {'padded', 'uncached', 'import torch'}
+    names = {'eager', 'padded', 'uncached', 'import torch'}
     for name, package in PACKAGES.items():
         if importlib.util.find_spec(package):
             names.add(name)
