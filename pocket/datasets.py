@@ -48,14 +48,6 @@ TOKENIZER_SAMPLE = 50_000_000  # characters: a tokenizer is trained on at most t
 EXTENSIONS = {'stream': ['.bin'], 'pairs': ['.bin', '.idx'], 'chats': ['.bin', '.idx', '.mask']}
 SAVE_EVERY = 5                 # seconds of work that can be lost when a long tokenization is killed
 
-# Tiny Shakespeare, for the scripts that use it
-SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-SHAKESPEARE_URLS = (
-    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-    'https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt',
-    'https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt',
-)
-
 
 # --- Where datasets live, and what to do with them ------------------------------------------------
 

@@ -14,19 +14,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 # Make pocket/ importable from any working directory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pocket.characters import make_conversations, read_character
 from pocket.configurator import configure
-from pocket.conversations import chat_template_for, encode_conversation_to_learn
-from pocket.data import LEARN
-from pocket.datasets import dataset_folder, print_next_step, write_bytes, write_chats
-from pocket.errors import UserError
-from pocket.files import ROOT, find_path, sha256_of, short_path
-from pocket.tokenizer import make_tokenizer
 
 character = 'plunkett'         # a file in prepare/characters/ without its .txt, or a path
 conversations = 19_000         # [100, inf) how many to make
@@ -36,6 +27,16 @@ seed = 1                       # which conversations
 save: str | None = None        # a file for the conversations, as OpenAI's messages
 data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
 configure(__file__, globals())
+
+import numpy as np
+
+from pocket.characters import make_conversations, read_character
+from pocket.conversations import chat_template_for, encode_conversation_to_learn
+from pocket.data import LEARN
+from pocket.datasets import dataset_folder, print_next_step, write_bytes, write_chats
+from pocket.errors import UserError
+from pocket.files import ROOT, find_path, sha256_of, short_path
+from pocket.tokenizer import make_tokenizer
 
 LENGTH_OF_BEGINNING = 10   # tokens: the topic's name, if there is one, and a few words
 CHARACTERS = ROOT / 'prepare' / 'characters'

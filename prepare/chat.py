@@ -18,13 +18,27 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 # Make pocket/ importable from any working directory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
+
+input: tuple[str, ...] = ()    # a file or a glob; may be given several times
+me: str | None = None          # who of the people in a chat the model is to be, such as Ann
+name = 'chat'                  # of the dataset: it is written to data/NAME
+tokenizer = 'bpe'              # char, byte, bpe, sentencepiece, gpt2; or a model's, with its chat
+#                                template: smollm2, a folder in Hugging Face's format, or out/RUN
+vocab_size: int | None = None  # of bpe and sentencepiece (None: 512 to 8,192, to suit the text)
+skip_bad = False               # leave out lines and conversations that can't be read
+keep_duplicates = False        # learn a conversation as often as it occurs
+val = 0.1                      # (0, 1) fraction of the text that is for validation
+val_input: tuple[str, ...] = ()  # instead of val: files with the conversations for validation
+data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
+configure(__file__, globals())
+
+import numpy as np
+from tqdm import tqdm
+
 from pocket.conversations import (
     chat_template_for,
     encode_conversation_to_learn,
@@ -43,19 +57,6 @@ from pocket.errors import UserError
 from pocket.files import find_path
 from pocket.template import ChatTemplate
 from pocket.tokenizer import UnknownCharacters
-
-input: tuple[str, ...] = ()    # a file or a glob; may be given several times
-me: str | None = None          # who of the people in a chat the model is to be, such as Ann
-name = 'chat'                  # of the dataset: it is written to data/NAME
-tokenizer = 'bpe'              # char, byte, bpe, sentencepiece, gpt2; or a model's, with its chat
-#                                template: smollm2, a folder in Hugging Face's format, or out/RUN
-vocab_size: int | None = None  # of bpe and sentencepiece (None: 512 to 8,192, to suit the text)
-skip_bad = False               # leave out lines and conversations that can't be read
-keep_duplicates = False        # learn a conversation as often as it occurs
-val = 0.1                      # (0, 1) fraction of the text that is for validation
-val_input: tuple[str, ...] = ()  # instead of val: files with the conversations for validation
-data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
-configure(__file__, globals())
 
 
 def find_files(names):

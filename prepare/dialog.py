@@ -21,23 +21,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from tqdm import tqdm
-
 # Make pocket/ importable from any working directory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import (
-    dataset_folder,
-    make_dataset_tokenizer,
-    print_next_step,
-    read_text,
-    write_pairs,
-)
-from pocket.errors import UserError
-from pocket.files import download, sha256_of
-from pocket.template import ChatTemplate, encode_conversation
 
 corpora: Literal['both', 'daily', 'prosocial'] = 'both'  # which to use
 daily: str | None = None      # a folder with DailyDialog's three zips (None: download them)
@@ -56,6 +43,20 @@ prosocial_urls: tuple[str, ...] = (
     'https://huggingface.co/datasets/allenai/prosocial-dialog/resolve/main',
 )  # the same
 configure(__file__, globals())
+
+import numpy as np
+from tqdm import tqdm
+
+from pocket.datasets import (
+    dataset_folder,
+    make_dataset_tokenizer,
+    print_next_step,
+    read_text,
+    write_pairs,
+)
+from pocket.errors import UserError
+from pocket.files import download, sha256_of
+from pocket.template import ChatTemplate, encode_conversation
 
 LICENSES = {
     'daily': 'DailyDialog (Li et al. 2017) is CC BY-NC-SA 4.0: not for commercial use',

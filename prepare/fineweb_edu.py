@@ -13,6 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
+
+shards = 1                   # [1, 14] how many of the 14 files to use
+input: tuple[str, ...] = ()  # local copies of such files instead; may be given several times
+tokenizer = 'gpt2'           # byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
+vocab_size = 32768           # of a bpe or sentencepiece, which are trained here
+val_every = 1000             # [2, inf) about one page in this many is val, by a hash of its text
+data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
+endpoint: str | None = None  # a mirror of https://huggingface.co (None: $HF_ENDPOINT, or itself)
+configure(__file__, globals())
+
 from pocket.datasets import (
     dataset_folder,
     file_size,
@@ -24,15 +34,6 @@ from pocket.datasets import (
 )
 from pocket.errors import UserError
 from pocket.files import download
-
-shards = 1                   # [1, 14] how many of the 14 files to use
-input: tuple[str, ...] = ()  # local copies of such files instead; may be given several times
-tokenizer = 'gpt2'           # byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
-vocab_size = 32768           # of a bpe or sentencepiece, which are trained here
-val_every = 1000             # [2, inf) about one page in this many is val, by a hash of its text
-data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
-endpoint: str | None = None  # a mirror of https://huggingface.co (None: $HF_ENDPOINT, or itself)
-configure(__file__, globals())
 
 try:
     import pyarrow

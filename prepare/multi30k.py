@@ -23,9 +23,6 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, make_dataset_tokenizer, print_next_step, write_pairs
-from pocket.errors import UserError
-from pocket.files import download, find_path, sha256_of
 
 text: Literal['raw', 'tok'] = 'raw'  # tok: lowercased, normalized and tokenized by Moses' scripts
 source: Literal['en', 'de'] = 'en'   # the language to translate from
@@ -40,6 +37,10 @@ urls: tuple[str, ...] = (
     'https://cdn.jsdelivr.net/gh/multi30k/dataset@master/data/task1',
 )  # folders with raw/ and tok/, tried in this order
 configure(__file__, globals())
+
+from pocket.datasets import dataset_folder, make_dataset_tokenizer, print_next_step, write_pairs
+from pocket.errors import UserError
+from pocket.files import download, find_path, sha256_of
 
 # {split: what its files' names begin with}
 SPLITS = {'train': 'train', 'val': 'val', 'test': 'test_2016_flickr'}

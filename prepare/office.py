@@ -31,17 +31,6 @@ from typing import Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import (
-    choose_val_by_blocks,
-    dataset_folder,
-    make_dataset_tokenizer,
-    print_next_step,
-    read_text,
-    write_pairs,
-)
-from pocket.errors import UserError
-from pocket.files import download, sha256_of
-from pocket.template import ChatTemplate, encode_conversation
 
 src: str | None = None       # a text file of sources, one per line (with --tgt)
 tgt: str | None = None       # its targets
@@ -59,6 +48,18 @@ urls: tuple[str, ...] = (
     'https://cdn.jsdelivr.net/gh/idrisalami/MichaelScott-GPT@main/data',
 )  # folders with src.txt and tgt.txt, tried in this order
 configure(__file__, globals())
+
+from pocket.datasets import (
+    choose_val_by_blocks,
+    dataset_folder,
+    make_dataset_tokenizer,
+    print_next_step,
+    read_text,
+    write_pairs,
+)
+from pocket.errors import UserError
+from pocket.files import download, sha256_of
+from pocket.template import ChatTemplate, encode_conversation
 
 COLUMNS = ('season', 'episode', 'scene', 'speaker', 'line')
 NAME_TAG = re.compile(r'(?:^|(?<= ))\[([^\[\]a-z]+)\] ')  # [PAM] and [MR. BROWN], not [laughs]

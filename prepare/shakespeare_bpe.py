@@ -11,16 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import (
-    SHAKESPEARE_SHA256,
-    SHAKESPEARE_URLS,
-    dataset_folder,
-    make_dataset_tokenizer,
-    print_next_step,
-    read_or_download,
-    write_bytes,
-    write_stream,
-)
+from pocket.shakespeare import SHAKESPEARE_SHA256, SHAKESPEARE_URLS
 
 tokenizer = 'bpe'            # or that of a model: smollm2, a folder or out/RUN; then choose a name
 name = 'shakespeare_bpe'     # of the dataset: it is written to data/NAME
@@ -29,6 +20,15 @@ input: str | None = None     # a local copy of the text (None: download it)
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
 urls: tuple[str, ...] = SHAKESPEARE_URLS  # where to download it, tried in this order
 configure(__file__, globals())
+
+from pocket.datasets import (
+    dataset_folder,
+    make_dataset_tokenizer,
+    print_next_step,
+    read_or_download,
+    write_bytes,
+    write_stream,
+)
 
 # Get the text and split it
 folder = dataset_folder(data_dir, name)

@@ -10,18 +10,19 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
-
 # Make pocket/ importable from any working directory
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import dataset_folder, write_stream
-from pocket.errors import UserError
-from pocket.tokenizer import make_tokenizer
 
 data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
 configure(__file__, globals())
+
+import numpy as np
+
+from pocket.datasets import dataset_folder, write_stream
+from pocket.errors import UserError
+from pocket.tokenizer import make_tokenizer
 
 # Left out: what some systems do not install, generated tables, files that differ between builds
 SKIP = {'test', 'tests', 'idlelib', 'tkinter', 'turtledemo', 'lib2to3', 'ensurepip', 'encodings',

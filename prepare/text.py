@@ -23,6 +23,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
+
+input: tuple[str, ...] = ()    # a file, a folder or a glob; may be given several times
+name = 'mine'                  # of the dataset: it is written to data/NAME
+tokenizer = 'bpe'              # char, byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
+vocab_size: int | None = None  # of bpe and sentencepiece (None: 512 to 8,192, to suit the text)
+separator: str | None = None   # text between documents, such as '<|endoftext|>' (None: none)
+pairs = False                  # rows are a source and its target, for models that reply
+skip_bad = False               # leave out rows that lack a text or make no sense, and count them
+field = ''                     # what to read of a row ('': text, or source,target with --pairs)
+val = 0.1                      # (0, 1) fraction of the text that is for validation
+data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
+configure(__file__, globals())
+
 from pocket.datasets import (
     choose_val_by_hash,
     dataset_folder,
@@ -51,18 +64,6 @@ from pocket.tables import (
     read_table,
 )
 from pocket.tokenizer import UnknownCharacters, VocabularyTooSmall
-
-input: tuple[str, ...] = ()    # a file, a folder or a glob; may be given several times
-name = 'mine'                  # of the dataset: it is written to data/NAME
-tokenizer = 'bpe'              # char, byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
-vocab_size: int | None = None  # of bpe and sentencepiece (None: 512 to 8,192, to suit the text)
-separator: str | None = None   # text between documents, such as '<|endoftext|>' (None: none)
-pairs = False                  # rows are a source and its target, for models that reply
-skip_bad = False               # leave out rows that lack a text or make no sense, and count them
-field = ''                     # what to read of a row ('': text, or source,target with --pairs)
-val = 0.1                      # (0, 1) fraction of the text that is for validation
-data_dir: str | None = None    # where datasets live (None: data/ beside train.py)
-configure(__file__, globals())
 
 TABLES = ('.jsonl', '.ndjson', '.csv', '.tsv')
 TEXTS = ('.txt', '.md', '.py')

@@ -11,6 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
+
+input: str | None = None     # a folder with local copies of the two files (None: download them)
+tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
+vocab_size = 4096            # of a bpe or sentencepiece, which are trained here
+data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
+endpoint: str | None = None  # a mirror of https://huggingface.co (None: $HF_ENDPOINT, or itself)
+configure(__file__, globals())
+
 from pocket.datasets import (
     dataset_folder,
     file_size,
@@ -22,13 +30,6 @@ from pocket.datasets import (
     write_corpus,
 )
 from pocket.files import download
-
-input: str | None = None     # a folder with local copies of the two files (None: download them)
-tokenizer = 'bpe'            # char, byte, bpe, sentencepiece, gpt2, smollm2, FOLDER or out/RUN
-vocab_size = 4096            # of a bpe or sentencepiece, which are trained here
-data_dir: str | None = None  # where datasets live (None: data/ beside train.py)
-endpoint: str | None = None  # a mirror of https://huggingface.co (None: $HF_ENDPOINT, or itself)
-configure(__file__, globals())
 
 FILES = {'train': 'TinyStoriesV2-GPT4-train.txt', 'val': 'TinyStoriesV2-GPT4-valid.txt'}
 

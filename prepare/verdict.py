@@ -11,13 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pocket.configurator import configure
-from pocket.datasets import (
-    dataset_folder,
-    make_dataset_tokenizer,
-    print_next_step,
-    read_or_download,
-    write_stream,
-)
 
 tokenizer = 'gpt2'           # or that of a model: smollm2, a folder or out/RUN; then choose a name
 name = 'verdict'             # of the dataset: it is written to data/NAME
@@ -28,6 +21,14 @@ urls: tuple[str, ...] = (
     'https://cdn.jsdelivr.net/gh/rasbt/LLMs-from-scratch@main/ch02/01_main-chapter-code/the-verdict.txt',
 )  # where to download it, tried in this order
 configure(__file__, globals())
+
+from pocket.datasets import (
+    dataset_folder,
+    make_dataset_tokenizer,
+    print_next_step,
+    read_or_download,
+    write_stream,
+)
 
 SHA256 = 'b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f'
 

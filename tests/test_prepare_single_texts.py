@@ -28,6 +28,27 @@ def project(tmp_path):
     return Project(tmp_path / 'pocket übung')
 
 
+WITHOUT_NUMPY = '''
+import runpy
+import sys
+
+sys.modules['numpy'] = None  # importing it fails, as if it were not installed
+sys.argv = ['prepare/SCRIPT', *sys.argv[1:]]
+runpy.run_path('prepare/SCRIPT', run_name='__main__')
+'''
+
+
+@pytest.mark.parametrize('script', ['shakespeare_char.py', 'stdlib.py', 'text.py', 'office_gpt2.py'])
+def test_a_package_that_is_not_installed(project, script):
+    """What a newcomer sees who skips `pip install`, or forgets to activate the environment."""
+    wrapper = WITHOUT_NUMPY.replace('SCRIPT', script)
+    (project.root / 'without_numpy.py').write_text(wrapper, encoding='utf-8')
+    out, _ = project.run('without_numpy.py', '--help')
+    assert '--data_dir' in out
+    error = project.fails('without_numpy.py')
+    assert 'numpy is not installed for' in error and 'pip install -r requirements.txt' in error
+
+
 @pytest.fixture
 def server():
     """A server that has CONTENT under every path."""
