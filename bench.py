@@ -1,9 +1,9 @@
 """
 How fast this machine trains, encodes and generates, and how much of its peak speed that is.
 
-    python bench.py                       every row once, in two to three minutes
+    python bench.py                       every row once, in three to four minutes
     python bench.py --rows=decode         only the rows with this in their name
-    python bench.py --peers --rounds=3    three repeats, with baselines: ours without a KV cache or
+    python bench.py --peers               three repeats, with baselines: ours without a KV cache or
                                           torch.compile, torch.nn.Transformer and, if installed,
                                           transformers, ctranslate2, tokenizers
     python bench.py --nanogpt=FOLDER      and with nanoGPT: a clone of github.com/karpathy/nanoGPT
@@ -24,7 +24,7 @@ rows = ''                    # only the rows with this in their name
 peers = False                # measure the baselines that are installed, too
 nanogpt: str | None = None   # a folder with nanoGPT's model.py, one more baseline; implies --peers
 init_from: str | None = None  # measure generation with this pretrained model instead
-rounds = 1                   # [1, inf) repeats of each measurement
+rounds: int | None = None    # [1, inf) repeats of each measurement (None: 3 with baselines, else 1)
 seconds = 2.0                # (0, inf) how long each measurement is timed
 profile = False              # write traces to out/bench
 to: str | None = None        # a file for all figures, as JSON
@@ -850,6 +850,7 @@ def compare():
         names = '; '.join(row.name for row in ROWS)
         raise UserError(f'no row has {rows!r} in its name: there are {names}')
     available = available_baselines()
+    num_rounds = rounds or (3 if available else 1)
 
     peaks = run_worker('peaks')
     threads = torch.get_num_threads()
@@ -862,7 +863,7 @@ def compare():
     for row in chosen:
         names = ['ours'] + [name for name in row.baselines if name in available]
         measured = {name: [] for name in names}  # [rate, cost, peak memory] of each repeat
-        for _ in range(rounds):
+        for _ in range(num_rounds):
             for name in names:
                 measured[name].append(run_worker(name, f'--rows={row.name}'))
         print_row(row, measured, peaks)

@@ -55,7 +55,6 @@ from dataclasses import asdict, replace
 
 from pocket.chat import (
     PRESETS,
-    SAMPLING_OPTIONS,
     SETTING_TYPES,
     Settings,
     load,
@@ -90,9 +89,8 @@ model = load(out_dir, init_from, weights, device, dtype, quantize,
 
 # What the model comes with, such as the temperature that its makers recommend, counts unless told
 # otherwise
-recommended = {name: getattr(model.settings, name) for name in SAMPLING_OPTIONS}
 chosen = {name: value for name, value in options.items() if name in explicit}
-settings = replace(settings, **{**recommended, **chosen})
+settings = replace(model.settings, **chosen)
 model.settings = settings
 
 

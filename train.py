@@ -86,7 +86,7 @@ eval_replies = 200                 # [0, inf) --eval_only, pairs: score this man
 eval_bleu = 0                      # [0, inf) pairs: replies whose BLEU each evaluation computes
 best_by: Literal['loss', 'bleu'] = 'loss'  # what makes an evaluation the best one: best.pt
 num_beams = 1                      # [1, 1024] of replies to score: beam search (1: greedy)
-length_penalty = 0.6               # [-10, 10] beam search, here and in sample.py: > 0 favors longer
+length_penalty = 0.6               # [-10, 10] beam search, here and in sample.py; more: longer
 bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char', 'none'] = 'auto'  # words for BLEU
 eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
 patience = 0                       # [0, inf) stop after this many evaluations without progress
@@ -217,17 +217,18 @@ def forward(model, batch):
     return loss
 
 
+# Print a summary (only the master process prints: errors.py silences the others)
+print(training.describe_run(model, matrices, others, train_data, config, device, amp_dtype))
+print(f'device: {device}, {amp_dtype} ({dtype_reason})', flush=True)
+
 # Compile, and try it, as errors only show up in a step; then share the work among processes
 raw_model = model  # unwrapped: for saving and sampling
 first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
 model, compile_note = training.compile_or_stay_eager(
     model, compile, device, try_step=lambda m: forward(m, next(first_batches)).backward(),
     worth_it=training.is_long_run(model, train_data, config))
+print(f'mode: {compile_note}', flush=True)
 model = distributed.wrap_model(model, some_unused=bool(config['cutoffs']))
-
-# Print a summary (only the master process prints: errors.py silences the others)
-print(training.describe_run(raw_model, matrices, others, train_data, config, device, amp_dtype))
-print(f'device: {device}, {amp_dtype} ({dtype_reason})\nmode: {compile_note}', flush=True)
 
 
 def print_sample(max_new_tokens):

@@ -69,8 +69,8 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     """softmax(q kᵀ / √D) v; arguments and result are those of plain_attention() in model.py.
 
     On GPUs PyTorch's fused kernel is fastest, and never holds the scores. On CPUs it wins for a
-    single query in float32, for very long texts and, if the CPU has AMX, without a gradient.
-    Otherwise two matmuls and a softmax take 10 to 50 % of its time.
+    single query in float32, for very long texts and, if the CPU has AMX, when no gradients are
+    needed. Otherwise two matmuls and a softmax take 10 to 50 % of its time.
     """
     T, S = q.size(2), k.size(2)
     group = q.size(1) // k.size(1)
@@ -111,12 +111,13 @@ def is_fused_faster(q, S):
         return True
     if T == 1:
         return q.dtype == torch.float32
-    return cpu_has('amx_bf16') and not torch.is_grad_enabled()
+    # In this order: training is compiled, and torch.compile can't trace cpu_has()
+    return not torch.is_grad_enabled() and cpu_has('amx_bf16')
 
 
 @lru_cache(maxsize=8)
 def cpu_has(feature):
-    """Whether the CPU has a feature: amx_bf16 is Intel's matrix unit, avx512_bf16 instructions."""
+    """Whether the CPU has an instruction set: amx_bf16 (Intel's matrix unit), avx512_bf16, …"""
     return torch.cpu.get_capabilities().get(feature, False)
 
 

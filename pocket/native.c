@@ -11,7 +11,7 @@ texts; nonlinearities other than SwiGLU stay in PyTorch. They compute what Block
 does, up to rounding. Inputs and outputs of linear layers are bfloat16 if is_bfloat16, otherwise
 float32; everything else is float32.
 
-The loops are plain: the compiler vectorizes them.
+The loops are plain, and the compiler vectorizes them. Only multiply_in_tiles() names instructions.
 */
 #include <math.h>
 #include <stdint.h>
@@ -88,8 +88,8 @@ static float round_inputs(const float *x, int16_t *to, int count) {
 }
 
 #ifdef HAS_TILES
-/* Intel's AMX. A tile is a register of 16 rows of 64 bytes. One instruction multiplies 16 channels x
-   64 inputs of weights by 64 inputs x 16 rows of x, and adds the result to 16 x 16 sums: that is
+/* Intel's AMX. A tile is a register of 16 rows of 64 bytes. One instruction multiplies 16 channels
+   x 64 inputs of weights by 64 inputs x 16 rows of x, and adds the result to 16 x 16 sums: that is
    16,384 products. It takes bytes, so each input is split in two, x = 128 * high + low, which both
    lie from -64 to 64 and are multiplied separately */
 enum {TILE = 16, TILE_BYTES = 64, MAX_TILE_ROWS = 16};
@@ -100,7 +100,7 @@ typedef struct {
     uint8_t rows[16];
 } TileConfig;
 
-/* Linux reserves memory for the tiles of a process that asks */
+/* Linux lets a process use tiles only after it has asked */
 static int may_use_tiles(void) {
     enum {ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18};
     static int answer = -1;
@@ -111,7 +111,8 @@ static int may_use_tiles(void) {
 }
 
 /* multiply_int8() with tiles. x: (rows, in), rounded; rows <= MAX_TILE_ROWS, in is a multiple of
-   TILE_BYTES, out >= 2 * TILE */
+   TILE_BYTES, out >= 2 * TILE. No CHUNK is needed: 127 * 64 * in < 2^31 as long as in < 264,000,
+   and pocket/native.py allows half of that */
 static void multiply_in_tiles(const Int8Weights *weights, const int16_t *x, const float *x_scale,
                               float *y, int rows) {
     int in = weights->in, out = weights->out;
@@ -170,8 +171,8 @@ static void multiply_in_tiles(const Int8Weights *weights, const int16_t *x, cons
             for (int c = 0; c < 2 * TILE; c++) {
                 float bias = weights->bias ? weights->bias[first + c] : 0;
                 for (int row = 0; row < rows; row++) {
-                    float sum = 128.0 * high_sums[c][row] + low_sums[c][row];
-                    float product = sum * x_scale[row] * weights->scale[first + c];
+                    double sum = 128.0 * high_sums[c][row] + low_sums[c][row];
+                    float product = (float)sum * x_scale[row] * weights->scale[first + c];
                     y[(long)row * out + first + c] = product + bias;
                 }
             }

@@ -29,8 +29,9 @@ FLAGS = (
 POINTER = ctypes.c_void_p
 INT = ctypes.c_int
 FLOAT = ctypes.c_float
-# The longest array that native.c may put on a thread's stack: as float32 it takes 1 MB, and two are
-# never needed at once. Stacks have 8 MB on Linux. An untrusted file decides how wide a model is
+# The longest array that native.c may put on a thread's stack: as float32 it takes 1 MB, and no
+# function needs more than that at once. Stacks have 8 MB on Linux. An untrusted file decides how
+# wide a model is
 LARGEST_ARRAY = 2**18
 
 

@@ -548,7 +548,7 @@ def rank_ids_by_frequency(model, train_data):
     model.lm_head.rank[order] = torch.arange(len(order))
 
 
-# A run of this length is worth compiling for on a CPU, which takes 20 s, or 5 if it is cached
+# Compiling takes 20 s on a CPU, 5 s if it is cached. Runs at least this long earn that back
 LONG_RUN_FLOP = 1e14
 LONG_RUN_MINUTES = 5
 
@@ -557,7 +557,7 @@ def is_long_run(model, train_data, config):
     """Whether the time that compilation takes on a CPU is repaid.
 
     Only for plain text: batches of pairs and conversations have many shapes, each of which would
-    be compiled.
+    be compiled. The whole run counts, so that a resumed one computes as it did before.
     """
     if not isinstance(train_data, Stream):
         return False
@@ -572,13 +572,16 @@ def is_long_run(model, train_data, config):
 def compile_or_stay_eager(model, mode, device, try_step, worth_it=False):
     """(model, description): compiled by torch.compile if mode asks for it and it works here.
 
-    mode: True, False or 'auto': on CUDA always, elsewhere if it is worth_it. try_step(model): a
-    forward and backward pass, at which compilation happens: here it can still be done without.
+    mode: True, False or 'auto': always on CUDA, on a CPU if it is worth_it, never on MPS.
+    try_step(model): a forward and backward pass, at which compilation happens; if it fails there,
+    training can still run eager.
     """
     if mode is False:
         return model, 'eager'
-    if mode == 'auto' and device.type != 'cuda' and not worth_it:
+    pays_off = device.type == 'cuda' or (device.type == 'cpu' and worth_it)
+    if mode == 'auto' and not pays_off:
         return model, 'eager (compilation takes long to pay off here; --compile tries it)'
+    print('compiling the model …', flush=True)
     try:
         if device.type == 'cpu':
             compiled = compile_blocks(model)
@@ -604,10 +607,11 @@ def compile_or_stay_eager(model, mode, device, try_step, worth_it=False):
 def compile_blocks(model):
     """The same model, whose blocks compute with compiled code in training.
 
-    All layers share it, so it takes half as long to compile as a whole model, and is as fast on a
-    CPU. Evaluation and sampling stay eager: they come in shapes of their own.
+    All layers share the compiled code, so it takes half as long as compiling a whole model, and is
+    as fast on a CPU. Evaluation and sampling stay eager: each of their shapes would have to be
+    compiled.
     """
-    # causal_bias() is traced instead of cached, which is fine, but PyTorch warns of it
+    # PyTorch warns that it traces cached functions, such as causal_bias(), instead of calling them
     warnings.filterwarnings('ignore', message='Dynamo detected a call to a `functools.lru_cache`')
     for block in blocks_of(model):
         block.forward = compiled_in_training(block)

@@ -90,6 +90,7 @@ def test_row_shows_rates_ratio_and_utilization(project, bench, monkeypatch, caps
     monkeypatch.setattr(bench, 'subprocess', SimpleNamespace(run=run, PIPE=None))
     monkeypatch.setattr(bench, 'rows', 'CPU example')
     monkeypatch.setattr(bench, 'nanogpt', str(peer))
+    monkeypatch.setattr(bench, 'rounds', 1)
     monkeypatch.setattr(bench, 'to', str(project.root / 'figures.json'))
     monkeypatch.setattr(sys, 'argv', [
         'bench.py', '--rows=CPU example', f'--nanogpt={peer}', '--seconds=0.02', '--device=cpu'])
@@ -142,7 +143,7 @@ def test_batches_of_different_sizes_are_timed_in_whole_passes(bench, monkeypatch
 
 @pytest.mark.parametrize('args, message', [
     (['--rows=xyz'], "no row has 'xyz' in its name: there are train nanoGPT"),
-    (['--rounds=0'], 'rounds must be in [1, inf), got 0'),
+    (['--rounds=0'], 'rounds must be in [1, inf) or None, got 0'),
     (['--seconds=0'], 'seconds must be in (0, inf), got 0'),
     (['--nanogpt=nowhere'], 'nowhere has no model.py'),
 ])

@@ -216,9 +216,21 @@ def test_run_says_how_to_sample_from_it(tmp_path, trained):
 
 @pytest.mark.parametrize('length_penalty, settings', [
     (1.2, {'length_penalty': 1.2}), (99.0, {}), ('long', {}), (None, {})])
-def test_run_says_how_long_the_texts_of_a_beam_search_are(length_penalty, settings):
+def test_length_penalty_of_a_run(length_penalty, settings):
     state = {'config': {'length_penalty': length_penalty}}
     assert checkpoint.decoding_of(state) == settings
+
+
+def test_run_says_how_long_the_texts_of_a_beam_search_are(tmp_path, trained):
+    """Shown by the scores: log-probabilities divided by ((5 + length) / 6)^length_penalty."""
+    state = trained.checkpoint('toy')
+    state['config']['length_penalty'] = 3.0
+    torch.save(state, tmp_path / 'best.pt')
+    args = [f'--out_dir={tmp_path}', *QUICK, '--num_beams=2', '--n_best=2', '--lines', '--start=ba']
+    silent, _ = trained.run('sample.py', *args)
+    the_same, _ = trained.run('sample.py', *args, '--length_penalty=3')
+    another, _ = trained.run('sample.py', *args, '--length_penalty=0')
+    assert silent == the_same != another
 
 
 @pytest.mark.parametrize('args, message', [

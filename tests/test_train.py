@@ -483,6 +483,14 @@ def test_compile_auto_falls_back_to_eager(model, monkeypatch):
     assert model.weight.grad is None
 
 
+def test_compile_auto_is_for_cuda_and_long_runs_on_a_cpu(model, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', None)
+    mps = torch.device('mps')
+    for device, worth_it in ((CPU, False), (mps, False), (mps, True)):
+        result = training.compile_or_stay_eager(model, 'auto', device, take_step, worth_it)
+        assert result[0] is model and result[1].startswith('eager (compilation takes long')
+
+
 def test_compile_true_does_not_fall_back(model, monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda model: FailsWhenCalled())
     with pytest.raises(UserError, match=r'does not work here \(RuntimeError: no compiler\)'):
