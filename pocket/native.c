@@ -144,7 +144,8 @@ static void multiply_in_tiles(const Int8Weights *weights, const int16_t *x, cons
         for (int part = 0; part < (out + 2 * TILE - 1) / (2 * TILE); part++) {
             int first = smaller(part * 2 * TILE, out - 2 * TILE); /* the last part may overlap */
             const int8_t *channel = weights->weight + (long)first * in;
-            const int8_t *next = channel + 2L * TILE * in; /* requested in the order of memory */
+            /* What comes next is requested in the order of memory, as hopping would be slow */
+            const int8_t *next = channel + 2L * TILE * in;
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
