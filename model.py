@@ -126,15 +126,29 @@ def scale_frequencies(frequencies, scaling):
     return (1 - keep) * frequencies / factor + keep * frequencies
 
 
+def rotary_tables(length, size, theta=10000.0, scaling=None):
+    """(cos, sin) for rotate(), each (length, size) float32; arguments: see position_angles().
+
+    Both halves of the channels have the same angles, and sin is negative in the first half.
+    """
+    angles = position_angles(length, size, theta, scaling)
+    cos = torch.cat((angles.cos(), angles.cos()), dim=1)
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=1)
+    return cos, sin
+
+
 def rotate(x, cos, sin):
     """Rotary positions: turn each pair of channels (i, i + D/2) of a head by its position's angle.
 
-    x: (B, T, H, D); cos, sin: (T, 1, D/2) or (B, T, 1, D/2). The product of a rotated query and a
-    rotated key depends on their positions only through the distance between them. Su et al. 2021,
-    https://arxiv.org/abs/2104.09864
+    (a, b) becomes (a cos - b sin, b cos + a sin). x: (B, T, n, D); cos, sin: rotary_tables() at the
+    positions of x, with a row for each of at least n heads or one for all: (T, 1, D), (T, H, D) or
+    (B, T, 1, D). The product of a rotated query and a rotated key depends on their positions only
+    through the distance between them. Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
+    n = x.size(2)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    swapped = torch.cat((b, a), dim=-1)
+    return x * cos[..., :n, :] + swapped * sin[..., :n, :]
 
 
 def normalize(x, norm=None):
@@ -274,7 +288,7 @@ class MLP(nn.Module):
         if self.act == 'relu':  # the 2017 paper's
             return F.relu(x)
         if self.act == 'relu2':  # So et al. 2021, https://arxiv.org/abs/2109.08668
-            return F.relu(x).square()
+            return kernels.squared_relu(x)  # F.relu(x).square()
         # swiglu: Shazeer 2020, https://arxiv.org/abs/2002.05202
         gate, x = x.chunk(2, dim=-1)  # (B, T, n_inner) each
         return F.silu(gate) * x
@@ -418,11 +432,10 @@ class Transformer(nn.Module):
             table = table[:, :C]  # (block_size, C), of which an odd C has one sine more
             self.register_buffer('sinusoid', table, persistent=False)
         if config.pos == 'rotary':
-            angles = position_angles(block_size, config.head_size, config.rope_theta,
+            cos, sin = rotary_tables(block_size, config.head_size, config.rope_theta,
                                      config.rope_scaling)
-            angles = angles[:, None]  # (block_size, 1, D/2): the same for all heads
-            self.register_buffer('cos', angles.cos(), persistent=False)
-            self.register_buffer('sin', angles.sin(), persistent=False)
+            self.register_buffer('cos', cos, persistent=False)  # (block_size, D)
+            self.register_buffer('sin', sin, persistent=False)
 
     def forward(self, idx, pad=None, cache=None, memory=None):
         """idx: (B, T) int64 token ids; returns (B, T, C).
@@ -480,12 +493,23 @@ class Transformer(nn.Module):
             mask = causal_mask(column, pad, past)
         rope = None
         if self.config.pos == 'rotary':
-            rope = self.cos[position].to(dtype), self.sin[position].to(dtype)
+            rope = self.rotary_positions(position, dtype)
         is_first = None
         if self.config.token_shift and pad is not None:
             is_first = (column == pad[:, None])[..., None]
         is_causal = self.causal and mask is None and T > 1
         return Context(mask, is_causal, rope, is_first)
+
+    def rotary_positions(self, position, dtype):
+        """(cos, sin) for rotate() at positions (T,) or (B, T)."""
+        cos = self.cos[position].to(dtype)[..., None, :]  # (T, 1, D): the same for all heads
+        sin = self.sin[position].to(dtype)[..., None, :]
+        if self.training:
+            # A row for each head: products of tensors of the same shape take a CPU half the time
+            heads = self.config.n_head
+            cos = cos.repeat_interleave(heads, dim=-2)  # (T, H, D)
+            sin = sin.repeat_interleave(heads, dim=-2)
+        return cos, sin
 
 
 # --------------------------------------------------------------------------------------------------

@@ -140,6 +140,18 @@ def output_and_gradients(function, inputs, **options):
     return [y.detach(), *gradients]
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_squared_relu_and_its_gradient_are_the_plain_formulas_to_the_bit(dtype):
+    x = torch.tensor([[0.0, -0.0, -1.5, 3.0, 1e-30, 300.0]], dtype=dtype)
+    x = torch.cat((x, torch.randn(50, 6).to(dtype)))
+    got = output_and_gradients(kernels.squared_relu, [x])
+    want = output_and_gradients(lambda x: F.relu(x).square(), [x])
+    assert got[0].dtype == dtype
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+
 @pytest.mark.parametrize('shape_name, who', CASES)
 def test_plain_attention_equals_pytorchs(shape_name, who):
     inputs, options = random_attention(shape_name, who)

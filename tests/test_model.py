@@ -21,7 +21,7 @@ from model import (
     Context,
     GPTConfig,
     RMSNorm,
-    position_angles,
+    rotary_tables,
     rotate,
     shift_tokens,
 )
@@ -99,18 +99,32 @@ def test_rotary_depends_on_distance_only():
     torch.manual_seed(0)
     q = torch.randn(8)
     k = torch.randn(8)
-    angles = position_angles(40, 8)
+    cos, sin = rotary_tables(40, 8)
 
     def turn(x, position):
-        cos = angles[position].cos().view(1, 1, 4)
-        sin = angles[position].sin().view(1, 1, 4)
-        return rotate(x.view(1, 1, 1, 8), cos, sin).flatten()
+        row = slice(position, position + 1)
+        return rotate(x.view(1, 1, 1, 8), cos[row, None], sin[row, None]).flatten()
 
     def score(i, j):
         return turn(q, i) @ turn(k, j)
 
     assert torch.allclose(score(5, 2), score(38, 35), atol=1e-5)
     assert not torch.allclose(score(5, 2), score(5, 3), atol=1e-3)
+
+
+@pytest.mark.parametrize('n_kv_head', [4, 2])
+def test_rotary_tables_of_training_change_nothing(n_kv_head):
+    """In training each head has its own row of the tables, because that is faster."""
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=7, vocab_size=11, n_layer=2, n_head=4, n_kv_head=n_kv_head,
+                       n_embd=16, pos='rotary')
+    model = GPT(config)
+    idx = torch.randint(0, 11, (2, 7))
+    cos, sin = model.transformer.rotary_positions(torch.arange(7), torch.float32)
+    assert cos.shape == sin.shape == (7, 4, 4)
+    trained = model.transformer(idx)
+    model.eval()
+    assert torch.equal(model.transformer(idx), trained)
 
 
 def test_token_shift_takes_half_of_the_channels_from_the_token_before():
