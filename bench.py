@@ -83,7 +83,7 @@ def time_steps(step, amounts):
 
     step(i) does amounts[i % len(amounts)] of the work: tokens, for example.
     """
-    # Warm up: at least one step and up to three, or as many as there are amounts
+    # Warm up with up to three steps: as many as there are amounts, others while time is left
     deadline = time.perf_counter() + seconds
     for i in range(3):
         if i >= len(amounts) and time.perf_counter() > deadline:
@@ -93,10 +93,11 @@ def time_steps(step, amounts):
     # Time whole passes over the amounts, because batches of different sizes differ in speed
     times = []
     deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or not times or len(times) % len(amounts) != 0:
-        start = time.perf_counter()
-        step(len(times))
-        times.append(time.perf_counter() - start)
+    while not times or time.perf_counter() < deadline:
+        for _ in amounts:
+            start = time.perf_counter()
+            step(len(times))
+            times.append(time.perf_counter() - start)
 
     if profile:
         write_trace(step)

@@ -385,7 +385,9 @@ def real_token_mask(pad, length):
     """
     if pad is None:
         return None
-    return (torch.arange(length, device=pad.device) >= pad[:, None])[:, None, None]
+    column = torch.arange(length, device=pad.device)  # (length,)
+    is_real = column >= pad[:, None]  # (B, length)
+    return is_real[:, None, None]
 
 
 def causal_mask(column, pad, past):
@@ -405,7 +407,8 @@ def causal_mask(column, pad, past):
         return mask[None, None]
     not_padding = key >= pad[:, None, None]  # (B, 1, S)
     itself = key == column[:, None]  # (T, S): padding sees itself, so that no row is empty
-    return ((mask & not_padding) | itself)[:, None]
+    mask = (mask & not_padding) | itself  # (B, T, S)
+    return mask[:, None]
 
 
 class Transformer(nn.Module):
@@ -429,7 +432,7 @@ class Transformer(nn.Module):
         if config.pos == 'sinusoidal':
             angles = position_angles(block_size, C)
             table = torch.cat((angles.sin(), angles.cos()), dim=1)
-            table = table[:, :C]  # (block_size, C), of which an odd C has one sine more
+            table = table[:, :C]  # (block_size, C): an odd C has one sine more than cosines
             self.register_buffer('sinusoid', table, persistent=False)
         if config.pos == 'rotary':
             cos, sin = rotary_tables(block_size, config.head_size, config.rope_theta,
@@ -677,19 +680,19 @@ class LanguageModel(nn.Module):
         zero_init and pre-norm all blocks start as the identity; with an untied Head, too, all
         tokens start equally probable, and the first loss is ln(vocab_size).
         """
-        c = self.config
+        config = self.config
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            if c.init == 'gpt2':
+            if config.init == 'gpt2':
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, (nn.Embedding, Head)):
-                nn.init.normal_(module.weight, std=c.n_embd ** -0.5)
+                nn.init.normal_(module.weight, std=config.n_embd ** -0.5)
             else:
                 nn.init.xavier_uniform_(module.weight)
 
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-        if isinstance(module, Attention) and c.init == 'xavier':
+        if isinstance(module, Attention) and config.init == 'xavier':
             # Queries, keys and values are separate matrices, stacked in one weight
             q_width, kv_width = module.q_width, module.kv_width
             if module.is_cross:
@@ -699,11 +702,11 @@ class LanguageModel(nn.Module):
             for matrix in matrices:
                 nn.init.xavier_uniform_(matrix)
 
-        if isinstance(module, (Attention, MLP)) and (c.init == 'gpt2' or c.zero_init):
-            std = 0.0 if c.zero_init else 0.02 / math.sqrt(2 * c.n_layer)
+        if isinstance(module, (Attention, MLP)) and (config.init == 'gpt2' or config.zero_init):
+            std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
             nn.init.normal_(module.c_proj.weight, std=std)
 
-        if isinstance(module, Head) and c.zero_init and not c.tie_weights:
+        if isinstance(module, Head) and config.zero_init and not config.tie_weights:
             nn.init.zeros_(module.weight)
 
     def num_params(self):

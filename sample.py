@@ -46,7 +46,7 @@ api_key: str | None = None         # what the page and programs must know; neede
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # weights (None: float32)
-quantize: Literal['', 'int8'] = ''  # int8: faster for one text at a time (dtype None, GPU: auto)
+quantize: Literal['', 'int8'] = ''  # 8-bit weights, quicker for up to 16 texts (GPU: dtype auto)
 config, explicit = configure(__file__, globals())
 
 # Only now what takes a second to import: --help and typing errors have been answered at once
@@ -156,7 +156,7 @@ def print_next_steps():
     print('next:\n'
           '  python sample.py --chat    talk to Plunkett, a lost umbrella\n'
           '  python sample.py --web     the same in the browser\n'
-          '  python train.py            train a model of your own, in a minute or two\n'
+          '  python train.py            train a model of your own, in a minute and a half\n'
           '  python sample.py --help    all options', file=sys.stderr)
 
 
@@ -205,8 +205,12 @@ def print_lines():
         texts += [model.encodable(text) for text in prompts]
     for first in range(0, len(texts), LINES_PER_BATCH):
         batch = texts[first:first + LINES_PER_BATCH]
+
+        # Answer all lines of the batch at once, except blank ones
         asked = [text for text in batch if text.strip()]
         answers = iter(answer_lines(asked, first))
+
+        # Print in the order of the input: a blank line, or the next answer
         for number, text in enumerate(batch, start=first + 1):
             if not text.strip():
                 print()
@@ -224,7 +228,7 @@ def print_lines():
 def answer_lines(texts, first):
     """For each text a list of (what the model writes, score); score None without --n_best.
 
-    first: how many lines came before, for a seed of their own.
+    first: how many lines came before, so that each batch gets its own seed.
     """
     prompts = [model.encode_prompt(text, (), settings) for text in texts]
     if not prompts:
@@ -362,7 +366,7 @@ def change_settings(words):
     print(', '.join(f'{name}={value}' for name, value in asdict(model.settings).items()))
 
 
-# ---- Which of them
+# ---- Run what was asked for
 
 
 if web:

@@ -1,7 +1,7 @@
 """
 Train a GPT or an encoder-decoder on the dataset in data/NAME, on whatever hardware there is.
 
-    python train.py                                                a minute on two CPU cores
+    python train.py                                                1.5 minutes on two CPU cores
     python train.py config/shakespeare_char.py --dropout=0.1       a config file, then overrides
     python train.py config/shakespeare_char.py --resume            continue exactly where it stopped
     torchrun --standalone --nproc_per_node=8 train.py config/…     on eight GPUs, which share steps
@@ -221,13 +221,20 @@ def forward(model, batch):
 print(training.describe_run(model, matrices, others, train_data, config, device, amp_dtype))
 print(f'device: {device}, {amp_dtype} ({dtype_reason})', flush=True)
 
-# Compile, and try it, as errors only show up in a step; then share the work among processes
-raw_model = model  # unwrapped: for saving and sampling
-first_batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
-model, compile_note = training.compile_or_stay_eager(
-    model, compile, device, try_step=lambda m: forward(m, next(first_batches)).backward(),
-    worth_it=training.is_long_run(model, train_data, config))
+
+def try_step(model):
+    """Forward and backward pass of the first micro-batch."""
+    batches = train_data.batches(seed, 0, gradient_accumulation_steps, rank, world_size)
+    forward(model, next(batches)).backward()
+
+
+# Compile, if it pays off, and try a step, because errors only show up there
+raw_model = model  # neither compiled nor wrapped: for saving and sampling
+worth_it = training.is_long_run(model, train_data, config)
+model, compile_note = training.compile_or_stay_eager(model, compile, device, try_step, worth_it)
 print(f'mode: {compile_note}', flush=True)
+
+# Share the work among processes
 model = distributed.wrap_model(model, some_unused=bool(config['cutoffs']))
 
 
@@ -341,13 +348,14 @@ while True:
         break
     num_targets = sum((batch['targets'] != -1).sum().item() for batch in batches)
     num_targets = distributed.all_reduce_sum(num_targets)[0]  # the total over all processes
+
+    # Backward pass of each micro-batch. Its loss is a sum over targets, divided by their number in
+    # all micro-batches and processes, so that each target counts equally. (Processes average their
+    # gradients; multiplying by world_size turns that into a sum.)
     step_loss = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
-        with distributed.no_sync(model, last=is_last):
-            # A sum over targets, divided by their number in all micro-batches and processes, so
-            # that each target counts equally. (Processes average their gradients; multiplying by
-            # world_size turns that into a sum.)
+        with distributed.no_sync(model, last=is_last):  # exchange gradients once, after the last
             loss = forward(model, batch) / (num_targets / world_size)
             scaler.scale(loss).backward()
         step_loss += loss.detach()

@@ -3,7 +3,7 @@
 #     python train.py config/finetune_chat.py
 #     python sample.py --out_dir=out/finetune_chat --chat
 # 492 short conversations: 6.1 minutes on one thread of a busy two-core machine, peak memory 3.8 GB.
-# --gradient_checkpointing=False: 5.0 GB, 2.5 s a step instead of 3. docs/chatbots.md has replies.
+# --gradient_checkpointing=False: 5.0 GB, 2.5 s per step instead of 3. docs/chatbots.md has replies.
 init_from = 'smollm2'
 dataset = 'chat'
 block_size = 512

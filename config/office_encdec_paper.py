@@ -1,5 +1,6 @@
-# The base model of "Attention Is All You Need" on the same pairs, with GPT-2's BPE: 121,353,300
-# parameters.
+# The base model of "Attention Is All You Need" on the pairs of config/office_encdec.py, with
+# GPT-2's BPE: 121,353,300 parameters. Best val loss 3.7293 nats per token, 4.6510 with smoothing:
+# see docs/results.md.
 dataset = 'office_gpt2'
 arch = 'seq2seq'
 block_size = 128

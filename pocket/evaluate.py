@@ -190,17 +190,11 @@ def generate_replies(model, tok, template, data, count, max_new_tokens=None, num
     sources = {}
     references = {}
     for member in members:
-        if isinstance(data, Pairs):
-            source = data.pair(tokens, member)[0].tolist()
-            prompts[member] = prepare_reply_prompts(model, [source], decoder_start, reserved)[0]
-            references[member] = data.whole_target(tokens, member).tolist()
-        else:
-            room = model.config.block_size - min(reserved, model.config.block_size // 2)
-            prompt, _ = data.first_exchange(tokens, member)
-            source = data.question(tokens, member).tolist()
-            prompts[member] = prompt[-room:].tolist()
-            references[member] = data.whole_reply(tokens, member).tolist()
+        prompt, source, reference = read_exchange(model, data, tokens, member, decoder_start,
+                                                  reserved)
+        prompts[member] = prompt
         sources[member] = source
+        references[member] = reference
 
     longest = max((len(reference) for reference in references.values()), default=0)
     limits = {}
@@ -248,8 +242,27 @@ def reply_room(model, prompt, decoder_start):
     return max(1, model.config.block_size + 1 - len(read))
 
 
+def read_exchange(model, data, tokens, member, decoder_start, reserved):
+    """(prompt, source, reference) of a pair or conversation, lists of ids.
+
+    reserved: how many tokens of the context are kept for the reply, half of it at most.
+    """
+    if isinstance(data, Pairs):
+        source = data.pair(tokens, member)[0].tolist()
+        prompt = prepare_reply_prompts(model, [source], decoder_start, reserved)[0]
+        reference = data.whole_target(tokens, member).tolist()
+        return prompt, source, reference
+
+    block_size = model.config.block_size
+    room = block_size - min(reserved, block_size // 2)
+    prompt, _ = data.first_exchange(tokens, member)
+    source = data.question(tokens, member).tolist()
+    reference = data.whole_reply(tokens, member).tolist()
+    return prompt[-room:].tolist(), source, reference
+
+
 def source_text(tok, data, ids):
-    """What was said, as text. Of a conversation that is its first turn, on one line."""
+    """What was said, as text. For a conversation, its first turn, on one line."""
     text = readable(tok, ids)
     if isinstance(data, Pairs):
         return text
@@ -265,8 +278,10 @@ def reply_text(tok, template, data, ids):
 
 def rows_of(columns):
     """Lists of ids from a stream of (B,) tensors, without the -1 of rows that have ended."""
-    rows = torch.stack(list(columns), dim=1).tolist()
-    return [[token for token in row if token >= 0] for row in rows]
+    rows = []
+    for row in torch.stack(list(columns), dim=1).tolist():
+        rows.append([token for token in row if token >= 0])
+    return rows
 
 
 def readable(tok, ids):
@@ -309,8 +324,8 @@ def score_replies(replies, bleu_tokenize='auto'):
                      'characters)')
     cut = sum(reply.is_cut for reply in replies)
     if cut:
-        lines.append(f'{cut:,} of {len(replies):,} replies were cut off: they reached the longest '
-                     'that the context (block_size) or twice the longest reference allows')
+        lines.append(f'{cut:,} of {len(replies):,} replies were cut off at the length limit: the '
+                     'context (block_size), or twice the longest reference')
 
     words = [text.split() for text in texts]
     of_what = ''
@@ -392,8 +407,11 @@ def bleu_of(model, tok, template, data, config):
 
 
 def first_line(error):
-    """The first line of an error's message, if there is one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    """The first line of an error's message, or the error's name if it has none."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0][:100]
 
 
 # Scripts without spaces between words

@@ -542,6 +542,10 @@ def beam_search(model, prompts, max_new_tokens, num_beams, eos_id=None, decoder_
     cache_size = T + max_new_tokens - 1
     cache = new_cache(model, B, cache_size, pad, memory)
 
+    # A beam can end in one way per ending id. So of this many candidates at least num_beams live on
+    endings = ending_ids(eos_id)
+    num_candidates = (1 + len(endings)) * num_beams
+
     # The batch has one row per prompt at first, and num_beams rows per prompt after that.
     live = [[Beam(ids=[], log_prob=0.0, row=i)] for i in range(B)]
     finished = [[] for _ in range(B)]
@@ -555,16 +559,15 @@ def beam_search(model, prompts, max_new_tokens, num_beams, eos_id=None, decoder_
             log_probs.index_fill_(-1, banned, -math.inf)
         log_probs = row_log_prob[:, None] + log_probs
 
-        # Of the best 2 * num_beams at most num_beams end with eos_id: enough live ones remain.
-        count = min(2 * num_beams, log_probs.size(1))
+        count = min(num_candidates, log_probs.size(1))
         top_log_probs, top_tokens = log_probs.topk(count, dim=1)  # (rows, count)
         top_log_probs = top_log_probs.tolist()
         top_tokens = top_tokens.tolist()
 
         for i in range(B):
-            extended = extend_beams(live[i], top_log_probs, top_tokens, limit=2 * num_beams)
+            extended = extend_beams(live[i], top_log_probs, top_tokens, limit=num_candidates)
             for beam in extended:
-                ended = beam.ids[-1] in ending_ids(eos_id)
+                ended = beam.ids[-1] in endings
                 beam.done = ended or length == max_new_tokens
 
             # A text may end only if that is among its num_beams best extensions. So a single beam

@@ -40,14 +40,19 @@ class Dropout(nn.Module):
         if x.device.type != 'cpu' or not 0 < dropped_values < 256:
             return F.dropout(x, self.p)
 
-        # One random byte per element, from -128 to 127: exact in any float type
-        random_words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None)
-        random_bytes = random_words.view(torch.int8)[:x.numel()].view(x.shape)
+        # One random byte per element, drawn eight at a time as 64-bit integers
+        num_words = math.ceil(x.numel() / 8)
+        random_words = torch.empty(num_words, dtype=torch.int64)
+        random_words.random_(-2**63, None)  # None: up to the largest int64, so all bits are random
+        random_bytes = random_words.view(torch.int8)[:x.numel()].view(x.shape)  # -128 to 127
 
-        # Bytes below the threshold become 0, all others 1 / (1 - p); in place, for that is what is
-        # fast
-        keep = random_bytes.to(x.dtype)
-        keep.sub_(dropped_values - 129).clamp_(0, 1).mul_(256 / (256 - dropped_values))
+        # The lowest dropped_values of the 256 values mean "drop". With the largest of these
+        # subtracted, what is dropped is 0 or less, and what is kept 1 or more. In place, for speed
+        largest_dropped = dropped_values - 129
+        keep = random_bytes.to(x.dtype)  # such small integers are exact in any float type
+        keep.sub_(largest_dropped)
+        keep.clamp_(0, 1)
+        keep.mul_(256 / (256 - dropped_values))  # 1 / (1 - p)
         return x * keep
 
 
@@ -98,7 +103,7 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
 
     On GPUs PyTorch's fused kernel is fastest, and never holds the scores. On CPUs it wins for a
     single query in float32, for very long texts and, if the CPU has AMX, when no gradients are
-    needed. Otherwise two matmuls and a softmax take 10 to 50 % of its time.
+    needed. Otherwise two matmuls and a softmax are faster, up to ten times.
     """
     T, S = q.size(2), k.size(2)
     group = q.size(1) // k.size(1)
@@ -198,7 +203,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
 
         # Pad the vocabulary to a multiple of 8: then all rows of logits begin at a multiple of 16
         # bytes, which makes the products faster. What is added stays zero
-        extra = -V % 8
+        extra = -V % 8  # how much V lacks to a multiple of 8
         padded_weight = weight.new_zeros(V + extra, weight.size(1), dtype=dtype)
         padded_weight[:V] = weight
         padded_bias = None
@@ -220,7 +225,9 @@ class SlicedCrossEntropy(torch.autograd.Function):
         slices = zip(x.to(dtype).split(rows_per_slice), targets.split(rows_per_slice))
         for x_slice, target_slice in slices:
             logits = F.linear(x_slice, padded_weight, padded_bias)  # (n, V + extra)
-            grad_logits = logits[:, :V]  # the gradient takes the logits' place, part by part
+
+            # The loss, part by part; the gradient takes the place of the logits
+            grad_logits = logits[:, :V]
             parts = zip(grad_logits.split(rows_per_part), target_slice.split(rows_per_part))
             for part, target in parts:
                 part_loss, grad = loss_and_gradient(part, target, label_smoothing, softcap)
@@ -228,10 +235,15 @@ class SlicedCrossEntropy(torch.autograd.Function):
                 part.copy_(grad)
                 if grad_bias is not None:
                     grad_bias += grad.sum(dim=0)
+
+            # Gradient of x, (n, C). From here on, `logits` holds the gradient of the logits
             grad_x.append(logits @ padded_weight)
+
+            # Gradient of the weight, (V, C), some ids at a time
             columns = grad_logits.split(WEIGHT_ROWS, dim=1)
             for grad_columns, grad_rows in zip(columns, grad_weight.split(WEIGHT_ROWS)):
                 grad_rows += grad_columns.t() @ x_slice
+
             # Free this slice before computing the next
             del logits, grad_logits, parts, part, grad, columns, grad_columns
         ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_weight, grad_bias)

@@ -3,8 +3,8 @@ C functions for what PyTorch has no quick operation for: pocket/native.c, compil
 
 The C compiler of the machine compiles it when it is first needed, which takes a second, and the
 result is cached. Without a compiler, load_library() returns None and callers fall back to PyTorch:
-slower, but with the same results up to rounding. CC=none disables C: any name that is no program
-does.
+slower, but with the same results up to rounding. CC=none, or any other name of no program, turns
+C off.
 """
 import ctypes
 import hashlib
@@ -36,7 +36,7 @@ LARGEST_ARRAY = 2**18
 
 
 class Int8Weights(ctypes.Structure):
-    """An 8-bit linear layer: the struct of native.c, as are those below."""
+    """A linear layer with 8-bit weights. This and the classes below are structs in native.c."""
     _fields_ = [('inputs', INT), ('outputs', INT), ('weight', POINTER), ('scale', POINTER),
                 ('bias', POINTER)]
 
@@ -54,7 +54,7 @@ class Norm(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    """The heads of an attention, and its QK-norm."""
+    """H query heads and G key-value heads of D channels each, and the weights of their QK-norm."""
     _fields_ = [('H', INT), ('G', INT), ('D', INT), ('eps', FLOAT), ('q_norm', POINTER),
                 ('k_norm', POINTER)]
 

@@ -39,7 +39,8 @@ def read(path):
     try:
         rows = list(csv.DictReader(file.read_text(encoding='utf-8').splitlines()))
         log = {}
-        for column in ('step', 'val_loss', *rows[0]):
+        columns = ['step', 'val_loss', *rows[0]]  # a log without the first two raises KeyError
+        for column in columns:
             log[column] = [float(row[column]) for row in rows]
     except OSError as e:
         raise UserError(f"cannot read {file}: {e.strerror}; --run= is the folder of a run, "
@@ -110,9 +111,9 @@ def draw_several(axis, runs, x):
     """The val loss of each run, with the best one marked."""
     for name, log in runs:
         best_x, best = best_point(log, x)
-        line, = axis.plot(log[x], log['val_loss'], label=plain(f'{name}: best val {best:.4f}'),
+        lines = axis.plot(log[x], log['val_loss'], label=plain(f'{name}: best val {best:.4f}'),
                           marker='.')
-        mark(axis, best_x, best, color=line.get_color())
+        mark(axis, best_x, best, color=lines[0].get_color())
 
 
 def best_point(log, x):
@@ -136,7 +137,11 @@ if __name__ == '__main__':
         raise UserError(f'the log of {", ".join(lacking)} has no column {x!r}: '
                         'choose another with --x=')
 
-    datasets = {str(read_dataset(path)) for path in run} - {'None'}
+    datasets = set()
+    for path in run:
+        dataset = read_dataset(path)
+        if dataset is not None:
+            datasets.add(str(dataset))
     if len(datasets) > 1:   # a character, a byte and a word are not equally hard to predict
         names = show_control_characters(', '.join(sorted(datasets)))
         print(f'warning: these runs were trained on different datasets ({names}), so their losses '

@@ -2,6 +2,7 @@
 How fast a training run goes and when it will be done: in the lines that train.py prints, and in a
 bar between them.
 """
+import math
 import sys
 import time
 from contextlib import suppress
@@ -10,7 +11,7 @@ from datetime import timedelta
 from pocket import distributed, threads
 from pocket.errors import Output
 
-# How much a new step counts in the average time of one; so it follows a load that changes
+# Weight of the newest step in the moving average of step times: it follows a load that changes
 SMOOTHING = 0.02
 SECONDS_BETWEEN_DRAWINGS = 0.2
 EVALUATION_SHARE = 1 / 3  # a forward pass alone, of the time of forward and backward
@@ -23,7 +24,7 @@ class Progress:
                  clock=time.perf_counter):
         """max_minutes: None if max_iters alone ends the run. eval_targets: of one evaluation.
 
-        clock: seconds that run on.
+        clock: returns seconds that only increase.
         """
         self.max_iters = max_iters
         self.max_seconds = None if max_minutes is None else 60 * max_minutes
@@ -35,7 +36,7 @@ class Progress:
         self.step = self.first_step = train_state.step
         self.tokens = train_state.tokens
         self.loss = None
-        self.start = clock() - train_state.seconds  # as if an earlier part had ended just now
+        self.start = clock() - train_state.seconds  # as if earlier parts had ended now
         self.latest = clock()        # the end of the latest step
         self.line = (self.tokens, self.latest)  # since when tokens_per_second counts
 
@@ -78,7 +79,7 @@ class Progress:
             self.draw()
 
     def resume(self):
-        """Training goes on after an evaluation: the next step is timed from now on."""
+        """Call when training continues after an evaluation: the next step is timed from now."""
         self.latest = self.clock()
         self.line = (self.tokens, self.latest)
 
@@ -96,7 +97,7 @@ class Progress:
             seconds_per_target = self.step_seconds / max(1, self.step_tokens)
             eval_seconds = EVALUATION_SHARE * self.eval_targets * seconds_per_target
         # Evaluations are due at multiples of eval_interval, and at the end
-        all_evaluations = -(-self.max_iters // self.eval_interval)
+        all_evaluations = math.ceil(self.max_iters / self.eval_interval)
         past_evaluations = (self.step - 1) // self.eval_interval
         steps_left = self.max_iters - self.step
         return steps_left * self.step_seconds + (all_evaluations - past_evaluations) * eval_seconds

@@ -153,7 +153,7 @@ class Int8Linear(DecodingLinear):
 
     def store(self, weight):
         # The largest weight of a channel becomes 127. A channel of zeros must not divide by zero.
-        largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # without a copy
+        largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))  # abs() would copy all
         scale = (largest.float() / 127).clamp(min=1e-12)  # (out,)
         rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         # Part by part, so that little of it exists in float32
@@ -185,6 +185,7 @@ class Int8Linear(DecodingLinear):
         has_kernel = rows.device.type in ('cpu', 'mps') and self.in_features % 32 == 0
         if has_kernel and len(rows) <= 4:
             x = rows.bfloat16() if rows.is_cpu else rows
+            # It wants a scale per channel: ones, because ours is applied below, in float32
             ones = torch.ones(self.out_features, device=x.device, dtype=x.dtype)
             y = torch._weight_int8pack_mm(x, self.weight, ones)
         else:

@@ -4,8 +4,11 @@ Decoding steps of a GPT, with most of what lies between the linear layers in C.
 A generated token takes hundreds of PyTorch operations. In a small model each does next to nothing,
 but calling it takes a few microseconds, because the weights that stream through the CPU's cache
 have evicted Python and PyTorch. That was half the time per token of SmolLM2-135M. Here three
-functions of pocket/native.c do this work instead. Without a C compiler, and always while a prompt
-is read, the blocks of model.py run.
+functions of pocket/native.c do this work instead.
+
+It serves GPT-2, Llama and their like in bfloat16 or int8. The blocks of model.py run for prompts,
+without a C compiler, and for models with token shift, post-norm or a QK-norm without weights, so
+also for those that train.py trains by default.
 """
 import ctypes
 

@@ -99,9 +99,14 @@ def check_options(config, explicit, options, model_args=None):
     if config['label_smoothing'] and config['cutoffs']:
         problems.append('adaptive softmax (cutoffs) can\'t do label_smoothing: '
                         'switch one of them off')
+
+    # The shape of the model
     _, Config = MODELS[config['arch']]
+    arguments = dict(model_args or {})
+    arguments.update(model_options(config))
+    arguments['vocab_size'] = 2**62  # not known yet: so large that no cutoff exceeds it
     try:
-        check_config(Config(**{**(model_args or {}), **model_options(config), 'vocab_size': 2**62}))
+        check_config(Config(**arguments))
     except ValueError as e:
         problems.append(str(e))
     problems += check_schedule(config, explicit)
@@ -173,13 +178,17 @@ def check_dataset_fits(meta, tok, folder, config, explicit, state):
         raise UserError(f'{folder} is a single stream of text, but an encoder-decoder learns from '
                         f'pairs: train a GPT on it (--arch=gpt, or config/shakespeare_char.py), or '
                         f'use a dataset of pairs (config/office_encdec.py)')
-    unused, used, held = 'batch_tokens', 'batch_size', 'a stream'
+
+    # Of the two batch sizes, only one has an effect
+    used = 'batch_size'
+    unused = 'batch_tokens'
     if meta['kind'] != 'stream':
-        held = {'pairs': 'pairs', 'chats': 'conversations'}[meta['kind']]
-        unused, used = 'batch_size', 'batch_tokens'
+        used = 'batch_tokens'
+        unused = 'batch_size'
     if unused in explicit and state is None:
+        content = {'stream': 'a stream', 'pairs': 'pairs', 'chats': 'conversations'}[meta['kind']]
         raise UserError(f'{unused} ({explicit[unused]}) has no effect on {folder}, which holds '
-                        f'{held}: set --{used} instead')
+                        f'{content}: set --{used} instead')
     if config['eval_split'] not in meta['counts']:
         raise UserError(f'{folder} has no {config["eval_split"]} split: '
                         f'it has {", ".join(meta["counts"])}')
@@ -322,7 +331,7 @@ LOST_DATA = 'lost data'  # somebody has written into the dataset
 class StopSignals:
     """On Ctrl-C, SIGTERM or a closed terminal: finish the step, save, and exit.
 
-    Two things count as signals that are none: LOST_OUTPUT and LOST_DATA. received: the name of the
+    Two more events are treated as signals: LOST_OUTPUT and LOST_DATA. received: the name of the
     signal that this process got. agreed: one that all processes know of; the loop acts on that
     alone, so that all of them stop at the same step. problem: a sentence for stderr, or None.
     """
@@ -407,24 +416,28 @@ def verify_in_background(splits, signals):
 def synchronize(signals, seconds, loss=0.0):
     """One all-reduce: (loss summed over processes, seconds of the master process), and stop
     signals."""
-    flags = [signals.received == name for name in signals.names]
+    # Sum over processes. Only the master process contributes its seconds
     if not distributed.master_process:
         seconds = 0.0
-    loss, seconds, *flags = distributed.all_reduce_sum(loss, seconds, *flags)
-    for name, is_set in zip(signals.names, flags):
-        if is_set and signals.agreed is None:
+    flags = [signals.received == name for name in signals.names]
+    total_loss, master_seconds, *counts = distributed.all_reduce_sum(loss, seconds, *flags)
+
+    # A signal that any process has received stops all of them
+    for name, count in zip(signals.names, counts):
+        if count > 0 and signals.agreed is None:
             signals.agreed = name
-    return loss, seconds
+    return total_loss, master_seconds
 
 
 def seed_step(seed, step):
     """Seed the dropout of a step from (seed, step, rank) alone."""
-    torch.manual_seed((seed * 1_000_003 + step + distributed.rank * 7_919_000_021) % 2**63)
+    # The factors keep the numbers of different seeds, steps and ranks apart
+    number = seed * 1_000_003 + step + distributed.rank * 7_919_000_021
+    torch.manual_seed(number % 2**63)
 
 
 def share_of_time_left(max_minutes, seconds, eval_seconds):
-    """How much of --max_minutes is left after so many seconds, from 1 to 0; None without that
-    option.
+    """The fraction of --max_minutes that is left, from 1 to 0; None without that option.
 
     eval_seconds: time to reserve for the final evaluation.
     """
@@ -507,7 +520,7 @@ def fit_vocabulary(model, model_tok, name, tok, data_folder):
 def checked(config):
     """A model's config, once it is sure that it makes sense. Raises UserError.
 
-    Of what options alone can't tell, that is adaptive softmax with cutoffs beyond the vocabulary.
+    Options alone can't tell whether the cutoffs of adaptive softmax exceed the vocabulary.
     """
     try:
         check_config(config)
@@ -649,7 +662,7 @@ def describe_run(model, matrices, others, train_data, config, device, amp_dtype)
     """Two lines: how large the model is and how much memory it needs, and what it is trained on."""
     parts = memory.estimate(
         model.config, sum(p.numel() for p in others), sum(p.numel() for p in matrices),
-        largest_micro_batch(config, train_data), amp_dtype, device.type, distributed.world_size)
+        largest_micro_batch(config, train_data), amp_dtype, device.type)
     return (f'model: {model.num_params() / 1e6:.2f} M parameters, {memory.format_estimate(parts)}\n'
             f'data: {describe_data(train_data, config)}')
 
@@ -787,20 +800,29 @@ def advise_on_memorizing(losses, config):
 
     losses: [(train loss, val loss)] of all evaluations so far, this one included.
     """
-    rises = []
-    for i in range(1, len(losses)):
-        train_before, val_before = losses[i - 1]
-        train, val = losses[i]
-        best = min(val for _, val in losses[:i])
-        rises.append(val > val_before and train < train_before and train < best)
-    if not any(rises[-1:]) or any(rises[:-1]):
+    # Only the first time: a run that goes on memorizing is told once
+    first = None
+    for n in range(2, len(losses) + 1):
+        if has_begun_to_memorize(losses[:n]):
+            first = n
+            break
+    if first != len(losses):
         return None
+
     dropout = max(0.2, config['dropout'] + 0.1)
     patience = ''
     if not config['patience']:
         patience = '--patience=2 ends a run soon after it; '
     return ('val has risen while train has fallen: the model is memorizing its text. best.pt keeps '
             f'the best; {patience}more text, a smaller model or --dropout={dropout:.1g} help')
+
+
+def has_begun_to_memorize(losses):
+    """Whether val rose at the last evaluation while train fell, below the best val so far."""
+    train_before, val_before = losses[-2]
+    train, val = losses[-1]
+    best_val = min(earlier_val for _, earlier_val in losses[:-1])
+    return val > val_before and train < train_before and train < best_val
 
 
 def check_finite(name, value, lr, state, log):
