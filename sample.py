@@ -76,15 +76,23 @@ else:
         if name in explicit:
             raise UserError(f'--{name} is for the page and the API: add --web')
 
+to_talk = chat or interactive or web
+if lines and 'start' not in explicit:
+    raise UserError('--lines needs lines: add --start=FILE:my_lines.txt')
 if lines and num_samples > 1:
     raise UserError('--lines gives one line for a line: omit --num_samples; --n_best=5 '
                     '--num_beams=5 gives several, with their scores')
+if n_best > 1 and num_samples > 1:
+    raise UserError(f'--n_best={n_best} texts come from one search: omit --num_samples')
+if to_talk and (lines or n_best > 1):
+    raise UserError('--lines and --n_best are not for conversations: omit them, or omit --chat '
+                    'and --web')
 if n_best > settings.num_beams:
     raise UserError(f'--n_best={n_best} texts are the best of as many beams or more: add '
                     f'--num_beams={n_best}, or more')
 
 model = load(out_dir, init_from, weights, device, dtype, quantize,
-             to_chat=chat or interactive or web, stop=stop, ignore_eot=ignore_eot,
+             to_chat=to_talk, stop=stop, ignore_eot=ignore_eot,
              drop_unknown=drop_unknown, system=system)
 
 # What the model comes with, such as the temperature that its makers recommend, counts unless told
@@ -118,14 +126,17 @@ def show(text):
 # ---- Samples
 
 
+NOTHING_SAID = ('{name} replies to what is said: give it something, --start="Hello.", or chat with '
+                'it: --chat')
+
+
 def print_samples():
     """Print num_samples samples for each prompt, all generated in one batch."""
     texts = []
     for text in start:
         texts += [read_prompt(text)] * num_samples
     if model.template and not all(text.strip() for text in texts):
-        raise UserError(f'{model.name} replies to what is said: give it something, '
-                        '--start="Hello.", or chat with it: --chat')
+        raise UserError(NOTHING_SAID.format(name=model.name))
 
     # Hints go to stderr, and only if a person is watching: a file or a pipe gets the text alone
     if out_dir is None and sys.stdout.isatty():
@@ -198,21 +209,22 @@ def print_lines():
     """
     texts = []
     for prompt in map(read_start, start):
+        prompts = [prompt]
         if lines:
-            prompts = prompt.removesuffix('\n').split('\n')
-        else:
-            prompts = [prompt]
+            prompts = prompt.removesuffix('\n').split('\n') if prompt else []
+        elif model.template and not prompt.strip():
+            raise UserError(NOTHING_SAID.format(name=model.name))
         texts += [model.encodable(text) for text in prompts]
     for first in range(0, len(texts), LINES_PER_BATCH):
         batch = texts[first:first + LINES_PER_BATCH]
 
-        # Answer all lines of the batch at once, except blank ones
-        asked = [text for text in batch if text.strip()]
+        # Answer all of the batch at once, except blank lines
+        asked = [text for text in batch if not is_blank_line(text)]
         answers = iter(answer_lines(asked, first))
 
         # Print in the order of the input: a blank line, or the next answer
         for number, text in enumerate(batch, start=first + 1):
-            if not text.strip():
+            if is_blank_line(text):
                 print()
                 continue
             for answer, score in next(answers):
@@ -225,6 +237,11 @@ def print_lines():
     warn_about_stop_strings()
 
 
+def is_blank_line(text):
+    """Whether --lines passes a line on as it is. (An empty prompt alone is one to continue.)"""
+    return lines and not text.strip()
+
+
 def answer_lines(texts, first):
     """For each text a list of (what the model writes, score); score None without --n_best.
 
@@ -235,7 +252,7 @@ def answer_lines(texts, first):
         return []
     if n_best > 1:
         return model.n_best(prompts, settings, n_best)
-    batch_seed = None if seed is None else seed + first
+    batch_seed = None if seed is None else (seed + first) % 2**63
     return [[(text, None)] for text in model.generate_texts(prompts, settings, batch_seed)]
 
 
@@ -275,8 +292,12 @@ def chat_loop():
             continue
 
         # Every reply has a seed of its own: the same words would otherwise get the same reply
-        reply_seed = None if seed is None else seed + num_replies
-        reply = print_reply(line, turns, reply_seed)
+        reply_seed = None if seed is None else (seed + num_replies) % 2**63
+        try:
+            reply = print_reply(line, turns, reply_seed)
+        except UserError as e:      # the line is too long, for example
+            print(f'\n{e}', file=sys.stderr)
+            continue
         num_replies += 1
         if model.template:
             turns = [*turns, (model.template.user, line), (model.template.assistant, reply.strip())]
@@ -344,11 +365,12 @@ def handle_command(line, turns):
 
 def speak_as(name):
     """/as NAME: what follows is said by somebody else."""
-    if not isinstance(model.template, ChatTemplate):
+    template = model.template
+    if not isinstance(template, ChatTemplate) or '{speaker}' not in template.turn:
         raise UserError('/as NAME is for conversations with names: this model has none')
     if not name:
         raise UserError('/as NAME is for conversations, and needs a name')
-    model.template = replace(model.template, user=model.encodable(name))
+    model.template = replace(template, user=model.encodable(name))
 
 
 def change_settings(words):

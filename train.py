@@ -202,8 +202,10 @@ if saved is not None:
 # --eval_only: evaluate the best checkpoint, and stop
 if eval_only:
     val_data.verify()
-    print_evaluation(model, tok, template, val_data, val_bytes, device, amp_dtype, config,
-                     title=f'{state_path} (step {train_state.step}): {eval_split}')
+    title = f'{state_path}: {eval_split}'
+    if pretrained_model is None:
+        title = f'{state_path} (step {train_state.step}): {eval_split}'
+    print_evaluation(model, tok, template, val_data, val_bytes, device, amp_dtype, config, title)
     if pretrained_model is None and eval_protocol == 'tokens':
         print(f'next: {training.sample_command(run_dir)}')
     sys.exit()
@@ -262,10 +264,9 @@ def elapsed():
     return train_state.seconds + time.perf_counter() - t_start
 
 
-def after_evaluation(val_loss):
+def after_evaluation(val_loss, bleu):
     """Print and log an evaluation, save checkpoints, and show a sample if asked."""
     train_loss = train_state.loss_sum / train_state.loss_tokens  # mean since the last evaluation
-    bleu = bleu_of(raw_model, tok, template, val_data, config)  # None without --eval_bleu
     is_best = train_state.record_evaluation(val_loss, bleu if best_by == 'bleu' else None)
     val = format_loss(val_loss, val_data.num_targets, val_bytes)
     note = ', the best so far' if is_best else ''
@@ -328,11 +329,18 @@ while True:
         except UserError as e:  # the data file has changed on disk
             signals.handle_lost_data(e)
             break
-        _, seconds = training.synchronize(signals, elapsed())
-        if scores is not None:  # None: a stop was requested during evaluation
-            progress.eval_seconds = seconds - eval_start
+        bleu = None
+        is_complete = scores is not None  # None: a stop was requested meanwhile
+        if is_complete:
             training.check_finite('validation loss', scores['loss'], lr, train_state, log)
-            after_evaluation(scores['loss'])
+        if is_complete and eval_bleu:
+            bleu = bleu_of(raw_model, tok, template, val_data, config,
+                           stopped=lambda: signals.received)
+            is_complete = bleu is not None
+        if is_complete:
+            after_evaluation(scores['loss'], bleu)
+        _, seconds = training.synchronize(signals, elapsed())
+        progress.eval_seconds = seconds - eval_start
         progress.resume()
     if is_finished() or signals.agreed:
         break
@@ -400,7 +408,7 @@ if signals.agreed:
     sys.exit(signals.exit_status())
 
 if training.patience_is_over(config, train_state):
-    print(training.describe_patience(train_state))
+    print(training.describe_patience(train_state, config))
 peak = peak_memory(device)
 memory_note = f', peak memory {peak / 1e9:.2f} GB' if peak else ''
 print(f'total time {timedelta(seconds=int(elapsed()))}{memory_note}')
@@ -411,8 +419,11 @@ if (run_dir / 'best.pt').is_file():
     raw_model.load_state_dict(best['model'])
     if final_sample_tokens:
         print_sample(final_sample_tokens)
+    title = 'best val loss'
+    if best_by == 'bleu':
+        title = f'best BLEU {train_state.best_bleu:.2f}, val loss'
     best_loss = format_loss(train_state.best, val_data.num_targets, val_bytes)
-    print(f'best val loss {best_loss}, saved as {run_dir / "best.pt"}')
+    print(f'{title} {best_loss}, saved as {run_dir / "best.pt"}')
     if len(log.rows) > 1:
         print(f'the loss curve is {run_dir / "loss.png"}')
     print(f'next: {training.sample_command(run_dir)}')

@@ -306,9 +306,13 @@ class ChatModel:
 
         turns = [*turns, (user or self.template.user, text)]
         turns = turns[-self.template.max_turns:]
-        turns = [(self.encodable(speaker), self.encodable(said)) for speaker, said in turns]
+        known = []  # in characters that the tokenizer knows; names, too, if they are written
+        for speaker, said in turns:
+            if '{speaker}' in self.template.turn:
+                speaker = self.encodable(speaker)
+            known.append((speaker, self.encodable(said)))
         max_tokens = max_source_tokens(self.model, self.reply_start, max_new_tokens)
-        source = encode_conversation(self.tok, self.template, turns, max_tokens)
+        source = encode_conversation(self.tok, self.template, known, max_tokens)
         return prepare_reply_prompts(self.model, [source], self.reply_start, max_new_tokens)[0]
 
     def messages(self, turns, text):

@@ -53,12 +53,12 @@ class TrainState:
     def record_evaluation(self, val_loss, bleu=None):
         """Note the validation loss at this step. Returns whether it is the best so far.
 
-        bleu: what decides that instead of the loss, or None.
+        bleu: what decides that instead of the loss, or None. Of two that are equal, as 0.00 often
+        is at first, the lower loss wins.
         """
-        if bleu is None:
-            is_best = val_loss < self.best
-        else:
-            is_best = bleu > self.best_bleu or self.best == math.inf
+        is_best = val_loss < self.best
+        if bleu is not None and bleu != self.best_bleu:
+            is_best = bleu > self.best_bleu
         if is_best:
             self.best = val_loss
             self.best_bleu = bleu or 0.0
@@ -240,7 +240,9 @@ def last_line(error):
 
 # Options of this command, not of the run
 OPTIONS_OF_THIS_COMMAND = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split',
-                           'eval_replies', 'num_beams', 'eval_protocol', 'bleu_tokenize'}
+                           'eval_replies', 'eval_protocol'}
+# A run keeps these, as they decide which checkpoint is best; --eval_only has its own
+OPTIONS_OF_EVALUATION = {'num_beams', 'bleu_tokenize'}
 
 # With another value for these it would be a different run
 FIXED_AFTER_START = {'arch', 'dataset', 'optimizer'}
@@ -259,10 +261,13 @@ def resume_config(state, path, config, explicit, options, resuming=True):
         raise UserError(f'{path} was exported, without the optimizer\'s state that --resume needs: '
                         f'evaluate it with --eval_only')
     saved = saved_options(state, path, config, options)
+    not_kept = OPTIONS_OF_THIS_COMMAND
+    if not resuming:
+        not_kept = OPTIONS_OF_THIS_COMMAND | OPTIONS_OF_EVALUATION
     merged = dict(config)
     changed = []
     refused = []
-    for key in sorted(saved.keys() - OPTIONS_OF_THIS_COMMAND):
+    for key in sorted(saved.keys() - not_kept):
         now = config[key]
         differs = now != saved[key]
         if explicit.get(key) != 'command line':
@@ -281,8 +286,10 @@ def resume_config(state, path, config, explicit, options, resuming=True):
         raise UserError(f'a run can\'t continue with another {", ".join(refused)}: omit that, or '
                         f'start a new run with another --out_dir')
     if changed:
-        print(f'changed since {path} was written: {", ".join(changed)}; from here on the run '
-              f'differs from what it would have been')
+        consequence = ''
+        if resuming:
+            consequence = '; from here on the run differs from what it would have been'
+        print(f'changed since {path} was written: {", ".join(changed)}{consequence}')
     return merged
 
 

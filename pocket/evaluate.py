@@ -165,12 +165,14 @@ class Reply:
 
 
 def generate_replies(model, tok, template, data, count, max_new_tokens=None, num_beams=1,
-                     length_penalty=0.6, batch_size=32, sampling=None, seed=None):
+                     length_penalty=0.6, batch_size=32, sampling=None, seed=None,
+                     stopped=lambda: False):
     """Replies to `count` pairs or conversations spread over data: a list of Reply.
 
     Greedy unless sampling, a SamplingParams, says otherwise; num_beams above 1: beam search with
     that length_penalty, see beam_search().
     max_new_tokens None: replies may fill the context, which holds at least half a block of them.
+    stopped: asked before each batch; if it says so, the result is None.
     """
     from tqdm import tqdm
     model.eval()
@@ -211,6 +213,8 @@ def generate_replies(model, tok, template, data, count, max_new_tokens=None, num
                delay=2)
     with bar:
         for first in range(0, len(order), batch_size):
+            if stopped():
+                return None
             batch = order[first:first + batch_size]
             limit = max(limits[member] for member in batch)
             rows = [prompts[member] for member in batch]
@@ -379,31 +383,40 @@ def check_bleu_options(config, meta):
     make_bleu('13a' if name == 'auto' else name)
 
 
-def bleu_of(model, tok, template, data, config):
-    """BLEU of --eval_bleu replies on val, printed with three of them. None without that option.
+def bleu_of(model, tok, template, data, config, stopped=lambda: False):
+    """BLEU of --eval_bleu replies on val, printed with three of them; None if stopped() said so.
 
     They are decoded as --eval_only would: greedily, or by beam search with --num_beams. The master
     process does it for all. config: train.py's options. Puts the model back in train mode.
     """
-    if not config['eval_bleu']:
-        return None
     score = 0.0
     if master_process:
         replies = generate_replies(model, tok, template, data, config['eval_bleu'],
                                    num_beams=config['num_beams'],
-                                   length_penalty=config['length_penalty'])
+                                   length_penalty=config['length_penalty'], stopped=stopped)
         model.train()
-        references = [reply.reference for reply in replies]
-        tokenize, _ = pick_bleu_tokenize(references, config['bleu_tokenize'])
-        texts = [reply.text for reply in replies]
-        score = make_bleu(tokenize).corpus_score(texts, [references]).score
-        every = math.ceil(len(replies) / 3)
-        for reply in replies[::every]:
-            print(f'{reply.source}\n  -> {reply.text}')
-        cut = sum(reply.is_cut for reply in replies)
-        note = f', {cut:,} of them cut off' if cut else ''
-        print(f'BLEU {score:.2f} of {len(replies):,} replies{note}', flush=True)
-    return all_reduce_sum(score)[0]
+        score = math.nan
+        if replies is not None:
+            score = bleu_of_replies(replies, config['bleu_tokenize'])
+    score = all_reduce_sum(score)[0]
+    if math.isnan(score):  # so that all processes know of it
+        return None
+    return score
+
+
+def bleu_of_replies(replies, tokenize):
+    """Their BLEU, printed with three of them. tokenize: the option --bleu_tokenize."""
+    references = [reply.reference for reply in replies]
+    tokenize, _ = pick_bleu_tokenize(references, tokenize)
+    texts = [reply.text for reply in replies]
+    score = make_bleu(tokenize).corpus_score(texts, [references]).score
+    every = math.ceil(len(replies) / 3)
+    for reply in replies[::every]:
+        print(f'{reply.source}\n  -> {reply.text}')
+    cut = sum(reply.is_cut for reply in replies)
+    note = f', {cut:,} of them cut off' if cut else ''
+    print(f'BLEU {score:.2f} of {len(replies):,} replies{note}', flush=True)
+    return score
 
 
 def first_line(error):

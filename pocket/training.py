@@ -189,6 +189,9 @@ def check_dataset_fits(meta, tok, folder, config, explicit, state):
         content = {'stream': 'a stream', 'pairs': 'pairs', 'chats': 'conversations'}[meta['kind']]
         raise UserError(f'{unused} ({explicit[unused]}) has no effect on {folder}, which holds '
                         f'{content}: set --{used} instead')
+    if config['eval_protocol'] != 'tokens' and meta['kind'] != 'pairs':
+        raise UserError(f'--eval_protocol={config["eval_protocol"]} is for pairs, and {folder} '
+                        f'holds none: omit it')
     if config['eval_split'] not in meta['counts']:
         raise UserError(f'{folder} has no {config["eval_split"]} split: '
                         f'it has {", ".join(meta["counts"])}')
@@ -693,7 +696,7 @@ def describe_goal(state, config, out_dir, epochs):
         goal = f'what fits into {config["max_minutes"]:g} minutes'
     text = f'step {state.step} of {goal}; checkpoints go to {out_dir}'
     if patience_is_over(config, state):
-        text += f'; {describe_patience(state)}'
+        text += f'; {describe_patience(state, config)}'
     elif config['max_minutes'] is None and 0 < state.step and state.step >= config['max_iters']:
         text += f'; that is all of it: --max_iters={2 * state.step} would continue'
     advice = advise_before(epochs, config)
@@ -707,10 +710,11 @@ def patience_is_over(config, state):
     return 0 < config['patience'] <= state.bad_evals
 
 
-def describe_patience(state):
+def describe_patience(state, config):
     """Why a run has ended before its length, and what would continue it."""
-    return (f'val has not improved for {state.bad_evals} evaluations, so --patience ends the run; '
-            f'--resume --patience={2 * state.bad_evals} would continue it')
+    score = 'BLEU' if config['best_by'] == 'bleu' else 'val'
+    return (f'{score} has not improved for {state.bad_evals} evaluations, so --patience ends the '
+            f'run; --resume --patience={2 * state.bad_evals} would continue it')
 
 
 def sample_command(out_dir):

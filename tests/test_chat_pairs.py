@@ -101,6 +101,7 @@ def test_bleu_during_training_chooses_the_best(chatty):
     best = chatty.checkpoint('bleu', 'best.pt')
     shown = re.findall(r'BLEU ([\d.]+) of', out)
     assert best['best_bleu'] == pytest.approx(max(map(float, shown)), abs=0.01)
+    assert f'best BLEU {best["best_bleu"]:.2f}, val loss {best["best"]:.4f}' in out
 
     # Looking at replies changes nothing in training
     whole = chatty.checkpoint('s2s')
@@ -141,6 +142,20 @@ def test_chat_replies_obeys_commands_and_explains_mistakes(chatty, run):
     assert "does not know 'ß'" in unknown_character
 
 
+def test_names_that_are_not_written_may_have_any_letters(chatty):
+    """Pairs without names: the tokenizer knows the letters of the text alone, and "Zoë" is not in it."""
+    state = chatty.checkpoint('s2s', 'best.pt')
+    state['chat'] |= {'turn': '{text}', 'you': 'Zoë', 'reply': ''}
+    folder = chatty.root / 'out' / 'nameless'
+    folder.mkdir()
+    checkpoint.save(folder / 'best.pt', state)
+    options = ['--out_dir=out/nameless', '--device=cpu', '--max_new_tokens=5']
+    chatty.run('sample.py', *options, '--start=ba')
+    out, err = chatty.run('sample.py', '--chat', *options, typed='ba\n/as Eve\n')
+    assert out.count('Zoë: B: ') == 1
+    assert 'this model has none' in err
+
+
 @pytest.mark.parametrize('run', ['s2s', 'gpt'])
 def test_end_of_input_ends_the_chat(chatty, run):
     chatty.run('sample.py', '--chat', f'--out_dir=out/{run}', '--device=cpu', '--max_new_tokens=5', typed='ba')
@@ -170,6 +185,18 @@ def test_each_line_of_a_file_gets_a_line(chatty, tmp_path):
     assert f'B: {first}\n' in said and f'B: {third}\n' in said
 
 
+def test_an_empty_file_gets_no_line(chatty, tmp_path):
+    (tmp_path / 'empty.txt').write_bytes(b'')
+    out, _ = chatty.run('sample.py', '--out_dir=out/s2s', f'--start=FILE:{tmp_path / "empty.txt"}', '--lines')
+    assert out == ''
+
+
+def test_the_largest_seed_is_one_for_any_number_of_lines(chatty):
+    options = ['--out_dir=out/s2s', '--device=cpu', '--max_new_tokens=3', f'--seed={2**63 - 1}']
+    out, _ = chatty.run('sample.py', *options, '--lines', '--start=' + 'ba\n' * 33)
+    assert out.count('\n') == 33
+
+
 def test_n_best_texts_have_scores(chatty):
     options = ['--out_dir=out/s2s', '--device=cpu', '--max_new_tokens=9', '--num_beams=3']
     out, _ = chatty.run('sample.py', *options, '--start=ba\nfu ni', '--lines', '--n_best=2')
@@ -187,6 +214,11 @@ def test_n_best_texts_have_scores(chatty):
     (['--start=ba', '--num_beams=0'], 'num_beams must be'),
     (['--start=ba', '--num_beams=2', '--temperature=0.5'], 'samples nothing, so temperature would have no effect'),
     ([], 'give it something'),
+    (['--n_best=2', '--num_beams=2'], 'give it something'),
+    (['--lines'], '--lines needs lines: add --start=FILE:'),
+    (['--start=ba', '--n_best=2', '--num_beams=2', '--num_samples=2'], 'omit --num_samples'),
+    (['--start=ba', '--lines', '--chat'], 'not for conversations'),
+    (['--n_best=2', '--num_beams=2', '--web'], 'not for conversations'),
 ])
 def test_mistake_in_sampling_from_a_model_of_conversations(chatty, args, message):
     assert message in chatty.fails('sample.py', '--out_dir=out/s2s', *args)
@@ -217,6 +249,7 @@ def test_ctrl_c_ends_a_reply_but_not_the_chat(chatty):
     (['--dataset=talk', '--cutoffs=3,99'], 'cutoffs must be rising'),
     (['--dataset=talk', '--cutoffs=3,x'], 'cutoffs must be whole numbers'),
     (['--dataset=talk', '--eval_only', '--eval_split=test', '--out_dir=out/s2s'], 'has no test split'),
+    (['--dataset=toy', '--eval_protocol=smoothed_batch_mean'], 'smoothed_batch_mean is for pairs'),
     (['--dataset=talk', '--max_epochs=0'], 'max_epochs must be'),
     (['--dataset=talk', '--max_epochs=2', '--max_iters=9'], 'give one of them'),
     (['--dataset=talk', '--cutoffs=5', '--label_smoothing=0.1'], "can't do label_smoothing"),

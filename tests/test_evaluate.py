@@ -49,13 +49,13 @@ def pairs(tmp_path):
     return tmp_path, tok, dict(rows)
 
 
-def replies_of_parrot(monkeypatch, pairs, block_size, max_new_tokens=None):
+def replies_of_parrot(monkeypatch, pairs, block_size, max_new_tokens=None, **options):
     """The replies of a model that always knows the right one, if it may write enough."""
     folder, tok, rows = pairs
     data = Pairs(folder, load_meta(folder), 'val', reply_start_ids(tok, TEMPLATE), block_size)
     limits = []
 
-    def generate_stream(model, prompts, limit, *args, **options):
+    def generate_stream(model, prompts, limit, *args, **others):
         limits.append(limit)
         known = [[*tok.encode(rows[tok.decode(prompt)]), tok.eos_id] for prompt in prompts]
         for i in range(limit):
@@ -67,7 +67,7 @@ def replies_of_parrot(monkeypatch, pairs, block_size, max_new_tokens=None):
     monkeypatch.setattr(evaluate, 'generate_stream', generate_stream)
     config = SimpleNamespace(block_size=block_size, vocab_size=tok.vocab_size)
     model = SimpleNamespace(config=config, is_encoder_decoder=False, eval=lambda: None)
-    replies = generate_replies(model, tok, TEMPLATE, data, 3, max_new_tokens)
+    replies = generate_replies(model, tok, TEMPLATE, data, 3, max_new_tokens, **options)
     return replies, limits
 
 
@@ -117,7 +117,9 @@ def model_of_replies(monkeypatch):
     pytest.importorskip('sacrebleu')
     asked = []
 
-    def generate_replies(model, tok, template, data, count, num_beams, length_penalty):
+    def generate_replies(model, tok, template, data, count, num_beams, length_penalty, stopped):
+        if stopped():
+            return None
         asked.append((count, num_beams, length_penalty))
         return perfect(ENGLISH * 3)
 
@@ -134,9 +136,21 @@ def test_bleu_in_training(model_of_replies, capsys):
     out = capsys.readouterr().out
     assert out.count('  -> ') == 3 and 'BLEU 100.00 of 6 replies\n' in out
 
-    config['eval_bleu'] = 0
-    assert evaluate.bleu_of(model, None, TEMPLATE, None, config) is None
-    assert len(asked) == 2
+
+
+def test_bleu_in_training_can_be_stopped(model_of_replies, capsys):
+    model, asked = model_of_replies
+    config = {'eval_bleu': 6, 'num_beams': 2, 'length_penalty': 1.2, 'bleu_tokenize': 'auto'}
+    assert evaluate.bleu_of(model, None, TEMPLATE, None, config, stopped=lambda: True) is None
+    assert asked == ['train']
+    assert capsys.readouterr().out == ''
+
+
+def test_replies_stop_between_batches(monkeypatch, pairs):
+    answers = iter([False, True])
+    replies, limits = replies_of_parrot(monkeypatch, pairs, block_size=320, batch_size=1,
+                                        stopped=lambda: next(answers))
+    assert replies is None and len(limits) == 1
 
 
 def test_bleu_in_training_says_how_many_replies_are_cut(model_of_replies, monkeypatch, capsys):
@@ -152,7 +166,9 @@ def test_bleu_in_training_says_how_many_replies_are_cut(model_of_replies, monkey
 
 def test_bleu_can_decide_which_evaluation_is_best():
     state = TrainState()
-    assert state.record_evaluation(3.0, bleu=0.0)   # the first is the best so far, whatever it is
+    assert state.record_evaluation(4.0, bleu=0.0)   # the first is the best so far, whatever it is
+    assert state.record_evaluation(3.0, bleu=0.0)   # a tie: the lower loss
+    assert not state.record_evaluation(3.2, bleu=0.0)
     assert state.record_evaluation(3.5, bleu=20.0)
     assert not state.record_evaluation(2.0, bleu=19.0)
     assert (state.best, state.best_bleu, state.bad_evals) == (3.5, 20.0, 1)

@@ -656,6 +656,13 @@ def test_a_template_that_fails_is_one_sentence_in_a_chat(project, tmp_path, toke
     assert 'no, never' in error
 
 
+def test_a_message_that_is_too_long_does_not_end_the_chat(project, tokenizer_folder):
+    out, err = project.run('sample.py', f'--init_from={tokenizer_folder}', '--chat', '--max_new_tokens=4',
+                           typed=f'Hello\n{"0123456789" * 30}\nStill there?\n/quit\n')
+    assert 'shorten it' in err
+    assert out.count('assistant: ') == 3
+
+
 def test_chat_with_a_folder(project, tokenizer_folder):
     out, _ = project.run('sample.py', f'--init_from={tokenizer_folder}', '--chat', '--max_new_tokens=8',
                          '--system=Be brief.', typed='Hello\n/reset\nAgain\n/quit\n')

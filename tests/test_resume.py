@@ -263,6 +263,21 @@ def test_typed_options_win_over_those_of_the_run(state, capsys):
     assert 'changed since last.pt was written: dropout 0.2 -> 0.5, seed 1337 -> 5' in out
 
 
+def test_a_run_that_is_only_evaluated_does_not_differ_from_anything(state, capsys):
+    resume_config(state, typed={'seed': 5}, resuming=False)
+    assert capsys.readouterr().out == 'changed since last.pt was written: seed 1337 -> 5\n'
+
+
+def test_a_run_keeps_how_its_checkpoints_were_compared(state):
+    """By BLEU of replies that a beam search found, for example; --eval_only starts from defaults."""
+    state['config'] |= {'num_beams': 5, 'bleu_tokenize': 'none'}
+    defaults = {'num_beams': 1, 'bleu_tokenize': 'auto'}
+    config = resume_config(state, from_file=defaults)
+    assert (config['num_beams'], config['bleu_tokenize']) == (5, 'none')
+    config = resume_config(state, resuming=False, from_file=defaults)
+    assert (config['num_beams'], config['bleu_tokenize']) == (1, 'auto')
+
+
 def test_options_of_the_run_win_over_config_files(state, capsys):
     assert resume_config(state, from_file={'seed': 5}) == state['config']
     out = capsys.readouterr().out
@@ -274,7 +289,7 @@ def test_options_of_the_run_win_over_config_files(state, capsys):
 
 
 def test_options_of_this_command_are_not_those_of_the_run(state):
-    typed = {'out_dir': 'elsewhere', 'num_beams': 4, 'eval_split': 'test'}
+    typed = {'out_dir': 'elsewhere', 'eval_replies': 4, 'eval_split': 'test'}
     assert resume_config(state, typed=typed) == {**state['config'], **typed}
     assert resume_config(state, from_file=typed) == {**state['config'], **typed}
 
