@@ -1,22 +1,27 @@
 /*
 What PyTorch has no quick function for when a GPT generates: pocket/native.py compiles this file.
 
-    multiply_int8   a linear layer with 8-bit weights
-    add_and_norm    x = x + y, then the norm of x
-    attend          QK-norm, rotary positions, append to the cache, attention
-    swiglu          the nonlinearity of a Llama
+    multiply_bfloat16   a linear layer of one token, with GELU if it is wanted
+    multiply_int8       a linear layer with 8-bit weights
+    add_and_norm        x = x + y, then the norm of x
+    attend              QK-norm, rotary positions, append to the cache, attention
+    swiglu              the nonlinearity of a Llama
 
 The last three are what a block does between its linear layers, for one new token in each of B
 texts; nonlinearities other than SwiGLU stay in PyTorch. They compute what Block.forward in model.py
 does, up to rounding. Inputs and outputs of linear layers are bfloat16 if is_bfloat16, otherwise
 float32; everything else is float32.
 
-The loops are plain, and the compiler vectorizes them. Only multiply_in_tiles() names instructions.
+The loops are plain, and the compiler vectorizes them. Only bfloat16_dot() and multiply_in_tiles()
+name instructions.
 */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #if defined(__AMX_INT8__) && defined(__linux__)
 #define HAS_TILES
 #include <immintrin.h>
@@ -33,6 +38,78 @@ enum {LEVELS = 8191, CHUNK = 2048};
 enum {AHEAD = 8192};
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+/* A bfloat16 is the upper half of a float32 */
+static inline float from_bfloat16(uint16_t half) {
+    union { uint32_t bits; float number; } full = {(uint32_t)half << 16};
+    return full.number;
+}
+
+static inline uint16_t to_bfloat16(float number) {
+    union { float number; uint32_t bits; } full = {number};
+    uint32_t is_odd = (full.bits >> 16) & 1; /* round to nearest, ties to even */
+    return (full.bits + 0x7fff + is_odd) >> 16;
+}
+
+/* e^x as 2^n e^r with |r| < 0.35, to a few millionths. Unlike a call of expf(), it vectorizes.
+   Coefficients: Cephes, by S. Moshier */
+static inline float exponential(float x) {
+    x = fminf(fmaxf(x, -87), 88);
+    float n = floorf(x * 1.44269504f + 0.5f);
+    float r = x - n * 0.693147181f; /* ln 2 */
+    float e = 1.9875691500e-4f;
+    e = e * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1;
+    union { int32_t bits; float number; } power = {((int32_t)n + 127) << 23};
+    return e * power.number;
+}
+
+/* weight (count) times x (count) */
+static float bfloat16_dot(const uint16_t *weight, const uint16_t *x, int count) {
+    int i = 0;
+    float sum = 0;
+#ifdef __AVX512BF16__
+    /* 32 products at a time, into two sums of 16 each, which need not wait for each other */
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (; i + 64 <= count; i += 64) {
+        __m512i a = _mm512_loadu_si512(weight + i), b = _mm512_loadu_si512(x + i);
+        even = _mm512_dpbf16_ps(even, (__m512bh)a, (__m512bh)b);
+        a = _mm512_loadu_si512(weight + i + 32), b = _mm512_loadu_si512(x + i + 32);
+        odd = _mm512_dpbf16_ps(odd, (__m512bh)a, (__m512bh)b);
+    }
+    sum = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+#endif
+    for (; i < count; i++) sum += from_bfloat16(weight[i]) * from_bfloat16(x[i]);
+    return sum;
+}
+
+typedef struct {
+    int in, out;
+    const uint16_t *weight; /* (out, in) */
+    const float *bias;      /* (out), or NULL */
+} Bfloat16Weights;
+
+/* y (out) = x (in) times the weights, plus bias; then its GELU in the tanh form, if it is wanted */
+void multiply_bfloat16(const Bfloat16Weights *weights, const uint16_t *x, uint16_t *y, int gelu) {
+    int in = weights->in;
+    #pragma omp parallel for
+    for (int i = 0; i < weights->out; i++) {
+        const uint16_t *channel = weights->weight + (long)i * in;
+        for (int k = 0; k < in; k += 32) __builtin_prefetch((const char *)(channel + k) + AHEAD);
+        float sum = bfloat16_dot(channel, x, in);
+        if (weights->bias) sum += weights->bias[i];
+        if (gelu) { /* sum (1 + tanh(u)) / 2 = sum / (1 + e^(-2u)) */
+            float u = 0.79788456f * (sum + 0.044715f * sum * sum * sum); /* sqrt(2 / pi) */
+            sum /= 1 + exponential(-2 * u);
+        }
+        y[i] = to_bfloat16(sum);
+    }
+}
+
 
 /* weight (count) times one row of x */
 static float dot(const int8_t *weight, const int16_t *x, int count) {
@@ -223,11 +300,8 @@ static void read_numbers(float *to, const void *from, long first, int count, int
         memcpy(to, (const float *)from + first, count * sizeof(float));
         return;
     }
-    const uint16_t *halves = (const uint16_t *)from + first; /* the upper half of a float32 each */
-    for (int i = 0; i < count; i++) {
-        union { uint32_t bits; float number; } full = {(uint32_t)halves[i] << 16};
-        to[i] = full.number;
-    }
+    const uint16_t *halves = (const uint16_t *)from + first;
+    for (int i = 0; i < count; i++) to[i] = from_bfloat16(halves[i]);
 }
 
 /* The same for a linear layer to read */
@@ -237,28 +311,7 @@ static void write_numbers(void *to, long first, const float *from, int count, in
         return;
     }
     uint16_t *halves = (uint16_t *)to + first;
-    for (int i = 0; i < count; i++) {
-        union { float number; uint32_t bits; } full = {from[i]};
-        uint32_t is_odd = (full.bits >> 16) & 1; /* round to nearest, ties to even */
-        halves[i] = (full.bits + 0x7fff + is_odd) >> 16;
-    }
-}
-
-/* e^x as 2^n e^r with |r| < 0.35, to a few millionths. Unlike a call of expf(), it vectorizes.
-   Coefficients: Cephes, by S. Moshier */
-static inline float exponential(float x) {
-    x = fminf(fmaxf(x, -87), 88);
-    float n = floorf(x * 1.44269504f + 0.5f);
-    float r = x - n * 0.693147181f; /* ln 2 */
-    float e = 1.9875691500e-4f;
-    e = e * r + 1.3981999507e-3f;
-    e = e * r + 8.3334519073e-3f;
-    e = e * r + 4.1665795894e-2f;
-    e = e * r + 1.6666665459e-1f;
-    e = e * r + 5.0000001201e-1f;
-    e = e * r * r + r + 1;
-    union { int32_t bits; float number; } power = {((int32_t)n + 127) << 23};
-    return e * power.number;
+    for (int i = 0; i < count; i++) halves[i] = to_bfloat16(from[i]);
 }
 
 /* What all blocks share while one token is generated */

@@ -35,8 +35,13 @@ FLOAT = ctypes.c_float
 LARGEST_ARRAY = 2**18
 
 
+class Bfloat16Weights(ctypes.Structure):
+    """A linear layer in bfloat16. This and the classes below are structs in native.c."""
+    _fields_ = [('inputs', INT), ('outputs', INT), ('weight', POINTER), ('bias', POINTER)]
+
+
 class Int8Weights(ctypes.Structure):
-    """A linear layer with 8-bit weights. This and the classes below are structs in native.c."""
+    """A linear layer with 8-bit weights."""
     _fields_ = [('inputs', INT), ('outputs', INT), ('weight', POINTER), ('scale', POINTER),
                 ('bias', POINTER)]
 
@@ -60,6 +65,7 @@ class Heads(ctypes.Structure):
 
 
 ARGUMENTS = {  # of the functions in native.c; structs are given as pointers, too
+    'multiply_bfloat16': [POINTER] * 3 + [INT],
     'multiply_int8': [POINTER] * 3 + [INT],
     'add_and_norm': [POINTER] * 5,
     'swiglu': [POINTER] * 3 + [INT],

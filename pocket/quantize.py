@@ -5,7 +5,7 @@ To generate a token, the processor reads every weight of the model once, and wit
 time it does little with each. So a token costs about (bytes of all weights) / (bytes of memory read
 per second): GPT-2 124M in bfloat16, 0.25 GB at 25 GB/s, takes 10 ms. Two things make that less:
 
-    PackedLinear   the same bfloat16 weights, in the order in which the CPU's kernels read them
+    PackedLinear   the same bfloat16 weights, in the order in which they are read the fastest
     Int8Linear     weights rounded to 8 bits: half as many bytes
 
 And calling the hundreds of operations in between takes time, however little they compute:
@@ -127,16 +127,46 @@ class DecodingLinear(nn.Module):
 
 
 class PackedLinear(DecodingLinear):
-    """bfloat16 weights in blocks, the way oneDNN's kernels on a CPU read them.
+    """bfloat16 weights on a CPU, in the order that suits how many rows they are multiplied with.
+
+    For one row, the next token of one text, they are plain, (out, in), and pocket/native.c reads
+    them as fast as memory can. For a few rows they are packed in blocks, as oneDNN's kernels read
+    them. Weights are rearranged when that changes, which takes about as long as one token. Prompts
+    of more than MOST_TEXTS tokens leave them as they are: oneDNN takes both.
 
     activation: 'gelu' applies the tanh form of it to the results, see fuse_gelu().
     """
+    MOST_TEXTS = 16
     activation = 'none'
 
     def store(self, weight):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight = weight.contiguous()
+        self.library = load_library() if cpu_has('avx512_bf16') else None
+        self.float_bias = None if self.bias is None else self.bias.detach().float()
+        self.point_to_weights()
+
+    def point_to_weights(self):
+        """Tell C where the plain weights are."""
+        self.is_packed = False
+        self.struct = native.Bfloat16Weights(self.in_features, self.out_features,
+                                             pointer(self.weight), pointer(self.float_bias))
+        self.struct_pointer = ctypes.addressof(self.struct)
 
     def multiply(self, rows):
+        if len(rows) == 1 and self.library is not None:
+            if self.is_packed:
+                self.weight = self.weight.to_dense()
+                self.point_to_weights()
+            x = rows.contiguous()
+            y = x.new_empty(1, self.out_features)
+            self.library.multiply_bfloat16(self.struct_pointer, x.data_ptr(), y.data_ptr(),
+                                           self.activation == 'gelu')
+            return y
+
+        is_few = len(rows) <= self.MOST_TEXTS or self.library is None
+        if is_few and not self.is_packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.is_packed = True
         # 'tanh' is the form of a GELU, and ignored without one
         return torch.ops.mkldnn._linear_pointwise(
             rows, self.weight, self.bias, self.activation, [], 'tanh')

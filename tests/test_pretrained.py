@@ -783,7 +783,7 @@ def test_training_starts_from_an_exported_folder_and_resumes_from_its_own_checkp
     # --eval_only evaluates the folder as it is
     out, _ = exported.run('train.py', '--eval_only', *FROM_FOLDER)
     last_line = out.splitlines()[-1]
-    assert last_line.startswith('hf (step 0): val loss ')
+    assert last_line.startswith('hf: val loss ')
     assert abs(float(last_line.split()[5]) - before['best']) < 1e-3
 
     # --resume takes last.pt, not the folder again

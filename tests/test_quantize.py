@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import toy_text
 from torch import nn
+from torch.nn import functional as F
 
 from model import GPT, GPTConfig, Head, Seq2Seq, Seq2SeqConfig
 from pocket.generate import beam_search, new_cache
@@ -53,19 +54,43 @@ def gpt(trained_gpt):
     return copy.deepcopy(trained_gpt)
 
 
+@pytest.fixture(params=['in C', 'in PyTorch'])
+def where(request, monkeypatch):
+    """Where products of a few rows are computed."""
+    if request.param == 'in PyTorch':
+        monkeypatch.setattr('pocket.quantize.load_library', lambda: None)
+    elif load_library() is None:
+        pytest.skip('no C compiler')
+    return request.param
+
+
 @needs_bfloat16
 @pytest.mark.parametrize('linear', [
     nn.Linear(64, 48),
-    nn.Linear(64, 48, bias=False),
+    nn.Linear(90, 48, bias=False),
     Head(GPTConfig(vocab_size=48, n_head=2, n_embd=64, softcap=0.5)),
 ])
-def test_packed_equals_plain(linear):
+def test_packed_equals_plain(linear, where):
+    """For any number of rows, which decides how the weights are arranged."""
     linear = linear.to(torch.bfloat16)
     packed = PackedLinear(linear)
     with torch.no_grad():
-        for shape in ((1, 64), (3, 1, 64), (2, 40, 64)):
-            x = torch.randn(shape).bfloat16()
+        for rows in ((1,), (2, 40), (1, 1), (3, 1), (2, 40), (1,), (16,), (17,)):
+            x = torch.randn(*rows, linear.in_features).bfloat16()
             torch.testing.assert_close(packed(x), linear(x), atol=0.02, rtol=0.02)
+
+
+@needs_bfloat16
+def test_packed_applies_a_gelu_to_its_results(where):
+    linear = nn.Linear(200, 300).to(torch.bfloat16)
+    packed = PackedLinear(linear)
+    packed.activation = 'gelu'
+    with torch.no_grad():
+        for rows in (1, 3, 40):
+            x = 3 * torch.randn(rows, 200).bfloat16()  # results from -6 to 6
+            want = F.gelu(F.linear(x.float(), linear.weight.float(), linear.bias.float()),
+                          approximate='tanh')
+            torch.testing.assert_close(packed(x).float(), want, atol=0.01, rtol=0.01)
 
 
 @needs_bfloat16
@@ -89,16 +114,6 @@ def test_only_bfloat16_on_a_cpu_is_packed():
     linear.to(torch.bfloat16)
     expected = PackedLinear if cpu_has_bfloat16 else nn.Linear
     assert type(prepare_for_decoding(linear)[0]) is expected
-
-
-@pytest.fixture(params=['in C', 'in PyTorch'])
-def where(request, monkeypatch):
-    """Where int8 is computed."""
-    if request.param == 'in PyTorch':
-        monkeypatch.setattr('pocket.quantize.load_library', lambda: None)
-    elif load_library() is None:
-        pytest.skip('no C compiler')
-    return request.param
 
 
 @pytest.mark.parametrize('width', [64, 5000])
