@@ -5,8 +5,8 @@ To generate a token, the processor reads every weight of the model once, and wit
 time it does little with each. So a token costs about (bytes of all weights) / (bytes of memory read
 per second): GPT-2 124M in bfloat16, 0.25 GB at 25 GB/s, takes 10 ms. Two things make that less:
 
-    PackedLinear   the same bfloat16 weights, in the order in which they are read the fastest
-    Int8Linear     weights rounded to 8 bits: half as many bytes
+    Bfloat16Linear   the same bfloat16 weights, in the order in which they are read the fastest
+    Int8Linear       weights rounded to 8 bits: half as many bytes
 
 And calling the hundreds of operations in between takes time, however little they compute:
 pocket/stack.py deals with that.
@@ -28,7 +28,7 @@ from pocket.stack import DecodingStack, can_be_stacked
 def prepare_for_decoding(model, bits=None):
     """Replace the linear layers of a GPT or Seq2Seq, in place, by the fastest ones for its device.
 
-    bits=8: by Int8Linear. None: by PackedLinear for bfloat16 on a CPU that computes in it; any
+    bits=8: by Int8Linear. None: by Bfloat16Linear for bfloat16 on a CPU that computes in it; any
     other model stays as it is. Embeddings stay in any case, and adaptive softmax becomes float32,
     in which it computes. On a CPU the blocks of a GPT also become a DecodingStack, if it can
     compute them. Returns the model, which can no longer be trained, moved or cast.
@@ -41,7 +41,7 @@ def prepare_for_decoding(model, bits=None):
     if bits == 8:
         replacement = Int8Linear
     elif runs_in_bfloat16_on_cpu(model):
-        replacement = PackedLinear
+        replacement = Bfloat16Linear
     else:
         return model
 
@@ -54,7 +54,7 @@ def prepare_for_decoding(model, bits=None):
     child = None  # otherwise the loop's variable would keep the last layer alive
     for module, name in places:
         setattr(module, name, replacement(getattr(module, name)))
-    if replacement is PackedLinear:
+    if replacement is Bfloat16Linear:
         for module in model.modules():
             if is_gelu_separate(module):
                 fuse_gelu(module)
@@ -68,11 +68,11 @@ def is_gelu_separate(module):
     """Whether a module is an MLP for which fuse_gelu() can do something."""
     if not isinstance(module, MLP) or module.act != 'gelu':
         return False
-    return isinstance(module.c_fc, PackedLinear)
+    return isinstance(module.c_fc, Bfloat16Linear)
 
 
 def fuse_gelu(mlp):
-    """Make an MLP's first linear layer, a PackedLinear, apply the GELU too.
+    """Make an MLP's first linear layer, a Bfloat16Linear, apply the GELU too.
 
     As a separate operation, PyTorch's tanh GELU took an eighth of GPT-2 124M's prefill.
     """
@@ -126,7 +126,7 @@ class DecodingLinear(nn.Module):
         raise NotImplementedError
 
 
-class PackedLinear(DecodingLinear):
+class Bfloat16Linear(DecodingLinear):
     """bfloat16 weights on a CPU, in the order that suits how many rows they are multiplied with.
 
     For one row, the next token of one text, they are plain, (out, in), and pocket/native.c reads

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig, Head, Seq2Seq, Seq2SeqConfig
 from pocket.generate import beam_search, new_cache
 from pocket.native import load_library
-from pocket.quantize import Int8Linear, PackedLinear, prepare_for_decoding
+from pocket.quantize import Bfloat16Linear, Int8Linear, prepare_for_decoding
 from pocket.tokenizer import make_tokenizer
 
 cpu_has_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', bool)()
@@ -73,7 +73,7 @@ def where(request, monkeypatch):
 def test_packed_equals_plain(linear, where):
     """For any number of rows, which decides how the weights are arranged."""
     linear = linear.to(torch.bfloat16)
-    packed = PackedLinear(linear)
+    packed = Bfloat16Linear(linear)
     with torch.no_grad():
         for rows in ((1,), (2, 40), (1, 1), (3, 1), (2, 40), (1,), (16,), (17,)):
             x = torch.randn(*rows, linear.in_features).bfloat16()
@@ -83,7 +83,7 @@ def test_packed_equals_plain(linear, where):
 @needs_bfloat16
 def test_packed_applies_a_gelu_to_its_results(where):
     linear = nn.Linear(200, 300).to(torch.bfloat16)
-    packed = PackedLinear(linear)
+    packed = Bfloat16Linear(linear)
     packed.activation = 'gelu'
     with torch.no_grad():
         for rows in (1, 3, 40):
@@ -112,7 +112,7 @@ def test_only_bfloat16_on_a_cpu_is_packed():
     linear = nn.Sequential(nn.Linear(8, 8))
     assert type(prepare_for_decoding(linear)[0]) is nn.Linear
     linear.to(torch.bfloat16)
-    expected = PackedLinear if cpu_has_bfloat16 else nn.Linear
+    expected = Bfloat16Linear if cpu_has_bfloat16 else nn.Linear
     assert type(prepare_for_decoding(linear)[0]) is expected
 
 
