@@ -126,29 +126,20 @@ def scale_frequencies(frequencies, scaling):
     return (1 - keep) * frequencies / factor + keep * frequencies
 
 
-def rotary_tables(length, size, theta=10000.0, scaling=None):
-    """(cos, sin) for rotate(), each (length, size) float32; arguments: see position_angles().
-
-    Both halves of the channels have the same angles, and sin is negative in the first half.
-    """
-    angles = position_angles(length, size, theta, scaling)
-    cos = torch.cat((angles.cos(), angles.cos()), dim=1)
-    sin = torch.cat((-angles.sin(), angles.sin()), dim=1)
-    return cos, sin
-
-
-def rotate(x, cos, sin):
+def plain_rotate(x, cos, sin):
     """Rotary positions: turn each pair of channels (i, i + D/2) of a head by its position's angle.
 
-    (a, b) becomes (a cos - b sin, b cos + a sin). x: (B, T, n, D); cos, sin: rotary_tables() at the
-    positions of x, with a row for each of at least n heads or one for all: (T, 1, D), (T, H, D) or
-    (B, T, 1, D). The product of a rotated query and a rotated key depends on their positions only
-    through the distance between them. Su et al. 2021, https://arxiv.org/abs/2104.09864
+    x: (B, T, H, D); cos, sin: (T, 1, D/2), (T, H, D/2) or (B, T, 1, D/2). The product of a rotated
+    query and a rotated key depends on their positions only through the distance between them.
+    Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
-    n = x.size(2)
     a, b = x.chunk(2, dim=-1)
-    swapped = torch.cat((b, a), dim=-1)
-    return x * cos[..., :n, :] + swapped * sin[..., :n, :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+# The same, faster on a CPU
+rotate = kernels.rotate
+# rotate = plain_rotate
 
 
 def normalize(x, norm=None):
@@ -435,10 +426,10 @@ class Transformer(nn.Module):
             table = table[:, :C]  # (block_size, C): an odd C has one sine more than cosines
             self.register_buffer('sinusoid', table, persistent=False)
         if config.pos == 'rotary':
-            cos, sin = rotary_tables(block_size, config.head_size, config.rope_theta,
-                                     config.rope_scaling)
-            self.register_buffer('cos', cos, persistent=False)  # (block_size, D)
-            self.register_buffer('sin', sin, persistent=False)
+            angles = position_angles(block_size, config.head_size, config.rope_theta,
+                                     config.rope_scaling)  # (block_size, D/2)
+            self.register_buffer('cos', angles.cos(), persistent=False)
+            self.register_buffer('sin', angles.sin(), persistent=False)
 
     def forward(self, idx, pad=None, cache=None, memory=None):
         """idx: (B, T) int64 token ids; returns (B, T, C).
@@ -505,12 +496,12 @@ class Transformer(nn.Module):
 
     def rotary_positions(self, position, dtype):
         """(cos, sin) for rotate() at positions (T,) or (B, T)."""
-        cos = self.cos[position].to(dtype)[..., None, :]  # (T, 1, D): the same for all heads
+        cos = self.cos[position].to(dtype)[..., None, :]  # (T, 1, D/2): the same for all heads
         sin = self.sin[position].to(dtype)[..., None, :]
-        if self.training:
-            # A row for each head: products of tensors of the same shape take a CPU half the time
-            heads = self.config.n_head
-            cos = cos.repeat_interleave(heads, dim=-2)  # (T, H, D)
+        heads = self.config.n_head
+        if self.training and self.config.num_kv_heads == heads:
+            # A row for each head: a CPU is faster at products of tensors of the same shape
+            cos = cos.repeat_interleave(heads, dim=-2)  # (T, H, D/2)
             sin = sin.repeat_interleave(heads, dim=-2)
         return cos, sin
 

@@ -4,6 +4,7 @@ against its formula.
 
     Dropout           nn.Dropout, from random bytes instead of a Bernoulli number per element
     squared_relu      F.relu(x).square(), with a backward pass of one operation instead of four
+    rotate            rotary positions: plain_rotate() in model.py
     attention         softmax(q kᵀ / √D) v: plain_attention() in model.py
     cross_entropy     loss and gradient in slices of rows: plain_cross_entropy() in model.py
     loss_and_correct  such slices for validation, which also count correct predictions
@@ -60,11 +61,16 @@ class Dropout(nn.Module):
 # Squared ReLU
 
 
+def is_eager_on_cpu(x):
+    """Whether operations run one by one on a CPU. GPUs are faster, and a compiler fuses them."""
+    return x.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
 def squared_relu(x):
     """F.relu(x).square(), the same to the last bit, its gradient, too."""
-    if x.device.type != 'cpu' or torch.compiler.is_compiling():  # a compiler fuses the plain form
-        return F.relu(x).square()
-    return SquaredReLU.apply(x)
+    if is_eager_on_cpu(x):
+        return SquaredReLU.apply(x)
+    return F.relu(x).square()
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -81,6 +87,44 @@ class SquaredReLU(torch.autograd.Function):
         (rectified,) = ctx.saved_tensors
         zero = grad.new_zeros(()).expand_as(grad)  # takes no memory
         return torch.addcmul(zero, grad, rectified, value=2)  # grad * rectified * 2, in one pass
+
+
+# --------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+def rotate(x, cos, sin):
+    """Turn pairs of channels; arguments and result are those of plain_rotate() in model.py."""
+    if is_eager_on_cpu(x):
+        return Rotation.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Rotation(torch.autograd.Function):
+    """rotate() without temporary tensors. Its gradient is rotated by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotation.turn(x, cos, sin, direction=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotation.turn(grad, cos, sin, direction=-1), None, None
+
+    @staticmethod
+    def turn(x, cos, sin, direction):
+        """(a cos - b sin, b cos + a sin), for direction -1 with the opposite sign of sin."""
+        a, b = x.chunk(2, dim=-1)
+        turned = torch.empty(x.shape, dtype=x.dtype)
+        turned_a, turned_b = turned.chunk(2, dim=-1)
+        torch.mul(a, cos, out=turned_a)
+        turned_a.addcmul_(b, sin, value=-direction)
+        torch.mul(b, cos, out=turned_b)
+        turned_b.addcmul_(a, sin, value=direction)
+        return turned
 
 
 # --------------------------------------------------------------------------------------------------

@@ -98,10 +98,8 @@ class Tokens:
 
         self.pad = None if cache.pad is None else cache.pad.contiguous()
         self.tables = None, None  # of rotary positions
-        if rope is not None:  # each (1 or B, 1, 1, D), or without the first dimension
-            # Of both, C needs the angles of one half; sin has its minus signs in the first
-            self.tables = [table.chunk(2, dim=-1)[1].float().expand(B, 1, 1, -1).contiguous()
-                           for table in rope]
+        if rope is not None:  # each (1 or B, 1, 1, D / 2), or without the first dimension
+            self.tables = [table.float().expand(B, 1, 1, -1).contiguous() for table in rope]
         self.struct = native.StepContext(
             B, x.dtype == torch.bfloat16, cache.size, cache.length, pointer(self.pad),
             pointer(self.tables[0]), pointer(self.tables[1]))

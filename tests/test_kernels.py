@@ -22,6 +22,7 @@ from model import (
     Seq2SeqConfig,
     plain_attention,
     plain_cross_entropy,
+    plain_rotate,
 )
 from pocket import kernels
 from pocket.kernels import Dropout
@@ -132,12 +133,25 @@ def random_attention(shape_name, who, dtype=torch.float32):
     return [q, k, v], options
 
 
-def output_and_gradients(function, inputs, **options):
+def output_and_gradients(function, inputs, constants=(), **options):
     """The output of a function of tensors and, of the sum of its squares, each one's gradient."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    y = function(*inputs, **options)
+    y = function(*inputs, *constants, **options)
     gradients = torch.autograd.grad(y.float().square().sum(), inputs)
     return [y.detach(), *gradients]
+
+
+@pytest.mark.parametrize('rows', [1, 3])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_rotation_and_its_gradient_are_those_of_the_plain_formula(dtype, tolerance, rows):
+    angles = torch.randn(5, rows, 4)
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    x = torch.randn(2, 5, 3, 8).to(dtype)
+    got = output_and_gradients(kernels.rotate, [x], tables)
+    want = output_and_gradients(plain_rotate, [x], tables)
+    for ours, theirs in zip(got, want):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
