@@ -83,7 +83,7 @@ def time_steps(step, amounts):
 
     step(i) does amounts[i % len(amounts)] of the work: tokens, for example.
     """
-    # Warm up with up to three steps: as many as there are amounts, others while time is left
+    # Warm up with three steps, or fewer if time is up and each of the amounts has had its turn
     deadline = time.perf_counter() + seconds
     for i in range(3):
         if i >= len(amounts) and time.perf_counter() > deadline:

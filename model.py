@@ -499,7 +499,8 @@ class Transformer(nn.Module):
         cos = self.cos[position].to(dtype)[..., None, :]  # (T, 1, D/2): the same for all heads
         sin = self.sin[position].to(dtype)[..., None, :]
         heads = self.config.n_head
-        if self.training and self.config.num_kv_heads == heads:
+        is_cpu = self.cos.device.type == 'cpu'
+        if self.training and is_cpu and self.config.num_kv_heads == heads:
             # A row for each head: a CPU is faster at products of tensors of the same shape
             cos = cos.repeat_interleave(heads, dim=-2)  # (T, H, D/2)
             sin = sin.repeat_interleave(heads, dim=-2)

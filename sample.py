@@ -46,7 +46,7 @@ api_key: str | None = None         # what the page and programs must know; neede
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # weights (None: float32)
-quantize: Literal['', 'int8'] = ''  # 8-bit weights, quicker for up to 16 texts (GPU: dtype auto)
+quantize: Literal['', 'int8'] = ''  # int8: 8-bit weights, faster for up to 16 texts at once
 config, explicit = configure(__file__, globals())
 
 # Only now what takes a second to import: --help and typing errors have been answered at once
@@ -126,8 +126,11 @@ def show(text):
 # ---- Samples
 
 
-NOTHING_SAID = ('{name} replies to what is said: give it something, --start="Hello.", or chat with '
-                'it: --chat')
+def check_something_is_said(text):
+    """Raise UserError if a model of conversations has nothing to reply to."""
+    if model.template and not text.strip():
+        raise UserError(f'{model.name} replies to what is said: give it something, '
+                        '--start="Hello.", or chat with it: --chat')
 
 
 def print_samples():
@@ -135,8 +138,8 @@ def print_samples():
     texts = []
     for text in start:
         texts += [read_prompt(text)] * num_samples
-    if model.template and not all(text.strip() for text in texts):
-        raise UserError(NOTHING_SAID.format(name=model.name))
+    for text in texts:
+        check_something_is_said(text)
 
     # Hints go to stderr, and only if a person is watching: a file or a pipe gets the text alone
     if out_dir is None and sys.stdout.isatty():
@@ -209,11 +212,13 @@ def print_lines():
     """
     texts = []
     for prompt in map(read_start, start):
-        prompts = [prompt]
+        if lines and not prompt:
+            continue  # an empty file has no lines
         if lines:
-            prompts = prompt.removesuffix('\n').split('\n') if prompt else []
-        elif model.template and not prompt.strip():
-            raise UserError(NOTHING_SAID.format(name=model.name))
+            prompts = prompt.removesuffix('\n').split('\n')
+        else:
+            check_something_is_said(prompt)
+            prompts = [prompt]
         texts += [model.encodable(text) for text in prompts]
     for first in range(0, len(texts), LINES_PER_BATCH):
         batch = texts[first:first + LINES_PER_BATCH]

@@ -241,7 +241,8 @@ def last_line(error):
 # Options of this command, not of the run
 OPTIONS_OF_THIS_COMMAND = {'out_dir', 'init_from', 'resume', 'eval_only', 'eval_split',
                            'eval_replies', 'eval_protocol'}
-# A run keeps these, as they decide which checkpoint is best; --eval_only has its own
+# These decide which checkpoint is best, so --resume keeps them; --eval_only does not. (Both keep
+# length_penalty, which sample.py uses, too)
 OPTIONS_OF_EVALUATION = {'num_beams', 'bleu_tokenize'}
 
 # With another value for these it would be a different run

@@ -386,20 +386,21 @@ def check_bleu_options(config, meta):
 def bleu_of(model, tok, template, data, config, stopped=lambda: False):
     """BLEU of --eval_bleu replies on val, printed with three of them; None if stopped() said so.
 
-    They are decoded as --eval_only would: greedily, or by beam search with --num_beams. The master
-    process does it for all. config: train.py's options. Puts the model back in train mode.
+    They are decoded greedily, or by beam search with the run's --num_beams and --length_penalty, by
+    the master process for all. config: train.py's options. Puts the model back in train mode.
     """
-    score = 0.0
+    score = 0.0  # what the other processes add to the sum
     if master_process:
         replies = generate_replies(model, tok, template, data, config['eval_bleu'],
                                    num_beams=config['num_beams'],
                                    length_penalty=config['length_penalty'], stopped=stopped)
         model.train()
-        score = math.nan
-        if replies is not None:
+        if replies is None:
+            score = math.nan  # tells the other processes that it was stopped
+        else:
             score = bleu_of_replies(replies, config['bleu_tokenize'])
     score = all_reduce_sum(score)[0]
-    if math.isnan(score):  # so that all processes know of it
+    if math.isnan(score):
         return None
     return score
 

@@ -67,7 +67,7 @@ def is_eager_on_cpu(x):
 
 
 def squared_relu(x):
-    """F.relu(x).square(), the same to the last bit, its gradient, too."""
+    """F.relu(x).square(), bit for bit, and so is its gradient as long as that is finite."""
     if is_eager_on_cpu(x):
         return SquaredReLU.apply(x)
     return F.relu(x).square()
@@ -94,7 +94,7 @@ class SquaredReLU(torch.autograd.Function):
 
 
 def rotate(x, cos, sin):
-    """Turn pairs of channels; arguments and result are those of plain_rotate() in model.py."""
+    """Turn pairs of channels, as plain_rotate() in model.py does; the result has the dtype of x."""
     if is_eager_on_cpu(x):
         return Rotation.apply(x, cos.to(x.dtype), sin.to(x.dtype))
     a, b = x.chunk(2, dim=-1)

@@ -38,12 +38,12 @@ GPT2_SIZES = {  # name: (n_layer, n_head, n_embd)
 }
 
 
-def estimate(config, adamw_params, muon_params, tokens, dtype, device_type):
+def estimate(config, adamw_params, muon_params, tokens, dtype, device_type, world_size=1):
     """Bytes that training a model takes: {what for: bytes}, good to about a third.
 
     config: a GPTConfig or Seq2SeqConfig. adamw_params, muon_params: the number of parameters that
     each optimizer updates. tokens: per micro-batch. dtype: of matrix products, a torch.dtype.
-    device_type: 'cpu', 'cuda' or 'mps'.
+    device_type: 'cpu', 'cuda' or 'mps'. world_size: the number of processes.
     """
     num_params = adamw_params + muon_params
     C = config.n_embd
@@ -53,8 +53,9 @@ def estimate(config, adamw_params, muon_params, tokens, dtype, device_type):
 
     # Parameters are in float32, and there is a copy for products in 16 bits
     param_bytes = 4 if itemsize == 4 else 4 + itemsize
-    # Gradients are in float32. Several processes exchange them in place (gradient_as_bucket_view)
-    grad_bytes = 4
+    # Gradients are in float32. With several processes DistributedDataParallel keeps buckets of the
+    # same size, and no_sync() sums micro-batches beside them
+    grad_bytes = 4 if world_size == 1 else 8
 
     # What a layer keeps of each token for the backward pass, in numbers. Norms, q, k, v and the
     # result of attention are ten times the width; the MLP keeps both sides of its nonlinearity.

@@ -73,15 +73,18 @@ static float bfloat16_dot(const uint16_t *weight, const uint16_t *x, int count) 
     int i = 0;
     float sum = 0;
 #ifdef __AVX512BF16__
-    /* 32 products at a time, into two sums of 16 each, which need not wait for each other */
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    /* 64 products per round, in two sums of 16 lanes each, so that neither waits for the other */
+    __m512 first = _mm512_setzero_ps();
+    __m512 second = _mm512_setzero_ps();
     for (; i + 64 <= count; i += 64) {
-        __m512i a = _mm512_loadu_si512(weight + i), b = _mm512_loadu_si512(x + i);
-        even = _mm512_dpbf16_ps(even, (__m512bh)a, (__m512bh)b);
-        a = _mm512_loadu_si512(weight + i + 32), b = _mm512_loadu_si512(x + i + 32);
-        odd = _mm512_dpbf16_ps(odd, (__m512bh)a, (__m512bh)b);
+        __m512i w = _mm512_loadu_si512(weight + i);
+        __m512i v = _mm512_loadu_si512(x + i);
+        first = _mm512_dpbf16_ps(first, (__m512bh)w, (__m512bh)v);
+        w = _mm512_loadu_si512(weight + i + 32);
+        v = _mm512_loadu_si512(x + i + 32);
+        second = _mm512_dpbf16_ps(second, (__m512bh)w, (__m512bh)v);
     }
-    sum = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+    sum = _mm512_reduce_add_ps(_mm512_add_ps(first, second));
 #endif
     for (; i < count; i++) sum += from_bfloat16(weight[i]) * from_bfloat16(x[i]);
     return sum;
@@ -99,7 +102,9 @@ void multiply_bfloat16(const Bfloat16Weights *weights, const uint16_t *x, uint16
     #pragma omp parallel for
     for (int i = 0; i < weights->out; i++) {
         const uint16_t *channel = weights->weight + (long)i * in;
-        for (int k = 0; k < in; k += 32) __builtin_prefetch((const char *)(channel + k) + AHEAD);
+        for (int k = 0; k < in; k += 32) { /* 32 weights are a cache line of 64 bytes */
+            __builtin_prefetch((const char *)(channel + k) + AHEAD);
+        }
         float sum = bfloat16_dot(channel, x, in);
         if (weights->bias) sum += weights->bias[i];
         if (gelu) { /* sum (1 + tanh(u)) / 2 = sum / (1 + e^(-2u)) */

@@ -3,8 +3,8 @@ C functions for what PyTorch has no quick operation for: pocket/native.c, compil
 
 The C compiler of the machine compiles it when it is first needed, which takes a second, and the
 result is cached. Without a compiler, load_library() returns None and callers fall back to PyTorch:
-slower, but with the same results up to rounding. CC=none, or any other name of no program, turns
-C off.
+slower, but with the same results up to rounding. CC=none, or any name that is not a program,
+turns C off.
 """
 import ctypes
 import hashlib

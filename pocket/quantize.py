@@ -5,7 +5,7 @@ To generate a token, the processor reads every weight of the model once, and wit
 time it does little with each. So a token costs about (bytes of all weights) / (bytes of memory read
 per second): GPT-2 124M in bfloat16, 0.25 GB at 25 GB/s, takes 10 ms. Two things make that less:
 
-    Bfloat16Linear   the same bfloat16 weights, in the order in which they are read the fastest
+    Bfloat16Linear   the same bfloat16 weights, in the order that is fastest to read
     Int8Linear       weights rounded to 8 bits: half as many bytes
 
 And calling the hundreds of operations in between takes time, however little they compute:
@@ -33,6 +33,7 @@ def prepare_for_decoding(model, bits=None):
     in which it computes. On a CPU the blocks of a GPT also become a DecodingStack, if it can
     compute them. Returns the model, which can no longer be trained, moved or cast.
     """
+    model.eval()  # rotary positions in training have another shape than pocket/stack.py expects
     in_adaptive_softmax = set()
     for module in model.modules():
         if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
@@ -130,19 +131,21 @@ class Bfloat16Linear(DecodingLinear):
     """bfloat16 weights on a CPU, in the order that suits how many rows they are multiplied with.
 
     For one row, the next token of one text, they are plain, (out, in), and pocket/native.c reads
-    them as fast as memory can. For a few rows they are packed in blocks, as oneDNN's kernels read
-    them. Weights are rearranged when that changes, which takes about as long as one token. Prompts
-    of more than MOST_TEXTS tokens leave them as they are: oneDNN takes both.
+    them as fast as memory can. For several texts they are packed in blocks, as oneDNN's kernels
+    read them. Rearranging takes as long as three or four tokens. A prompt comes once, and is not
+    worth that; texts come back, as many rows each time. So weights are packed when two calls in a
+    row have the same number of rows. (Not thread-safe: a call may replace what another reads.)
 
     activation: 'gelu' applies the tanh form of it to the results, see fuse_gelu().
     """
-    MOST_TEXTS = 16
+    MOST_TEXTS = 256  # with more rows, packed weights are no faster
     activation = 'none'
 
     def store(self, weight):
         self.weight = weight.contiguous()
         self.library = load_library() if cpu_has('avx512_bf16') else None
         self.float_bias = None if self.bias is None else self.bias.detach().float()
+        self.latest_rows = 0  # how many the latest call had
         self.point_to_weights()
 
     def point_to_weights(self):
@@ -153,18 +156,24 @@ class Bfloat16Linear(DecodingLinear):
         self.struct_pointer = ctypes.addressof(self.struct)
 
     def multiply(self, rows):
+        is_repeated = len(rows) == self.latest_rows
+        self.latest_rows = len(rows)
         if len(rows) == 1 and self.library is not None:
             if self.is_packed:
                 self.weight = self.weight.to_dense()
                 self.point_to_weights()
+            # C would read anything
+            assert rows.dtype == torch.bfloat16 and rows.size(1) == self.in_features
             x = rows.contiguous()
             y = x.new_empty(1, self.out_features)
             self.library.multiply_bfloat16(self.struct_pointer, x.data_ptr(), y.data_ptr(),
                                            self.activation == 'gelu')
             return y
 
-        is_few = len(rows) <= self.MOST_TEXTS or self.library is None
-        if is_few and not self.is_packed:
+        is_worth_packing = is_repeated and len(rows) <= self.MOST_TEXTS
+        if self.library is None:  # then they are never needed as they were
+            is_worth_packing = True
+        if is_worth_packing and not self.is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.is_packed = True
         # 'tanh' is the form of a GELU, and ignored without one

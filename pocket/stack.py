@@ -6,9 +6,9 @@ but calling it takes a few microseconds, because the weights that stream through
 have evicted Python and PyTorch. That was half the time per token of SmolLM2-135M. Here three
 functions of pocket/native.c do this work instead.
 
-It serves GPT-2, Llama and their like in bfloat16 or int8. The blocks of model.py run for prompts,
-without a C compiler, and for models with token shift, post-norm or a QK-norm without weights, so
-also for those that train.py trains by default.
+It serves GPT-2, Llama and similar models in bfloat16 or int8. Prompts go through the blocks of
+model.py. So does everything if there is no C compiler, or if the model has token shift, post-norm,
+or QK-norm without weights, which includes what train.py trains by default.
 """
 import ctypes
 

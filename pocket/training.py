@@ -665,7 +665,7 @@ def describe_run(model, matrices, others, train_data, config, device, amp_dtype)
     """Two lines: how large the model is and how much memory it needs, and what it is trained on."""
     parts = memory.estimate(
         model.config, sum(p.numel() for p in others), sum(p.numel() for p in matrices),
-        largest_micro_batch(config, train_data), amp_dtype, device.type)
+        largest_micro_batch(config, train_data), amp_dtype, device.type, distributed.world_size)
     return (f'model: {model.num_params() / 1e6:.2f} M parameters, {memory.format_estimate(parts)}\n'
             f'data: {describe_data(train_data, config)}')
 
@@ -804,7 +804,7 @@ def advise_on_memorizing(losses, config):
 
     losses: [(train loss, val loss)] of all evaluations so far, this one included.
     """
-    # Only the first time: a run that goes on memorizing is told once
+    # Give this advice only once, when memorizing begins
     first = None
     for n in range(2, len(losses) + 1):
         if has_begun_to_memorize(losses[:n]):

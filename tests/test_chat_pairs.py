@@ -191,7 +191,7 @@ def test_an_empty_file_gets_no_line(chatty, tmp_path):
     assert out == ''
 
 
-def test_the_largest_seed_is_one_for_any_number_of_lines(chatty):
+def test_seeds_of_later_batches_wrap_around(chatty):
     options = ['--out_dir=out/s2s', '--device=cpu', '--max_new_tokens=3', f'--seed={2**63 - 1}']
     out, _ = chatty.run('sample.py', *options, '--lines', '--start=' + 'ba\n' * 33)
     assert out.count('\n') == 33

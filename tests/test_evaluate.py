@@ -137,7 +137,6 @@ def test_bleu_in_training(model_of_replies, capsys):
     assert out.count('  -> ') == 3 and 'BLEU 100.00 of 6 replies\n' in out
 
 
-
 def test_bleu_in_training_can_be_stopped(model_of_replies, capsys):
     model, asked = model_of_replies
     config = {'eval_bleu': 6, 'num_beams': 2, 'length_penalty': 1.2, 'bleu_tokenize': 'auto'}

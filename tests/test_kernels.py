@@ -165,7 +165,6 @@ def test_squared_relu_and_its_gradient_are_the_plain_formulas_to_the_bit(dtype):
     assert torch.equal(got[1], want[1])
 
 
-
 @pytest.mark.parametrize('shape_name, who', CASES)
 def test_plain_attention_equals_pytorchs(shape_name, who):
     inputs, options = random_attention(shape_name, who)

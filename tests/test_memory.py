@@ -53,6 +53,15 @@ def test_estimate_of_activations_is_right_to_a_third(switches, block_size):
     assert 0.67 < estimated / kept < 1.5
 
 
+def test_processes_hold_gradients_twice():
+    """DistributedDataParallel's buckets, and the sum of micro-batches beside them."""
+    config = GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=1, n_embd=16)
+    alone = memory.estimate(config, 1000, 0, 16, torch.float32, 'cpu')
+    together = memory.estimate(config, 1000, 0, 16, torch.float32, 'cpu', world_size=2)
+    assert together.pop('gradients') == 2 * alone.pop('gradients') == 8000
+    assert together == alone
+
+
 def read_table(output):
     """The numbers of a Markdown table that follows a line of text: a list of rows."""
     rows = []

@@ -580,6 +580,8 @@ def test_a_model_whose_heads_do_not_divide_its_width_is_refused():
 def test_compiled_blocks_have_the_same_loss_and_gradients(name):
     """As train.py compiles them: in bfloat16, more queries than one block of causal attention."""
     models = []
+    graphs = torch._dynamo.utils.counters['stats']
+    graphs_before = graphs['unique_graphs']
     for compiled in (False, True):
         torch.manual_seed(0)
         model = GPT(GPTConfig(block_size=300, vocab_size=23, n_layer=2, n_head=2, n_embd=64,
@@ -591,9 +593,11 @@ def test_compiled_blocks_have_the_same_loss_and_gradients(name):
             _, loss = model(idx, idx)
         loss.backward()
         models.append((loss, model))
+    assert graphs['unique_graphs'] > graphs_before  # something was compiled
     (loss, model), (compiled_loss, compiled_model) = models
     torch.testing.assert_close(compiled_loss, loss, atol=0.01, rtol=0)
-    for (name, p), compiled_p in zip(model.named_parameters(), compiled_model.parameters()):
+    for (parameter, p), compiled_p in zip(model.named_parameters(), compiled_model.parameters()):
         # PyTorch's own LayerNorm sums its weights' gradients in bfloat16, and loses some of them
-        limit = 0.05 if p.ndim > 1 else 0.3
-        assert (compiled_p.grad - p.grad).norm() < limit * p.grad.norm(), name
+        is_layer_norm = name == 'gpt2' and p.ndim == 1
+        limit = 0.3 if is_layer_norm else 0.05
+        assert (compiled_p.grad - p.grad).norm() < limit * p.grad.norm(), parameter

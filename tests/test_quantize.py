@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig, Head, Seq2Seq, Seq2SeqConfig
 from pocket.generate import beam_search, new_cache
+from pocket.kernels import cpu_has
 from pocket.native import load_library
 from pocket.quantize import Bfloat16Linear, Int8Linear, prepare_for_decoding
 from pocket.tokenizer import make_tokenizer
@@ -74,8 +75,9 @@ def test_packed_equals_plain(linear, where):
     """For any number of rows, which decides how the weights are arranged."""
     linear = linear.to(torch.bfloat16)
     packed = Bfloat16Linear(linear)
+    assert (packed.library is not None) == (where == 'in C' and cpu_has('avx512_bf16'))
     with torch.no_grad():
-        for rows in ((1,), (2, 40), (1, 1), (3, 1), (2, 40), (1,), (16,), (17,)):
+        for rows in ((1,), (2, 40), (1, 1), (3, 1), (3, 1), (2, 40), (1,), (17,), (17,), (1,)):
             x = torch.randn(*rows, linear.in_features).bfloat16()
             torch.testing.assert_close(packed(x), linear(x), atol=0.02, rtol=0.02)
 
@@ -85,6 +87,7 @@ def test_packed_applies_a_gelu_to_its_results(where):
     linear = nn.Linear(200, 300).to(torch.bfloat16)
     packed = Bfloat16Linear(linear)
     packed.activation = 'gelu'
+    assert (packed.library is not None) == (where == 'in C' and cpu_has('avx512_bf16'))
     with torch.no_grad():
         for rows in (1, 3, 40):
             x = 3 * torch.randn(rows, 200).bfloat16()  # results from -6 to 6
@@ -94,21 +97,22 @@ def test_packed_applies_a_gelu_to_its_results(where):
 
 
 @needs_bfloat16
+@pytest.mark.parametrize('texts', [1, 2])
 @pytest.mark.parametrize('bits, limit', [(None, 0.02), (8, 0.05)])
-def test_model_in_bfloat16_with_its_float32_cache(gpt, token_ids, bits, limit):
+def test_model_in_bfloat16_with_its_float32_cache(gpt, token_ids, bits, limit, texts):
     """Logits, read in pieces, are those of the plain model, to what bfloat16 and 8 bits hold."""
-    idx = token_ids[1][:24].view(2, 12)
+    idx = token_ids[1][:12 * texts].view(texts, 12)
     with torch.inference_mode():
         want = gpt(idx)[0]
         prepare_for_decoding(gpt.to(torch.bfloat16), bits)
-        cache = new_cache(gpt, 2, 12)
+        cache = new_cache(gpt, texts, 12)
         assert cache.k.dtype == torch.float32
         pieces = idx.split((5, 1, 1, 5), dim=1)
         got = torch.cat([gpt(piece, cache=cache)[0] for piece in pieces], dim=1)
     assert (got - want).norm() < limit * want.norm()
 
 
-def test_only_bfloat16_on_a_cpu_is_packed():
+def test_only_bfloat16_on_a_cpu_is_replaced():
     linear = nn.Sequential(nn.Linear(8, 8))
     assert type(prepare_for_decoding(linear)[0]) is nn.Linear
     linear.to(torch.bfloat16)

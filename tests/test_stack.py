@@ -78,8 +78,9 @@ def test_tokens_through_the_stack_equal_the_blocks(name, B, pad):
 
 
 @needs_compiler
+@pytest.mark.parametrize('prompts', [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8]]])
 @pytest.mark.parametrize('bits', [8, None])
-def test_greedy_text_is_that_of_the_blocks(bits, monkeypatch):
+def test_greedy_text_is_that_of_the_blocks(bits, prompts, monkeypatch):
     """With 8 bits, and in bfloat16, where the processor has it."""
     if bits is None and not cpu_has_bfloat16:
         pytest.skip('this CPU has no bfloat16')
@@ -94,7 +95,6 @@ def test_greedy_text_is_that_of_the_blocks(bits, monkeypatch):
             model.bfloat16()
         prepare_for_decoding(model, bits)
         assert isinstance(model.transformer.h[0], DecodingStack) == is_stacked
-        prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
         texts.append(model.generate(prompts, 20, temperature=0))  # beyond block_size
     assert texts[0] == texts[1]
 
