@@ -569,13 +569,14 @@ LONG_RUN_FLOP = 1e14
 LONG_RUN_MINUTES = 5
 
 
-def is_long_run(model, train_data, config):
+def is_worth_compiling(model, train_data, config):
     """Whether the time that compilation takes on a CPU is repaid.
 
-    Only for plain text: batches of pairs and conversations have many shapes, each of which would
-    be compiled. The whole run counts, so that a resumed one computes as it did before.
+    It is in long runs of models with rotary positions; GPT-2's architecture gains nothing. And only
+    for plain text: batches of pairs and conversations have many shapes, each of which would be
+    compiled. The whole run counts, so that a resumed one computes as it did before.
     """
-    if not isinstance(train_data, Stream):
+    if not isinstance(train_data, Stream) or model.config.pos != 'rotary':
         return False
     if config['max_minutes'] is not None:
         return config['max_minutes'] >= LONG_RUN_MINUTES

@@ -432,18 +432,20 @@ def test_compile_is_tried_on_a_cpu_in_a_long_run(project):
 
 @pytest.fixture
 def gpt():
-    return GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=2, n_head=1, n_embd=4))
+    return GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=2, n_head=1, n_embd=4, pos='rotary'))
 
 
 @pytest.mark.parametrize('max_iters, max_minutes, expected', [
     (100, None, False), (10**6, None, True), (10**6, 4, False), (1, 5, True)])
-def test_what_is_a_long_run(gpt, max_iters, max_minutes, expected):
+def test_what_is_worth_compiling(gpt, max_iters, max_minutes, expected):
     config = {'max_iters': max_iters, 'max_minutes': max_minutes, 'batch_size': 100,
               'gradient_accumulation_steps': 10, 'block_size': 100}
     text = Stream.__new__(Stream)
-    assert training.is_long_run(gpt, text, config) is expected
+    assert training.is_worth_compiling(gpt, text, config) is expected
     pairs = Pairs.__new__(Pairs)
-    assert not training.is_long_run(gpt, pairs, config)
+    assert not training.is_worth_compiling(gpt, pairs, config)
+    gpt.config.pos = 'learned'
+    assert not training.is_worth_compiling(gpt, text, config)
 
 
 def test_compile_that_was_asked_for_and_fails_ends_the_run(project):
