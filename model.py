@@ -129,9 +129,9 @@ def scale_frequencies(frequencies, scaling):
 def plain_rotate(x, cos, sin):
     """Rotary positions: turn each pair of channels (i, i + D/2) of a head by its position's angle.
 
-    x: (B, T, H, D); cos, sin: (T, 1, D/2), (T, H, D/2) or (B, T, 1, D/2). The product of a rotated
-    query and a rotated key depends on their positions only through the distance between them.
-    Su et al. 2021, https://arxiv.org/abs/2104.09864
+    x: (B, T, H, D); cos, sin: (T, H, D/2) or (B, T, H, D/2), or with 1 for H. The product of a
+    rotated query and a rotated key depends on their positions only through the distance between
+    them. Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
