@@ -3,7 +3,8 @@ The models, in one file to read from top to bottom: norms, attention, MLP, block
 then the two models built from them. GPT continues a text; Seq2Seq reads one and writes another.
 
 Formulas are written out plainly. Where that is slow, the line after them swaps in a faster version
-from pocket/kernels.py. How text is generated: pocket/generate.py.
+from pocket/kernels.py, or `if fused.can_…` hands them to C: see pocket/fused.py. How text is
+generated: pocket/generate.py.
 
   GPT-2        Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/model.py
   Transformer  Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pocket import kernels
+from pocket import fused, kernels
 from pocket.generate import generate
 from pocket.kernels import Dropout  # nn.Dropout, but faster on a CPU
 
@@ -34,6 +35,18 @@ from pocket.kernels import Dropout  # nn.Dropout, but faster on a CPU
 # Norms keep activations at a consistent scale
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / standard deviation(x) * weight + bias over the last dimension.
+
+    Ba et al. 2016, https://arxiv.org/abs/1607.06450
+    """
+
+    def forward(self, x):
+        if fused.can_fuse(x):
+            return fused.norm(x, self.weight, self.bias, self.eps, is_layer_norm=True)
+        return super().forward(x)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²)) * weight over the last dimension: LayerNorm without centering or bias.
 
@@ -46,6 +59,8 @@ class RMSNorm(nn.Module):
         self.eps = eps  # keeps the division finite
 
     def forward(self, x):
+        if fused.can_fuse(x):
+            return fused.norm(x, self.weight, None, self.eps, is_layer_norm=False)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=self.eps)
 
 
@@ -53,7 +68,7 @@ def make_norm(config):
     """The norm named by config.norm, n_embd wide."""
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    return LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,20 +141,14 @@ def scale_frequencies(frequencies, scaling):
     return (1 - keep) * frequencies / factor + keep * frequencies
 
 
-def plain_rotate(x, cos, sin):
+def rotate(x, cos, sin):
     """Rotary positions: turn each pair of channels (i, i + D/2) of a head by its position's angle.
 
-    x: (B, T, H, D); cos, sin: (T, H, D/2) or (B, T, H, D/2), or with 1 for H. The product of a
-    rotated query and a rotated key depends on their positions only through the distance between
-    them. Su et al. 2021, https://arxiv.org/abs/2104.09864
+    x: (B, T, H, D); cos, sin: (T, 1, D/2) or (B, T, 1, D/2). The product of a rotated query and a
+    rotated key depends on their positions only through the distance between them. Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-# The same, faster on a CPU
-rotate = kernels.rotate
-# rotate = plain_rotate
 
 
 def normalize(x, norm=None):
@@ -202,17 +211,21 @@ class Attention(nn.Module):
 
     def project_self(self, x, rope, cache):
         """Queries (B, H, T, D), and keys and values (B, n_kv_head, S, D) of all tokens so far."""
-        q, k, v = self.c_attn(x).split((self.q_width, self.kv_width, self.kv_width), dim=2)
-        q = self.split_heads(q)  # (B, T, H, D)
-        k = self.split_heads(k)  # (B, T, n_kv_head, D)
-        v = self.split_heads(v)
-        if self.qk_norm:
-            q = normalize(q, self.q_norm)
-            k = normalize(k, self.k_norm)
-        if rope is not None:
-            q = rotate(q, *rope)
-            k = rotate(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens
+        qkv = self.c_attn(x)  # (B, T, (H + 2 n_kv_head) * D)
+        if fused.can_split_heads(qkv, self, rope):
+            q, k, v = fused.split_heads(qkv, self, rope)
+        else:
+            q, k, v = qkv.split((self.q_width, self.kv_width, self.kv_width), dim=2)
+            q = self.split_heads(q)  # (B, T, H, D)
+            k = self.split_heads(k)  # (B, T, n_kv_head, D)
+            v = self.split_heads(v)
+            if self.qk_norm:
+                q = normalize(q, self.q_norm)
+                k = normalize(k, self.k_norm)
+            if rope is not None:
+                q = rotate(q, *rope)
+                k = rotate(k, *rope)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens
         if cache is None:
             return q, k, v
 
@@ -273,7 +286,7 @@ class MLP(nn.Module):
     def activate(self, x):
         """Apply the nonlinearity named by config.act."""
         if self.act == 'gelu':  # GPT-2's
-            return F.gelu(x, approximate='tanh')
+            return kernels.gelu(x)
         if self.act == 'gelu_erf':
             return F.gelu(x)
         if self.act == 'relu':  # the 2017 paper's
@@ -297,6 +310,8 @@ def shift_tokens(x, cache=None, module=None, is_first=None):
     zeros. cache: keeps the last token's half for the `module` that asks. is_first: (B, T, 1)
     bool, True at the first real token of a padded row, or None.
     """
+    if cache is None and is_first is None and fused.can_fuse(x):
+        return fused.shift_tokens(x)
     half, rest = x.chunk(2, dim=-1)  # (B, T, C/2) each
     previous = half.new_zeros(half[:, :1].shape)  # (B, 1, C/2)
     if cache is not None:
@@ -498,12 +513,6 @@ class Transformer(nn.Module):
         """(cos, sin) for rotate() at positions (T,) or (B, T)."""
         cos = self.cos[position].to(dtype)[..., None, :]  # (T, 1, D/2): the same for all heads
         sin = self.sin[position].to(dtype)[..., None, :]
-        heads = self.config.n_head
-        is_cpu = self.cos.device.type == 'cpu'
-        if self.training and is_cpu and self.config.num_kv_heads == heads:
-            # A row for each head: a CPU is faster at products of tensors of the same shape
-            cos = cos.repeat_interleave(heads, dim=-2)  # (T, H, D/2)
-            sin = sin.repeat_interleave(heads, dim=-2)
         return cos, sin
 
 

@@ -99,7 +99,7 @@ sample_min_p = 0.0                 # [0, 1) min_p of samples, also sample.py's d
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matmuls, not of weights
-compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA, in some long CPU runs
+compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA; never on a CPU
 config, explicit = configure(__file__, globals())  # {option: value}, {option: where it was set}
 
 # --------------------------------------------------------------------------------------------------
@@ -232,8 +232,7 @@ def try_step(model):
 
 # Compile, if it pays off, and try a step, because errors only show up there
 raw_model = model  # neither compiled nor wrapped: for saving and sampling
-worth_it = training.is_worth_compiling(model, train_data, config)
-model, compile_note = training.compile_or_stay_eager(model, compile, device, try_step, worth_it)
+model, compile_note = training.compile_or_stay_eager(model, compile, device, try_step)
 print(f'mode: {compile_note}', flush=True)
 
 # Share the work among processes

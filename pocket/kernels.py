@@ -3,8 +3,8 @@ Faster versions of formulas in model.py, mainly for CPUs. tests/test_kernels.py 
 against its formula.
 
     Dropout           nn.Dropout, from random bytes instead of a Bernoulli number per element
-    squared_relu      F.relu(x).square(), with a backward pass of one operation instead of four
-    rotate            rotary positions: plain_rotate() in model.py
+    squared_relu      F.relu(x).square()
+    gelu              F.gelu(x, approximate='tanh')
     attention         softmax(q kᵀ / √D) v: plain_attention() in model.py
     cross_entropy     loss and gradient in slices of rows: plain_cross_entropy() in model.py
     loss_and_correct  such slices for validation, which also count correct predictions
@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from pocket import fused
 
 # --------------------------------------------------------------------------------------------------
 # Dropout
@@ -58,73 +60,21 @@ class Dropout(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Squared ReLU
-
-
-def is_eager_on_cpu(x):
-    """Whether operations run one by one on a CPU. GPUs are faster, and a compiler fuses them."""
-    return x.device.type == 'cpu' and not torch.compiler.is_compiling()
+# Nonlinearities
 
 
 def squared_relu(x):
-    """F.relu(x).square(), bit for bit, and so is its gradient as long as that is finite."""
-    if is_eager_on_cpu(x):
-        return SquaredReLU.apply(x)
+    """F.relu(x).square()"""
+    if fused.can_fuse(x):
+        return fused.activate(x, 'squared_relu')
     return F.relu(x).square()
 
 
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)². Its gradient is 2 relu(x), which needs no look at the sign of x."""
-
-    @staticmethod
-    def forward(ctx, x):
-        rectified = F.relu(x)
-        ctx.save_for_backward(rectified)
-        return rectified.square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (rectified,) = ctx.saved_tensors
-        zero = grad.new_zeros(()).expand_as(grad)  # takes no memory
-        return torch.addcmul(zero, grad, rectified, value=2)  # grad * rectified * 2, in one pass
-
-
-# --------------------------------------------------------------------------------------------------
-# Rotary positions
-
-
-def rotate(x, cos, sin):
-    """Turn pairs of channels, as plain_rotate() in model.py does; the result has the dtype of x."""
-    if is_eager_on_cpu(x):
-        return Rotation.apply(x, cos.to(x.dtype), sin.to(x.dtype))
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-class Rotation(torch.autograd.Function):
-    """rotate() without temporary tensors. Its gradient is rotated by the opposite angles."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return Rotation.turn(x, cos, sin, direction=1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return Rotation.turn(grad, cos, sin, direction=-1), None, None
-
-    @staticmethod
-    def turn(x, cos, sin, direction):
-        """(a cos - b sin, b cos + a sin), for direction -1 with the opposite sign of sin."""
-        a, b = x.chunk(2, dim=-1)
-        turned = torch.empty(x.shape, dtype=x.dtype)
-        turned_a, turned_b = turned.chunk(2, dim=-1)
-        torch.mul(a, cos, out=turned_a)
-        turned_a.addcmul_(b, sin, value=-direction)
-        torch.mul(b, cos, out=turned_b)
-        turned_b.addcmul_(a, sin, value=direction)
-        return turned
+def gelu(x):
+    """GELU in the tanh form, GPT-2's."""
+    if fused.can_fuse(x):
+        return fused.activate(x, 'gelu')
+    return F.gelu(x, approximate='tanh')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,6 +113,8 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     if is_fused_faster(q, S):
         p = dropout.p if dropout is not None and dropout.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
+    if fused.can_attend(q, mask, dropout):
+        return fused.attention(q, k, v, mask, is_causal)
     if not is_causal:
         return attend_block(q, k, v, mask, dropout=dropout)
 

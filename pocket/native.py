@@ -1,9 +1,10 @@
 """
-C functions for what PyTorch has no quick operation for: pocket/native.c, compiled at first use.
+C functions for what PyTorch has no quick operation for, compiled at first use: pocket/native.c for
+generating, pocket/native_training.c for training.
 
-The C compiler of the machine compiles it when it is first needed, which takes a second, and the
-result is cached. Without a compiler, load_library() returns None and callers fall back to PyTorch:
-slower, but with the same results up to rounding. CC=none, or any name that is not a program,
+The machine's C compiler takes about two seconds for them, and the result is cached. Without a
+compiler, load_library() returns None and callers fall back to PyTorch: slower, but with the same
+results up to rounding. CC=none, or any name that is not a program,
 turns C off.
 """
 import ctypes
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import torch  # noqa: F401 - it brings OpenMP, whose threads native.c shares
 
-SOURCE = Path(__file__).with_name('native.c')
+SOURCES = [Path(__file__).with_name(name) for name in ('native.c', 'native_training.c')]
+HEADER = Path(__file__).with_name('native.h')
 FLAGS = (
     '-O3', '-march=native', '-fPIC',
     # Sums may be computed in any order, nobody looks at errno, and no number is infinite: that
@@ -28,6 +30,7 @@ FLAGS = (
 )
 POINTER = ctypes.c_void_p
 INT = ctypes.c_int
+LONG = ctypes.c_long
 FLOAT = ctypes.c_float
 # The longest array that native.c may put on a thread's stack: as float32 it takes 1 MB, and no
 # function needs more than that at once. Stacks have 8 MB on Linux. An untrusted file decides how
@@ -64,18 +67,47 @@ class Heads(ctypes.Structure):
                 ('k_norm', POINTER)]
 
 
-ARGUMENTS = {  # of the functions in native.c; structs are given as pointers, too
+class NormLayer(ctypes.Structure):
+    """A LayerNorm or RMSNorm in training."""
+    _fields_ = [('width', INT), ('is_layer_norm', INT), ('is_bfloat16', INT), ('eps', FLOAT),
+                ('weight', POINTER), ('bias', POINTER)]
+
+
+class HeadShape(ctypes.Structure):
+    """H query heads and G key-value heads of T tokens in each of B texts."""
+    _fields_ = [('B', INT), ('T', INT), ('H', INT), ('G', INT), ('D', INT), ('is_normed', INT),
+                ('is_bfloat16', INT), ('cos', POINTER), ('sin', POINTER)]
+
+
+class ScoreShape(ctypes.Structure):
+    """Attention scores (matrices, T, S)."""
+    _fields_ = [('matrices', LONG), ('T', INT), ('S', INT), ('first', INT), ('is_bfloat16', INT),
+                ('scale', FLOAT), ('mask', POINTER), ('first_matrix', LONG), ('H', INT)]
+
+
+ACTIVATIONS = {'squared_relu': 0, 'gelu': 1}  # an enum in native_training.c
+
+ARGUMENTS = {  # of the functions in C; structs are given as pointers, too
     'multiply_bfloat16': [POINTER] * 3 + [INT],
     'multiply_int8': [POINTER] * 3 + [INT],
     'add_and_norm': [POINTER] * 5,
     'swiglu': [POINTER] * 3 + [INT],
     'attend': [POINTER] * 6,
+    'norm': [POINTER] * 3 + [LONG],
+    'norm_gradient': [POINTER] * 5 + [LONG, INT],
+    'split_heads': [POINTER] * 5,
+    'split_heads_gradient': [POINTER] * 6,
+    'softmax': [POINTER] * 2,
+    'softmax_gradient': [POINTER] * 3,
+    'activate': [INT] + [POINTER] * 2 + [LONG, INT],
+    'activate_gradient': [INT] + [POINTER] * 3 + [LONG, INT],
+    'shift_tokens': [POINTER] * 2 + [LONG] + [INT] * 4,
 }
 
 
 @lru_cache(maxsize=1)
 def load_library():
-    """The functions of native.c as a ctypes library, or None if they can't be compiled here."""
+    """The functions of both files as a ctypes library, or None if they can't be compiled here."""
     command = os.environ.get('CC', '').split() or ['cc']  # CC may have arguments: ccache gcc
     program = shutil.which(command[0])
     if program is None:
@@ -93,7 +125,7 @@ def load_library():
 
 
 def open_library(path):
-    """Load a compiled native.c and declare its functions' types.
+    """Load what was compiled and declare its functions' types.
 
     Raises OSError or AttributeError.
     """
@@ -106,13 +138,14 @@ def open_library(path):
 
 
 def compiled(compiler, flags):
-    """The path of the compiled native.c, from the cache or new.
+    """The path of the compiled library, from the cache or new.
 
     compiler: a tuple of its path and its arguments. Raises OSError, SubprocessError, or
     RuntimeError if there is no home folder.
     """
     # What was compiled for one processor may not run on another that shares the home folder
-    key = repr((SOURCE.read_bytes(), compiler, flags, describe_processor()))
+    code = [path.read_bytes() for path in (HEADER, *SOURCES)]
+    key = repr((code, compiler, flags, describe_processor()))
     name = f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'pocketgpt').expanduser()
     path = cache / name
@@ -121,12 +154,14 @@ def compiled(compiler, flags):
 
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        object_file = str(Path(folder, 'native.o'))
+        objects = []
+        for source in SOURCES:
+            objects.append(str(Path(folder, source.stem + '.o')))
+            run(*compiler, *flags, '-c', str(source), '-o', objects[-1])
         built = Path(folder, name)
-        run(*compiler, *flags, '-c', str(SOURCE), '-o', object_file)
         # Linked without -fopenmp, which would bring a second OpenMP: PyTorch's is already loaded,
         # with its threads
-        run(*compiler, '-shared', object_file, '-o', str(built), '-lm')
+        run(*compiler, '-shared', *objects, '-o', str(built), '-lm')
         os.replace(built, path)  # atomically: others may be doing the same
     return path
 

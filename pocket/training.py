@@ -10,13 +10,11 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from model import Block
 from pocket import checkpoint, distributed, memory, plot
 from pocket.checkpoint import CHANGEABLE_IN_MODEL, MODELS, check_config, resume_config
 from pocket.configurator import check_ranges, read_options
@@ -25,6 +23,7 @@ from pocket.datasets import find_run
 from pocket.errors import OUT_OF_MEMORY, Output, UserError
 from pocket.evaluate import check_bleu_options
 from pocket.files import ROOT, atomic_write, back_up, find_path, lock, short_path
+from pocket.native import load_library
 from pocket.template import check_template, reply_start_ids, template_from_dict
 from pocket.tokenizer import UnknownCharacters, tokenizer_from_dict
 
@@ -564,46 +563,25 @@ def rank_ids_by_frequency(model, train_data):
     model.lm_head.rank[order] = torch.arange(len(order))
 
 
-# Compiling takes 20 s on a CPU, 5 s if it is cached. Runs at least this long earn that back
-LONG_RUN_FLOP = 1e14
-LONG_RUN_MINUTES = 5
-
-
-def is_worth_compiling(model, train_data, config):
-    """Whether the time that compilation takes on a CPU is repaid.
-
-    It is in long runs of models with rotary positions; GPT-2's architecture gains nothing. And only
-    for plain text: batches of pairs and conversations have many shapes, each of which would be
-    compiled. The whole run counts, so that a resumed one computes as it did before.
-    """
-    if not isinstance(train_data, Stream) or model.config.pos != 'rotary':
-        return False
-    if config['max_minutes'] is not None:
-        return config['max_minutes'] >= LONG_RUN_MINUTES
-    tokens_per_step = (
-        config['batch_size'] * config['gradient_accumulation_steps'] * config['block_size'])
-    tokens = config['max_iters'] * tokens_per_step
-    return 6 * model.num_params() * tokens >= LONG_RUN_FLOP  # forward and backward, no attention
-
-
-def compile_or_stay_eager(model, mode, device, try_step, worth_it=False):
+def compile_or_stay_eager(model, mode, device, try_step):
     """(model, description): compiled by torch.compile if mode asks for it and it works here.
 
-    mode: True, False or 'auto': always on CUDA, on a CPU if it is worth_it, never on MPS.
-    try_step(model): a forward and backward pass, at which compilation happens; if it fails there,
-    training can still run eager.
+    mode: True, False or 'auto', which means on CUDA. On a CPU nothing is compiled, as it would
+    gain nothing: pocket/fused.py has in C what a compiler would fuse. try_step(model): a forward
+    and backward pass, at which compilation happens; if it fails there, training can still run
+    eager.
     """
     if mode is False:
         return model, 'eager'
-    pays_off = device.type == 'cuda' or (device.type == 'cpu' and worth_it)
-    if mode == 'auto' and not pays_off:
-        return model, 'eager (compilation takes long to pay off here; --compile tries it)'
+    if device.type == 'cpu' and load_library() is None:
+        return model, 'eager (a C compiler, such as gcc, would make it faster)'
+    if device.type == 'cpu':
+        return model, 'eager (operations between the matrix products run in C)'
+    if mode == 'auto' and device.type != 'cuda':
+        return model, 'eager (--compile tries torch.compile)'
     print('compiling the model …', flush=True)
     try:
-        if device.type == 'cpu':
-            compiled = compile_blocks(model)
-        else:
-            compiled = torch.compile(model)
+        compiled = torch.compile(model)
         try_step(compiled)
         return compiled, 'compiled'
     except UserError:  # of the data: it is no fault of the compiler
@@ -614,43 +592,9 @@ def compile_or_stay_eager(model, mode, device, try_step, worth_it=False):
         if mode is True:
             reason = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
             raise UserError(f'--compile does not work here ({reason}); omit it') from None
-        for block in blocks_of(model):
-            vars(block).pop('forward', None)  # the class's own method again
         return model, f'eager (compiling failed: {type(e).__name__})'
     finally:
         model.zero_grad(set_to_none=True)
-
-
-def compile_blocks(model):
-    """The same model, whose blocks compute with compiled code in training.
-
-    All layers share the compiled code, so it takes half as long as compiling a whole model, and is
-    as fast on a CPU. Evaluation and sampling stay eager: each of their shapes would have to be
-    compiled.
-    """
-    # PyTorch warns that it traces cached functions, such as causal_bias(), instead of calling them
-    warnings.filterwarnings('ignore', message='Dynamo detected a call to a `functools.lru_cache`')
-    for block in blocks_of(model):
-        block.forward = compiled_in_training(block)
-    return model
-
-
-def compiled_in_training(block):
-    """block.forward(), compiled for training only."""
-    eager = block.forward
-    compiled = torch.compile(eager)
-
-    def forward(*args):
-        if block.training:
-            return compiled(*args)
-        return eager(*args)
-
-    return forward
-
-
-def blocks_of(model):
-    """The Blocks of a model: its layers."""
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def largest_micro_batch(config, train_data):

@@ -8,7 +8,6 @@ The encoder-decoder is in test_seq2seq.py, attention and loss by themselves are 
 models with random switches in test_properties.py.
 """
 import math
-import shutil
 
 import pytest
 import torch
@@ -22,13 +21,12 @@ from model import (
     Context,
     GPTConfig,
     RMSNorm,
-    plain_rotate,
     position_angles,
+    rotate,
     shift_tokens,
 )
 from pocket.checkpoint import check_config
 from pocket.generate import new_cache, pad_left, window_length
-from pocket.training import compile_blocks
 
 SWITCHES = {
     'gpt2': {},
@@ -106,28 +104,13 @@ def test_rotary_depends_on_distance_only():
     def turn(x, position):
         cos = angles[position].cos().view(1, 1, 4)
         sin = angles[position].sin().view(1, 1, 4)
-        return plain_rotate(x.view(1, 1, 1, 8), cos, sin).flatten()
+        return rotate(x.view(1, 1, 1, 8), cos, sin).flatten()
 
     def score(i, j):
         return turn(q, i) @ turn(k, j)
 
     assert torch.allclose(score(5, 2), score(38, 35), atol=1e-5)
     assert not torch.allclose(score(5, 2), score(5, 3), atol=1e-3)
-
-
-@pytest.mark.parametrize('n_kv_head, rows', [(4, 4), (2, 1)])
-def test_rotary_tables_of_training_change_nothing(n_kv_head, rows):
-    """In training each head has its own row of the tables, because that is faster."""
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=7, vocab_size=11, n_layer=2, n_head=4, n_kv_head=n_kv_head,
-                       n_embd=16, pos='rotary')
-    model = GPT(config)
-    idx = torch.randint(0, 11, (2, 7))
-    cos, sin = model.transformer.rotary_positions(torch.arange(7), torch.float32)
-    assert cos.shape == sin.shape == (7, rows, 2)
-    trained = model.transformer(idx)
-    model.eval()
-    assert torch.equal(model.transformer(idx), trained)
 
 
 def test_token_shift_takes_half_of_the_channels_from_the_token_before():
@@ -568,36 +551,3 @@ def test_all_that_is_wrong_with_a_config_is_said_at_once():
 def test_a_model_whose_heads_do_not_divide_its_width_is_refused():
     with pytest.raises(AssertionError, match='n_embd must be divisible by n_head'):
         GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_embd=16, n_head=3))
-
-
-# --------------------------------------------------------------------------------------------------
-# Compiled blocks
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
-@pytest.mark.parametrize('name', ['gpt2', 'modern', 'swiglu'])
-def test_compiled_blocks_have_the_same_loss_and_gradients(name):
-    """As train.py compiles them: in bfloat16, more queries than one block of causal attention."""
-    models = []
-    graphs = torch._dynamo.utils.counters['stats']
-    graphs_before = graphs['unique_graphs']
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=300, vocab_size=23, n_layer=2, n_head=2, n_embd=64,
-                              **SWITCHES[name]))
-        if compiled:
-            compile_blocks(model)
-        idx = torch.randint(23, (2, 300))
-        with torch.autocast('cpu', torch.bfloat16):
-            _, loss = model(idx, idx)
-        loss.backward()
-        models.append((loss, model))
-    assert graphs['unique_graphs'] > graphs_before  # something was compiled
-    (loss, model), (compiled_loss, compiled_model) = models
-    torch.testing.assert_close(compiled_loss, loss, atol=0.01, rtol=0)
-    for (parameter, p), compiled_p in zip(model.named_parameters(), compiled_model.parameters()):
-        # PyTorch's own LayerNorm sums its weights' gradients in bfloat16, and loses some of them
-        is_layer_norm = name == 'gpt2' and p.ndim == 1
-        limit = 0.3 if is_layer_norm else 0.05
-        assert (compiled_p.grad - p.grad).norm() < limit * p.grad.norm(), parameter

@@ -1,0 +1,298 @@
+"""
+What a Transformer does between its matrix products, on a CPU, with gradients: each a function in C
+(pocket/native_training.c) instead of up to ten operations of PyTorch.
+
+model.py and pocket/kernels.py use these where can_fuse() says so, and plain PyTorch elsewhere.
+Inputs may be bfloat16 or float32; within a function all is float32. tests/test_fused.py checks
+every function and its gradient against plain PyTorch in float64.
+"""
+import ctypes
+import math
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pocket.native import (
+    ACTIVATIONS,
+    LARGEST_ARRAY,
+    HeadShape,
+    NormLayer,
+    ScoreShape,
+    load_library,
+    pointer,
+)
+
+PARTS = 64  # of the rows: gradients of a norm's weights are sums over each of them
+CHUNK_SCORES = 2**19  # attention scores per thread at once: in bfloat16 they fit a core's cache
+QUERY_BLOCK = 256  # queries at once in causal attention: later keys are never multiplied
+
+
+def can_fuse(x):
+    """Whether the functions below can take a tensor: on a CPU, with a C compiler."""
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float32) or x.size(-1) > LARGEST_ARRAY:
+        return False
+    return load_library() is not None
+
+
+def call(name, *arguments):
+    """A function of native_training.c. Tensors and structs are given by their addresses."""
+    converted = []
+    for argument in arguments:
+        if torch.is_tensor(argument):
+            assert argument.is_contiguous()
+            argument = argument.data_ptr()
+        elif isinstance(argument, ctypes.Structure):
+            argument = ctypes.addressof(argument)
+        converted.append(argument)
+    getattr(load_library(), name)(*converted)
+
+
+def is_bfloat16(x):
+    return x.dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms
+
+
+def norm(x, weight, bias, eps, is_layer_norm):
+    """LayerNorm, or RMSNorm, of x (..., C). weight, bias: (C,) or None."""
+    return Norm.apply(x, weight, bias, eps, is_layer_norm)
+
+
+class Norm(Function):
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, is_layer_norm):
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = eps, is_layer_norm
+        y = torch.empty_like(x)
+        layer, kept = norm_layer(x, weight, bias, eps, is_layer_norm)
+        call('norm', layer, x, y, x.numel() // x.size(-1))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        sums = torch.empty(PARTS, 2, x.size(-1))
+        layer, kept = norm_layer(x, weight, bias, *ctx.options)
+        call('norm_gradient', layer, x, dy.contiguous(), dx, sums, x.numel() // x.size(-1), PARTS)
+        dweight, dbias = sums.sum(0)
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        dbias = None if bias is None else dbias.to(bias.dtype)
+        return dx, dweight, dbias, None, None
+
+
+def norm_layer(x, weight, bias, eps, is_layer_norm):
+    """The C struct, and the tensors that it points to, which have to be kept."""
+    kept = [None if parameter is None else parameter.float().contiguous()
+            for parameter in (weight, bias)]
+    layer = NormLayer(x.size(-1), is_layer_norm, is_bfloat16(x), eps, *map(pointer, kept))
+    return layer, kept
+
+
+# --------------------------------------------------------------------------------------------------
+# Queries, keys and values
+
+
+def can_split_heads(qkv, attn, rope):
+    """Whether split_heads() has what an Attention does: not QK-norm with weights, nor padding."""
+    if attn.q_norm is not None or not can_fuse(qkv):
+        return False
+    return rope is None or rope[0].dim() == 3
+
+
+def split_heads(qkv, attn, rope):
+    """q (B, H, T, D), k and v (B, n_kv_head, T, D) from qkv (B, T, (H + 2 n_kv_head) * D).
+
+    attn: the Attention whose heads these are. rope: (cos, sin), each (T, 1, D / 2), or None.
+    """
+    cos, sin = (None, None) if rope is None else rope
+    n_head = attn.q_width // attn.head_dim
+    n_kv_head = attn.kv_width // attn.head_dim
+    return SplitHeads.apply(qkv, n_head, n_kv_head, bool(attn.qk_norm), cos, sin)
+
+
+class SplitHeads(Function):
+
+    @staticmethod
+    def forward(ctx, qkv, n_head, n_kv_head, is_normed, cos, sin):
+        qkv = qkv.contiguous()
+        B, T, width = qkv.shape
+        D = width // (n_head + 2 * n_kv_head)
+        ctx.options = n_head, n_kv_head, is_normed
+        ctx.save_for_backward(qkv, cos, sin)
+        q = qkv.new_empty(B, n_head, T, D)
+        k = qkv.new_empty(B, n_kv_head, T, D)
+        v = qkv.new_empty(B, n_kv_head, T, D)
+        shape, kept = head_shape(qkv, n_head, n_kv_head, is_normed, cos, sin)
+        call('split_heads', shape, qkv, q, k, v)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        qkv, cos, sin = ctx.saved_tensors
+        dqkv = torch.empty_like(qkv)
+        shape, kept = head_shape(qkv, *ctx.options, cos, sin)
+        call('split_heads_gradient', shape, qkv, dq.contiguous(), dk.contiguous(), dv.contiguous(),
+             dqkv)
+        return dqkv, None, None, None, None, None
+
+
+def head_shape(qkv, n_head, n_kv_head, is_normed, cos, sin):
+    """The C struct, and the tensors that it points to, which have to be kept."""
+    B, T, width = qkv.shape
+    D = width // (n_head + 2 * n_kv_head)
+    kept = [None if table is None else table.float().reshape(T, D // 2).contiguous()
+            for table in (cos, sin)]
+    shape = HeadShape(B, T, n_head, n_kv_head, D, is_normed, is_bfloat16(qkv),
+                      *map(pointer, kept))
+    return shape, kept
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def can_attend(q, mask, dropout):
+    """Whether attention() has what is wanted: no dropout, and no mask but one of padding."""
+    if dropout is not None and dropout.training and dropout.p > 0:
+        return False
+    return can_fuse(q) and (mask is None or mask.shape[1:3] == (1, 1))
+
+
+def attention(q, k, v, mask, is_causal):
+    """softmax(q kᵀ / √D) v. q: (B, H, T, D); k, v: (B, H, S, D).
+
+    mask: (B, 1, 1, S) bool, True = may be attended to, or None. is_causal: T == S, and no query
+    sees later keys.
+    """
+    return Attention.apply(q, k, v, mask, is_causal)
+
+
+class Attention(Function):
+    """A few heads at a time, so that their scores stay in the cache from product to product."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, is_causal):
+        B, H, T, D = q.shape
+        S = k.size(2)
+        q, k, v = q.reshape(-1, T, D), k.reshape(-1, S, D), v.reshape(-1, S, D)
+        y = torch.empty_like(q)
+        if mask is not None:
+            mask = mask.reshape(B, S).contiguous()
+        all_weights = []
+        for chunk, queries, keys in parts_of_scores(q, k, is_causal):
+            weights = q[chunk, queries] @ k[chunk, keys].transpose(1, 2)  # (heads, queries, keys)
+            call('softmax', score_shape(weights, q, chunk, queries, is_causal, H, mask), weights)
+            torch.bmm(weights, v[chunk, keys], out=y[chunk, queries])
+            all_weights.append(weights)
+        ctx.is_causal = is_causal
+        ctx.save_for_backward(q, k, v, *all_weights)
+        return y.view(B, H, T, D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, *all_weights = ctx.saved_tensors
+        B, H, T, D = dy.shape
+        dy = dy.reshape(-1, T, D)
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        parts = parts_of_scores(q, k, ctx.is_causal)
+        for (chunk, queries, keys), weights in zip(parts, all_weights):
+            dv[chunk, keys].baddbmm_(weights.transpose(1, 2), dy[chunk, queries])
+            dscores = dy[chunk, queries] @ v[chunk, keys].transpose(1, 2)
+            shape = score_shape(weights, q, chunk, queries, ctx.is_causal)
+            call('softmax_gradient', shape, weights, dscores)
+            torch.bmm(dscores, k[chunk, keys], out=dq[chunk, queries])
+            dk[chunk, keys].baddbmm_(dscores.transpose(1, 2), q[chunk, queries])
+        S = k.size(1)
+        return dq.view(B, H, T, D), dk.view(B, H, S, D), dv.view(B, H, S, D), None, None
+
+
+def parts_of_scores(q, k, is_causal):
+    """Slices (heads, queries, keys) of q and k, each (heads, length, D)."""
+    T, S = q.size(1), k.size(1)
+    block = min(QUERY_BLOCK, T) if is_causal else T
+    heads = max(1, torch.get_num_threads() * CHUNK_SCORES // (block * S))
+    for first_head in range(0, len(q), heads):
+        for first in range(0, T, block):
+            last = min(first + block, T)
+            yield slice(first_head, first_head + heads), slice(first, last), slice(
+                0, last if is_causal else S)
+
+
+def score_shape(scores, q, chunk, queries, is_causal, n_head=1, mask=None):
+    """The C struct for the scores (heads, queries, keys) of one part."""
+    matrices, T, S = scores.shape
+    first = queries.start if is_causal else -1
+    scale = 1 / math.sqrt(q.size(-1))
+    return ScoreShape(matrices, T, S, first, is_bfloat16(scores), scale, pointer(mask),
+                      chunk.start, n_head)
+
+
+# --------------------------------------------------------------------------------------------------
+# Nonlinearities
+
+
+def activate(x, kind):
+    """'squared_relu': relu(x)², or 'gelu': its tanh form."""
+    return Activation.apply(x, ACTIVATIONS[kind])
+
+
+class Activation(Function):
+
+    @staticmethod
+    def forward(ctx, x, kind):
+        x = x.contiguous()
+        ctx.kind = kind
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        call('activate', kind, x, y, x.numel(), is_bfloat16(x))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        call('activate_gradient', ctx.kind, x, dy.contiguous(), dx, x.numel(), is_bfloat16(x))
+        return dx, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Token shift
+
+
+def shift_tokens(x):
+    """(B, T, C): the first half of each token's channels comes from the previous token."""
+    return ShiftTokens.apply(x)
+
+
+class ShiftTokens(Function):
+
+    @staticmethod
+    def forward(ctx, x):
+        return moved(x, by=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return moved(dy, by=-1)
+
+
+def moved(x, by):
+    """The first half of each token's channels from the token before (by=1), or after it (-1)."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    call('shift_tokens', x, y, *x.shape, by, x.itemsize)
+    return y

@@ -1,0 +1,57 @@
+/* What native.c and native_training.c share: numbers in bfloat16, and an exponential */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+/* A bfloat16 is the upper half of a float32 */
+static inline float from_bfloat16(uint16_t half) {
+    union { uint32_t bits; float number; } full = {(uint32_t)half << 16};
+    return full.number;
+}
+
+static inline uint16_t to_bfloat16(float number) {
+    union { float number; uint32_t bits; } full = {number};
+    uint32_t is_odd = (full.bits >> 16) & 1; /* round to nearest, ties to even */
+    return (full.bits + 0x7fff + is_odd) >> 16;
+}
+
+/* `count` numbers, from number `first` on, of a tensor: bfloat16 if is_bfloat16, else float32 */
+static inline void read_numbers(float *to, const void *from, long first, int count,
+                                int is_bfloat16) {
+    if (!is_bfloat16) {
+        memcpy(to, (const float *)from + first, count * sizeof(float));
+        return;
+    }
+    const uint16_t *halves = (const uint16_t *)from + first;
+    for (int i = 0; i < count; i++) to[i] = from_bfloat16(halves[i]);
+}
+
+/* The same into a tensor */
+static inline void write_numbers(void *to, long first, const float *from, int count,
+                                 int is_bfloat16) {
+    if (!is_bfloat16) {
+        memcpy((float *)to + first, from, count * sizeof(float));
+        return;
+    }
+    uint16_t *halves = (uint16_t *)to + first;
+    for (int i = 0; i < count; i++) halves[i] = to_bfloat16(from[i]);
+}
+
+/* e^x as 2^n e^r with |r| < 0.35, to a few millionths. Unlike a call of expf(), it vectorizes.
+   Coefficients: Cephes, by S. Moshier */
+static inline float exponential(float x) {
+    x = fminf(fmaxf(x, -87), 88);
+    float n = floorf(x * 1.44269504f + 0.5f);
+    float r = x - n * 0.693147181f; /* ln 2 */
+    float e = 1.9875691500e-4f;
+    e = e * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1;
+    union { int32_t bits; float number; } power = {((int32_t)n + 127) << 23};
+    return e * power.number;
+}
