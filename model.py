@@ -3,8 +3,9 @@ The models, in one file to read from top to bottom: norms, attention, MLP, block
 then the two models built from them. GPT continues a text; Seq2Seq reads one and writes another.
 
 Formulas are written out plainly. Where that is slow, the line after them swaps in a faster version
-from pocket/kernels.py, or `if fused.can_…` hands them to C: see pocket/fused.py. How text is
-generated: pocket/generate.py.
+from pocket/kernels.py, or `if fused.can_…` hands the work to C (pocket/fused.py). If you change such
+a formula, delete that `if`, or compare with CC=none, which does without C. How text is generated:
+pocket/generate.py.
 
   GPT-2        Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/model.py
   Transformer  Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762
@@ -213,7 +214,7 @@ class Attention(nn.Module):
         """Queries (B, H, T, D), and keys and values (B, n_kv_head, S, D) of all tokens so far."""
         qkv = self.c_attn(x)  # (B, T, (H + 2 n_kv_head) * D)
         if fused.can_split_heads(qkv, self, rope):
-            q, k, v = fused.split_heads(qkv, self, rope)
+            q, k, v = fused.split_heads(qkv, self, rope)  # what follows, in C
         else:
             q, k, v = qkv.split((self.q_width, self.kv_width, self.kv_width), dim=2)
             q = self.split_heads(q)  # (B, T, H, D)

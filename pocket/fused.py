@@ -60,10 +60,10 @@ def is_bfloat16(x):
 
 def norm(x, weight, bias, eps, is_layer_norm):
     """LayerNorm, or RMSNorm, of x (..., C). weight, bias: (C,) or None."""
-    return Norm.apply(x, weight, bias, eps, is_layer_norm)
+    return NormFunction.apply(x, weight, bias, eps, is_layer_norm)
 
 
-class Norm(Function):
+class NormFunction(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, is_layer_norm):
@@ -116,10 +116,10 @@ def split_heads(qkv, attn, rope):
     cos, sin = (None, None) if rope is None else rope
     n_head = attn.q_width // attn.head_dim
     n_kv_head = attn.kv_width // attn.head_dim
-    return SplitHeads.apply(qkv, n_head, n_kv_head, bool(attn.qk_norm), cos, sin)
+    return HeadsFunction.apply(qkv, n_head, n_kv_head, bool(attn.qk_norm), cos, sin)
 
 
-class SplitHeads(Function):
+class HeadsFunction(Function):
 
     @staticmethod
     def forward(ctx, qkv, n_head, n_kv_head, is_normed, cos, sin):
@@ -174,10 +174,10 @@ def attention(q, k, v, mask, is_causal):
     mask: (B, 1, 1, S) bool, True = may be attended to, or None. is_causal: T == S, and no query
     sees later keys.
     """
-    return Attention.apply(q, k, v, mask, is_causal)
+    return AttentionFunction.apply(q, k, v, mask, is_causal)
 
 
-class Attention(Function):
+class AttentionFunction(Function):
     """A few heads at a time, so that their scores stay in the cache from product to product."""
 
     @staticmethod
@@ -246,10 +246,10 @@ def score_shape(scores, q, chunk, queries, is_causal, n_head=1, mask=None):
 
 def activate(x, kind):
     """'squared_relu': relu(x)², or 'gelu': its tanh form."""
-    return Activation.apply(x, ACTIVATIONS[kind])
+    return ActivationFunction.apply(x, ACTIVATIONS[kind])
 
 
-class Activation(Function):
+class ActivationFunction(Function):
 
     @staticmethod
     def forward(ctx, x, kind):
@@ -275,10 +275,10 @@ class Activation(Function):
 
 def shift_tokens(x):
     """(B, T, C): the first half of each token's channels comes from the previous token."""
-    return ShiftTokens.apply(x)
+    return ShiftFunction.apply(x)
 
 
-class ShiftTokens(Function):
+class ShiftFunction(Function):
 
     @staticmethod
     def forward(ctx, x):

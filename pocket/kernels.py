@@ -80,7 +80,6 @@ def gelu(x):
 # --------------------------------------------------------------------------------------------------
 # Attention
 
-QUERY_BLOCK = 256  # queries per block of causal attention on a CPU
 MAX_SCORES = 1024 * 1024  # the largest T × S for which plain matmuls beat the fused kernel on a CPU
 
 
@@ -120,12 +119,12 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
 
     # Causal: in blocks of queries, each with the keys up to its end. Nearly half of all scores lie
     # above the diagonal, and are never computed
-    if T > QUERY_BLOCK:
+    if T > fused.QUERY_BLOCK:
         k = k.contiguous()  # once, instead of in each product
         v = v.contiguous()
     blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
+    for start in range(0, T, fused.QUERY_BLOCK):
+        end = min(start + fused.QUERY_BLOCK, T)
         queries = q[:, :, start:end]
         blocks.append(attend_block(queries, k[:, :, :end], v[:, :, :end], None, start, dropout))
     if len(blocks) == 1:

@@ -130,7 +130,7 @@ typedef struct {
 /* x (count) as whole numbers up to LEVELS. Returns their scale: x ~ scale * to */
 static float round_inputs(const float *x, int16_t *to, int count) {
     float largest = 1e-12f; /* not 0: a row of zeros must not divide by zero */
-    for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(x[i]));
+    for (int i = 0; i < count; i++) largest = larger(largest, fabsf(x[i]));
     float scale = largest / LEVELS;
     for (int i = 0; i < count; i++) to[i] = floorf(x[i] / scale + 0.5f);
     return scale;
@@ -352,7 +352,7 @@ static void attend_one(const float *query, const float *keys, const float *value
         float score = 0;
         for (int i = 0; i < D; i++) score += query[i] * keys[(long)s * D + i];
         weights[s] = score / sqrtf(D);
-        largest = fmaxf(largest, weights[s]);
+        largest = larger(largest, weights[s]);
     }
     for (int s = 0; s < count; s++) {
         weights[s] = exponential(weights[s] - largest);

@@ -5,6 +5,9 @@
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 
+/* If b is not a number, neither is the result. Unlike a call of fmaxf(), it vectorizes */
+static inline float larger(float a, float b) { return a > b ? a : b; }
+
 /* A bfloat16 is the upper half of a float32 */
 static inline float from_bfloat16(uint16_t half) {
     union { uint32_t bits; float number; } full = {(uint32_t)half << 16};
@@ -42,7 +45,8 @@ static inline void write_numbers(void *to, long first, const float *from, int co
 /* e^x as 2^n e^r with |r| < 0.35, to a few millionths. Unlike a call of expf(), it vectorizes.
    Coefficients: Cephes, by S. Moshier */
 static inline float exponential(float x) {
-    x = fminf(fmaxf(x, -87), 88);
+    x = larger(-87, x);
+    x = x > 88 ? 88 : x;
     float n = floorf(x * 1.44269504f + 0.5f);
     float r = x - n * 0.693147181f; /* ln 2 */
     float e = 1.9875691500e-4f;

@@ -19,14 +19,15 @@ from pathlib import Path
 
 import torch  # noqa: F401 - it brings OpenMP, whose threads native.c shares
 
-SOURCES = [Path(__file__).with_name(name) for name in ('native.c', 'native_training.c')]
-HEADER = Path(__file__).with_name('native.h')
+SOURCES = {  # file name: its own flags
+    'native.c': ['-ffinite-math-only'],  # no number is infinite, or NaN
+    'native_training.c': [],  # where training diverges, NaN must stay NaN
+}
+FOLDER = Path(__file__).parent
 FLAGS = (
     '-O3', '-march=native', '-fPIC',
-    # Sums may be computed in any order, nobody looks at errno, and no number is infinite: that
-    # allows vector instructions
+    # Sums may be computed in any order, and nobody looks at errno: that allows vector instructions
     '-fno-math-errno', '-fno-trapping-math', '-fassociative-math', '-fno-signed-zeros',
-    '-ffinite-math-only',
 )
 POINTER = ctypes.c_void_p
 INT = ctypes.c_int
@@ -144,8 +145,8 @@ def compiled(compiler, flags):
     RuntimeError if there is no home folder.
     """
     # What was compiled for one processor may not run on another that shares the home folder
-    code = [path.read_bytes() for path in (HEADER, *SOURCES)]
-    key = repr((code, compiler, flags, describe_processor()))
+    code = [(FOLDER / name).read_bytes() for name in ('native.h', *SOURCES)]
+    key = repr((code, SOURCES, compiler, flags, describe_processor()))
     name = f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'pocketgpt').expanduser()
     path = cache / name
@@ -155,9 +156,9 @@ def compiled(compiler, flags):
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         objects = []
-        for source in SOURCES:
-            objects.append(str(Path(folder, source.stem + '.o')))
-            run(*compiler, *flags, '-c', str(source), '-o', objects[-1])
+        for source, its_flags in SOURCES.items():
+            objects.append(str(Path(folder, source + '.o')))
+            run(*compiler, *flags, *its_flags, '-c', str(FOLDER / source), '-o', objects[-1])
         built = Path(folder, name)
         # Linked without -fopenmp, which would bring a second OpenMP: PyTorch's is already loaded,
         # with its threads

@@ -59,6 +59,7 @@ static inline float normalize(float *x, int width, int is_layer_norm, float eps)
         for (int i = 0; i < width; i++) x[i] -= mean;
     }
     float scale = 1 / sqrtf(dot(x, x, width) / width + eps);
+    if (scale == 0) scale = NAN; /* the squares overflow: training has diverged, and has to notice */
     for (int i = 0; i < width; i++) x[i] *= scale;
     return scale;
 }
@@ -208,6 +209,18 @@ static int keys_of(const ScoreShape *shape, int t) {
 /* Loops over a multiple of 16 numbers consist of whole vectors, which are fastest */
 static int whole_vectors(int count) { return (count + 15) / 16 * 16; }
 
+/* The largest of `count` numbers, a multiple of 16: of 16 at once, as compilers do not reorder
+   comparisons that may involve NaN */
+static float largest_of(const float *x, int count) {
+    float found[16];
+    for (int j = 0; j < 16; j++) found[j] = LOWEST;
+    for (int i = 0; i < count; i += 16) {
+        for (int j = 0; j < 16; j++) found[j] = larger(found[j], x[i + j]);
+    }
+    for (int j = 1; j < 16; j++) found[0] = larger(found[0], found[j]);
+    return found[0];
+}
+
 /* In place: scores (matrices, T, S) become weights, 0 for keys that are not seen */
 void softmax(const ScoreShape *shape, void *scores) {
     int T = shape->T, S = shape->S;
@@ -222,8 +235,7 @@ void softmax(const ScoreShape *shape, void *scores) {
             for (int i = 0; i < keys; i++) h[i] = mask[i] ? h[i] : LOWEST;
         }
         for (int i = keys; i < end; i++) h[i] = LOWEST;
-        float largest = LOWEST, sum = 0;
-        for (int i = 0; i < end; i++) largest = fmaxf(largest, h[i]);
+        float largest = largest_of(h, end), sum = 0;
         for (int i = 0; i < end; i++) {
             h[i] = exponential((h[i] - largest) * shape->scale);
             sum += h[i];
@@ -277,7 +289,7 @@ void activate(int kind, const void *x, void *y, long count, int is_bfloat16) {
         int n = count - first < BLOCK ? count - first : BLOCK;
         read_numbers(h, x, first, n, is_bfloat16);
         if (kind == SQUARED_RELU) {
-            for (int i = 0; i < n; i++) h[i] = fmaxf(h[i], 0) * fmaxf(h[i], 0);
+            for (int i = 0; i < n; i++) h[i] = larger(0, h[i]) * larger(0, h[i]);
         } else {
             for (int i = 0; i < n; i++) h[i] *= gelu_share(h[i]);
         }
@@ -294,7 +306,7 @@ void activate_gradient(int kind, const void *x, const void *dy, void *dx, long c
         read_numbers(h, x, first, n, is_bfloat16);
         read_numbers(d, dy, first, n, is_bfloat16);
         if (kind == SQUARED_RELU) {
-            for (int i = 0; i < n; i++) d[i] *= 2 * fmaxf(h[i], 0);
+            for (int i = 0; i < n; i++) d[i] *= 2 * larger(0, h[i]);
         } else {
             for (int i = 0; i < n; i++) d[i] *= gelu_slope(h[i]);
         }

@@ -75,8 +75,9 @@ def test_imports_have_no_circles():
 
 
 @pytest.mark.parametrize('name, allowed', [
-    ('model', {'pocket.kernels', 'pocket.generate'}),
-    ('pocket.kernels', set()),
+    ('model', {'pocket.fused', 'pocket.kernels', 'pocket.generate'}),
+    ('pocket.kernels', {'pocket.fused'}),
+    ('pocket.fused', {'pocket.native'}),
     ('pocket.generate', {'pocket.kernels'}),
     ('pocket.errors', set()),
     ('pocket.files', {'pocket.errors'}),

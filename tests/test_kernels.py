@@ -23,7 +23,7 @@ from model import (
     plain_attention,
     plain_cross_entropy,
 )
-from pocket import kernels
+from pocket import fused, kernels
 from pocket.kernels import Dropout
 
 # --------------------------------------------------------------------------------------------------
@@ -100,8 +100,8 @@ SHAPES = {  # (B, H, T, S, D)
     'a short text': (2, 3, 7, 7, 8),
     'a text that continues a cache': (1, 2, 4, 9, 16),
     'T == 1': (2, 1, 1, 5, 8),
-    'a whole block of queries': (1, 2, kernels.QUERY_BLOCK, kernels.QUERY_BLOCK, 4),
-    'one query more than a block': (1, 2, kernels.QUERY_BLOCK + 1, kernels.QUERY_BLOCK + 1, 4),
+    'a whole block of queries': (1, 2, fused.QUERY_BLOCK, fused.QUERY_BLOCK, 4),
+    'one query more than a block': (1, 2, fused.QUERY_BLOCK + 1, fused.QUERY_BLOCK + 1, 4),
     'three blocks, the last one short': (1, 1, 600, 600, 4),
 }
 CASES = []
@@ -214,7 +214,7 @@ def test_attention_drops_the_weights_that_plain_attention_drops(who):
 @pytest.mark.parametrize('max_scores', [0, kernels.MAX_SCORES])
 def test_attention_with_dropout_keeps_the_expectation(max_scores, monkeypatch):
     """In blocks and in PyTorch's kernel. In eval mode nothing is dropped."""
-    monkeypatch.setattr(kernels, 'QUERY_BLOCK', 3)
+    monkeypatch.setattr(fused, 'QUERY_BLOCK', 3)
     monkeypatch.setattr(kernels, 'MAX_SCORES', max_scores)
     (q, k, v), _ = random_attention('a short text', 'causal')
     want = plain_attention(q, k, v, is_causal=True)
@@ -434,7 +434,7 @@ def loss_and_gradients_of_model(model, batch):
 
 @pytest.mark.parametrize('kind', ['gpt', 'seq2seq'])
 def test_model_with_the_plain_formulas_has_the_same_loss_and_gradients(kind, monkeypatch):
-    monkeypatch.setattr(kernels, 'QUERY_BLOCK', 5)
+    monkeypatch.setattr(fused, 'QUERY_BLOCK', 5)
     model, batch = make_model(kind)
     got = loss_and_gradients_of_model(model, batch)
 
