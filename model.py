@@ -2,8 +2,8 @@
 The models, in one file to read from top to bottom: norms, attention, MLP, block, Transformer,
 then the two models built from them. GPT continues a text; Seq2Seq reads one and writes another.
 
-Formulas are written out plainly. Where that is slow, the line after them swaps in a faster version
-from pocket/kernels.py, or `if fused.can_…` hands the work to C (pocket/fused.py). If you change such
+Formulas are written out plainly. Where that is slow, the line after them swaps in a faster one
+from pocket/kernels.py, or `if fused.can_…` hands the work to C: pocket/fused.py. If you change such
 a formula, delete that `if`, or compare with CC=none, which does without C. How text is generated:
 pocket/generate.py.
 
@@ -127,10 +127,12 @@ def position_angles(length, size, theta=10000.0, scaling=None):
 def scale_frequencies(frequencies, scaling):
     """Slow the hands down, for texts longer than a model was first trained on.
 
-    scaling: Hugging Face's dict. rope_type 'linear' slows all hands by `factor`. 'llama3' only
-    those that turn less than high_freq_factor times within the original length: fast ones tell
-    neighbors apart, and have to stay as they are. The operations come in Hugging Face's order, so
-    that the results agree to the last bit: a position of a few thousand multiplies an error.
+    frequencies: (size / 2,). scaling: Hugging Face's dict. rope_type 'linear' slows all hands by
+    `factor`. 'llama3' only those that turn less than high_freq_factor times within the original
+    length: fast ones tell neighbors apart, and have to stay as they are. The operations come in
+    Hugging Face's order, so that the results agree to the last bit: a position of a few thousand
+    multiplies an error.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py
     """
     factor = scaling['factor']
     if scaling['rope_type'] == 'linear':
@@ -146,7 +148,8 @@ def rotate(x, cos, sin):
     """Rotary positions: turn each pair of channels (i, i + D/2) of a head by its position's angle.
 
     x: (B, T, H, D); cos, sin: (T, 1, D/2) or (B, T, 1, D/2). The product of a rotated query and a
-    rotated key depends on their positions only through the distance between them. Su et al. 2021, https://arxiv.org/abs/2104.09864
+    rotated key depends on their positions only through the distance between them.
+    Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -156,8 +159,8 @@ def normalize(x, norm=None):
     """QK-norm: give the queries or keys of all heads the same length, √D.
 
     Then only their directions count, and no score exceeds √D no matter how large the weights grow.
-    x: (B, T, n, D). norm: an RMSNorm, whose learned weights rescale them after that, or None.
-    Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
+    x: (B, T, n, D), n heads. norm: an RMSNorm, whose learned weights rescale them after that, or
+    None. Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
     """
     if norm is None:
         return F.layer_norm(x, x.shape[-1:])
@@ -172,39 +175,47 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer=0, cross=False):
         super().__init__()
-        C = config.n_embd
-        bias = config.bias if config.attn_bias is None else config.attn_bias
-        qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
         self.layer = layer  # its index in a KVCache
         self.is_cross = cross
+
+        # Sizes
+        C = config.n_embd
         self.head_dim = config.head_size
-        self.qk_norm = config.qk_norm
         self.q_width = config.n_head * self.head_dim
         self.kv_width = config.num_kv_heads * self.head_dim
+
+        # Projections
+        bias = config.bias if config.attn_bias is None else config.attn_bias
+        qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
         if cross:  # queries from the decoder, keys and values from the encoder
             self.c_q = nn.Linear(C, self.q_width, bias=qkv_bias)
             self.c_kv = nn.Linear(C, 2 * self.kv_width, bias=qkv_bias)
         else:  # queries, keys and values from the same text
             self.c_attn = nn.Linear(C, self.q_width + 2 * self.kv_width, bias=qkv_bias)
         self.c_proj = nn.Linear(self.q_width, C, bias=bias)
-        self.q_norm = self.k_norm = None
+
+        # Norms of queries and keys, if they have weights
+        self.qk_norm = config.qk_norm
+        self.q_norm = None
+        self.k_norm = None
         if self.qk_norm == 'rmsnorm':
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+
         self.attn_dropout = Dropout(config.attn_dropout)
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x, mask=None, is_causal=False, rope=None, cache=None, memory=None):
+    def forward(self, x, mask=None, is_causal=False, rope=None, cache=None, encoded=None):
         """x: (B, T, C); returns the same shape. mask, is_causal: as in plain_attention().
 
         rope: (cos, sin) for rotate(), or None. cache: a KVCache that holds the keys and values of
-        earlier tokens, or None. memory: (B, S, C) to attend to instead of x.
+        earlier tokens, or None. encoded: (B, S, C), an encoder's output to attend to instead of x.
         """
         B, T, _ = x.shape
-        if memory is None:
+        if encoded is None:
             q, k, v = self.project_self(x, rope, cache)
         else:
-            q, k, v = self.project_cross(x, memory, cache)
+            q, k, v = self.project_cross(x, encoded, cache)
         q = q.to(k.dtype)  # a cache may keep its keys in another precision
         y = attention(q, k, v, mask, is_causal, self.attn_dropout)  # (B, H, T, D)
         y = y.to(x.dtype).transpose(1, 2).reshape(B, T, self.q_width)  # concatenate the heads
@@ -236,8 +247,8 @@ class Attention(nn.Module):
             return q, k, v
         return q, all_k, all_v
 
-    def project_cross(self, x, memory, cache):
-        """Queries (B, H, T, D) of x, and keys and values (B, n_kv_head, S, D) of memory."""
+    def project_cross(self, x, encoded, cache):
+        """Queries (B, H, T, D) of x, and keys and values (B, n_kv_head, S, D) of encoded."""
         q = self.split_heads(self.c_q(x))
         if self.qk_norm:
             q = normalize(q, self.q_norm)
@@ -246,7 +257,7 @@ class Attention(nn.Module):
             k, v = cache.cross[self.layer]
             return q, k, v
 
-        k, v = self.c_kv(memory).chunk(2, dim=2)
+        k, v = self.c_kv(encoded).chunk(2, dim=2)
         k = self.split_heads(k)
         if self.qk_norm:
             k = normalize(k, self.k_norm)
@@ -372,7 +383,7 @@ class Block(nn.Module):
     def cross_attention(self, x, cache, memory):
         """Tokens of the target look at the source."""
         encoded, mask = memory
-        return self.cross(x, mask, cache=cache, memory=encoded)
+        return self.cross(x, mask, cache=cache, encoded=encoded)
 
     def feed_forward(self, x, context, cache):
         """Each token by itself; with token_shift, half of what it reads is from the one before."""
@@ -388,7 +399,7 @@ class Block(nn.Module):
 def real_token_mask(pad, length):
     """(B, 1, 1, length) bool, True = a real token, which others may attend to.
 
-    pad: (B,) int64, how many columns at the left are padding, or None.
+    pad: (B,) int64, how many columns at the left are padding. Returns None if pad is None.
     """
     if pad is None:
         return None
@@ -457,7 +468,8 @@ class Transformer(nn.Module):
         T = idx.size(1)
         past = 0 if cache is None else cache.length
         if past + T > self.block_size:
-            raise ValueError(f'{past + T} tokens exceed the model\'s block_size {self.block_size}')
+            limit = 'block_size' if self.causal else 'src_block_size'  # the encoder is not causal
+            raise ValueError(f'{past + T} tokens exceed the model\'s {limit} {self.block_size}')
 
         column = torch.arange(past, past + T, device=idx.device)  # (T,)
 

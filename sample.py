@@ -24,6 +24,7 @@ lines = False                      # reply to each line of a prompt with a line:
 system: str | None = None          # what a chat model is told first, such as "You are a pirate."
 chat = False                       # chat, or complete what you type, until /quit, Ctrl-D or Ctrl-C
 interactive = False                # the same as --chat
+
 # Sampling (some models come with values of their own, which count unless one is typed here)
 max_new_tokens = 500               # tokens per sample
 temperature = 0.8                  # 0: always the most probable token; 0.5: safe; above 1: wild
@@ -32,17 +33,19 @@ top_p: float | None = None         # keep the most probable tokens that add up t
 min_p: float | None = None         # keep tokens at least this fraction as probable as the top one
 repetition_penalty = 1.0           # above 1: tokens that have already occurred become less likely
 num_beams = 1                      # above 1: no sampling, a beam search for the most probable text
-length_penalty = 0.6               # of a beam search: above 0 favors longer texts
-n_best = 1                         # [1, 1024] of a beam search: texts per prompt, with scores
+length_penalty = 0.6               # beam search: above 0 favors longer texts
+n_best = 1                         # [1, 1024] texts per prompt from a beam search, with scores
 stop: tuple[str, ...] = ()         # end a sample before this string; may be given several times
 ignore_eot = False                 # continue past the end-of-text token
 drop_unknown = False               # leave out characters that the tokenizer does not know
 seed: int | None = 1337            # None: different samples every time
+
 # Web page and OpenAI API
 web = False                        # chat, or complete what you type, in the browser; also an API
 port = 8000                        # of the page's address, http://127.0.0.1:8000
 host = '127.0.0.1'                 # 0.0.0.0: other machines can reach it too, with a key
 api_key: str | None = None         # what the page and programs must know; needed with such a host
+
 # Machine
 device = 'auto'                    # auto, cpu, cuda, cuda:1 or mps
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None  # weights (None: float32)
@@ -123,7 +126,8 @@ def show(text):
     print(text, end='', flush=True)
 
 
-# ---- Samples
+# --------------------------------------------------------------------------------------------------
+# Samples
 
 
 def check_something_is_said(text):
@@ -162,7 +166,7 @@ def print_samples():
 
 
 def print_next_steps():
-    """Say on stderr what else one can do. Before there is a run, that is more."""
+    """Say on stderr what to try next; more of it as long as there is no run."""
     if out_dir or init_from or saved_checkpoints():
         print('next: --chat continues what you type, --web does so in the browser; '
               '--help lists all options', file=sys.stderr)
@@ -188,16 +192,17 @@ def print_heading(row, texts):
 
 
 def warn_about_stop_strings():
-    """Say which strings of --stop no sample came to."""
+    """Say which strings of --stop no sample has reached."""
     for text in model.stop:
         if text not in model.stops_found:
             advice = ''
             if '\\n' in text:
                 advice = "; in most shells a line break is typed as $'\\n'"
-            print(f'warning: no sample came to --stop={text!r}{advice}', file=sys.stderr)
+            print(f'warning: no sample reached --stop={text!r}{advice}', file=sys.stderr)
 
 
-# ---- A line for a line
+# --------------------------------------------------------------------------------------------------
+# A line for a line
 
 
 LINES_PER_BATCH = 32
@@ -261,7 +266,8 @@ def answer_lines(texts, first):
     return [[(text, None)] for text in model.generate_texts(prompts, settings, batch_seed)]
 
 
-# ---- Chat
+# --------------------------------------------------------------------------------------------------
+# Chat
 
 
 HELP = """/settings      show the settings; /settings temperature=0.7 top_k=None changes some,
@@ -393,8 +399,8 @@ def change_settings(words):
     print(', '.join(f'{name}={value}' for name, value in asdict(model.settings).items()))
 
 
-# ---- Run what was asked for
-
+# --------------------------------------------------------------------------------------------------
+# Run what was asked for
 
 if web:
     ChatServer(model, listening_socket, host, seed, read_prompt(start[0]), api_key).run()

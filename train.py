@@ -85,7 +85,7 @@ eval_split: Literal['val', 'test', 'train'] = 'val'  # what --eval_only evaluate
 eval_replies = 200                 # [0, inf) --eval_only, pairs: score this many replies
 eval_bleu = 0                      # [0, inf) pairs: replies whose BLEU each evaluation computes
 best_by: Literal['loss', 'bleu'] = 'loss'  # what makes an evaluation the best one: best.pt
-num_beams = 1                      # [1, 1024] of replies to score: beam search (1: greedy)
+num_beams = 1                      # [1, 1024] for replies to score: 1 is greedy, more a beam search
 length_penalty = 0.6               # [-10, 10] beam search, here and in sample.py; more: longer
 bleu_tokenize: Literal['auto', '13a', 'zh', 'ja-mecab', 'char', 'none'] = 'auto'  # words for BLEU
 eval_protocol: Literal['tokens', 'smoothed_batch_mean'] = 'tokens'  # --eval_only: see evaluate.py
@@ -114,7 +114,7 @@ import torch
 
 from model import GPT, GPTConfig, Seq2Seq, Seq2SeqConfig
 from pocket import checkpoint, distributed, optim, training
-from pocket.data import load_meta
+from pocket.data import count_targets, load_meta
 from pocket.device import autocast, peak_memory, pick_device, pick_dtype
 from pocket.distributed import master_process, rank, world_size
 from pocket.errors import UserError
@@ -127,7 +127,7 @@ run_dir = training.run_folder(out_dir, dataset, sys.argv[1:], must_exist=resumin
 saved = None
 state_path = init_from
 if resuming or (eval_only and init_from in ('scratch', 'resume')):
-    state_path = training.run_checkpoint(run_dir, resuming, eval_only)
+    state_path = training.run_checkpoint(run_dir, eval_only)
     saved = checkpoint.load(state_path)
 config = training.settle_options(config, explicit, __file__, saved, state_path, resuming)
 globals().update(config)  # rebind the options above to their final values
@@ -192,7 +192,7 @@ optimizers = optim.make_optimizers(
 base_lrs = optim.base_learning_rates(optimizers)
 scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
 
-# Weights and progress of a checkpoint; the optimizers' state, too, if training goes on
+# Weights and progress of a checkpoint; the optimizers' state, too, if the run is resumed
 train_state = checkpoint.TrainState()
 if saved is not None:
     to_restore = optimizers if resuming else []
@@ -252,7 +252,8 @@ def save(name):
         **checkpoint.model_state(raw_model, tok, config, template),  # weights, config, tokenizer
         **vars(train_state),                                         # step, best loss, …
         'data': {'train': train_data.fingerprint, 'val': val_data.fingerprint},
-        'seconds': elapsed(),                                        # instead of those above
+        # replaces train_state.seconds, which ends where this process began
+        'seconds': elapsed(),
         'optimizers': [opt.state_dict() for opt in optimizers],
         'scaler': scaler.state_dict(),
     })
@@ -270,21 +271,38 @@ def after_evaluation(val_loss, bleu):
     val = format_loss(val_loss, val_data.num_targets, val_bytes)
     note = ', the best so far' if is_best else ''
     print(f'step {step}: train {train_loss:.4f}, val {val}{note}', flush=True)
-    losses = [*log.losses(), (train_loss, val_loss)]
-    advice = training.advise(losses, train_state, config, tok.vocab_size)
-    if advice:
-        print(f'advice: {advice}', flush=True)
-
     latest_lr = optimizers[0].param_groups[0]['lr']
     log.add(train_state, elapsed(), train_loss, latest_lr, progress.tokens_per_second)
+    advice = training.advise(log.losses(), train_state, config, tok.vocab_size)
+    if advice:
+        print(f'advice: {advice}', flush=True)
     if not master_process:
         return
-    log.write()  # last.pt is written last, so that a crash in between loses nothing
+
+    # last.pt comes last: a crash in between loses nothing, as the run then resumes from the
+    # previous one
+    log.write()
     if is_best:
         save('best.pt')
     save('last.pt')
     if sample_tokens:
         print_sample(sample_tokens)
+
+
+def measure():
+    """Returns (validation loss, BLEU or None); (None, None) if a stop is requested meanwhile."""
+    def stopped():
+        return signals.received
+
+    scores = evaluate(model, val_data, device, amp_dtype, stopped)
+    if scores is None:
+        return None, None
+    bleu = None
+    if eval_bleu and math.isfinite(scores['loss']):  # else training has diverged, and ends
+        bleu = bleu_of(raw_model, tok, template, val_data, config, stopped)
+        if bleu is None:
+            return None, None
+    return scores['loss'], bleu
 
 
 def is_finished():
@@ -307,7 +325,7 @@ print(training.describe_goal(train_state, config, run_dir, max_iters / steps_per
 step = first_step = train_state.step
 t_start = time.perf_counter()
 progress = Progress(train_state, max_iters, max_minutes, eval_interval, val_data.num_targets)
-_, seconds = training.synchronize(signals, elapsed())
+_, seconds = training.synchronize(signals, elapsed())  # the master's clock, for all processes
 lr_floor = min_lr / learning_rate if learning_rate else 0.0
 model.train()
 while True:
@@ -323,42 +341,34 @@ while True:
     if eval_due and step > train_state.evaluated and not signals.agreed:
         eval_start = seconds
         try:
-            scores = evaluate(model, val_data, device, amp_dtype,
-                              stopped=lambda: signals.received)
+            val_loss, bleu = measure()
         except UserError as e:  # the data file has changed on disk
             signals.handle_lost_data(e)
             break
-        bleu = None
-        is_complete = scores is not None  # None: a stop was requested meanwhile
-        if is_complete:
-            training.check_finite('validation loss', scores['loss'], lr, train_state, log)
-        if is_complete and eval_bleu:
-            bleu = bleu_of(raw_model, tok, template, val_data, config,
-                           stopped=lambda: signals.received)
-            is_complete = bleu is not None
-        if is_complete:
-            after_evaluation(scores['loss'], bleu)
+        if val_loss is not None:
+            training.check_finite('validation loss', val_loss, lr, train_state, log)
+            after_evaluation(val_loss, bleu)
         _, seconds = training.synchronize(signals, elapsed())
         progress.eval_seconds = seconds - eval_start
         progress.resume()
     if is_finished() or signals.agreed:
         break
 
-    # Forward and backward: the gradient of the mean loss over all targets of this step
-    optim.set_learning_rates(optimizers, base_lrs, lr_factor)
-    training.seed_step(seed, step)  # dropout depends on the step alone, so resuming is exact
+    # The micro-batches of this step, and how many targets they have in all processes
     try:
         batches = list(
             train_data.batches(seed, step, gradient_accumulation_steps, rank, world_size))
     except UserError as e:  # the data file has changed on disk
         signals.handle_lost_data(e)
         break
-    num_targets = sum((batch['targets'] != -1).sum().item() for batch in batches)
-    num_targets = distributed.all_reduce_sum(num_targets)[0]  # the total over all processes
+    num_targets = sum(count_targets(batch) for batch in batches)
+    num_targets = distributed.all_reduce_sum(num_targets)[0]
 
-    # Backward pass of each micro-batch. Its loss is a sum over targets, divided by their number in
-    # all micro-batches and processes, so that each target counts equally. (Processes average their
-    # gradients; multiplying by world_size turns that into a sum.)
+    # Forward and backward pass of each micro-batch. Its loss is a sum over targets, divided by
+    # their number in all micro-batches and processes, so that each target counts equally.
+    # (Processes average their gradients; multiplying by world_size turns that into a sum.)
+    optim.set_learning_rates(optimizers, base_lrs, lr_factor)
+    training.seed_step(seed, step)  # dropout depends on the step alone, so resuming is exact
     step_loss = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1

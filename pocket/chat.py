@@ -49,7 +49,8 @@ BUNDLED_CHARACTER = ROOT / 'pocket' / 'bundled' / 'plunkett'
 DOCUMENT_START = '<|endoftext|>'
 
 
-# ---- Settings
+# --------------------------------------------------------------------------------------------------
+# Settings
 
 
 @dataclass
@@ -136,7 +137,8 @@ def parse_seed(seed):
                         f'got {seed!r}') from None
 
 
-# ---- Loading
+# --------------------------------------------------------------------------------------------------
+# Loading
 
 
 def saved_checkpoints():
@@ -213,7 +215,8 @@ def load(out_dir=None, init_from=None, weights='best', device='auto', dtype=None
     return ChatModel(model, tok, template, name, **{**recommended, **more})
 
 
-# ---- The model
+# --------------------------------------------------------------------------------------------------
+# The model
 
 
 class ChatModel:

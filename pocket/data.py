@@ -9,6 +9,8 @@ From token files to batches.
                                 conversation begins, and where the last one ends
     data/NAME/{train,val}.mask  kind chats only: a byte per id, see LEARN and TURN
 
+Some datasets have a third split, test.
+
 A batch is a pure function of (seed, step, rank). No random generator advances from batch to batch,
 so there is no state to save: a run that resumes at step 5,000 computes the batch of step 5,000 and
 gets the one it would have had, bit for bit.
@@ -38,8 +40,9 @@ LEARN = 1  # the model learns to predict this id: it is said by the assistant, o
 TURN = 2   # here a person speaks: what is before may be left out if a conversation is too long
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Finding a dataset
+
 
 def ensure_prepared(dataset, data_dir, make=True):
     """Return the folder of a dataset; if it is missing, prepare/DATASET.py is run to make it.
@@ -126,8 +129,9 @@ def wrong_fields(meta):
     return wrong
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shuffling without memory
+
 
 def permute(i, n, key):
     """Return where a pseudo-random permutation of range(n) sends each number in i.
@@ -182,16 +186,17 @@ def mix(x, key):
     return x ^ x >> np.uint64(31)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Token files
 
+
 class Split:
-    """One split of a dataset: a file of token ids. Stream and Pairs cut it into batches.
+    """One split of a dataset: a file of token ids. Stream, Pairs and Chats cut it into batches.
 
     path, vocab_size   the file, and what its ids stay below
     num_tokens         ids in the file
     num_targets        ids that one pass over the split predicts
-    epoch_size         windows (Stream) or batches (Pairs) in one pass
+    epoch_size         windows (Stream) or buckets (Pairs, Chats) in one pass
     batch_size         how many of these a micro-batch takes
     fingerprint        text that another content of the files would change
 
@@ -222,7 +227,8 @@ class Split:
             self.fingerprint = hashlib.sha256(self.loaded).hexdigest()
             check_digest(meta, self.path, self.fingerprint)
         else:
-            self.file = open(self.path, 'rb')  # stays open: whatever then gets the file's name
+            # Kept open, so that replacing the file with another changes nothing for us
+            self.file = open(self.path, 'rb')
             self.version = self.version_now()
             self.fingerprint = sample_digest(self.file, size)
 
@@ -240,7 +246,9 @@ class Split:
         return np.memmap(self.file, dtype=self.dtype, mode='r')
 
     def verify(self):
-        """Raise UserError if a large file is not what was prepared. Small ones are when opened.
+        """Raise UserError if a large file is not what was prepared.
+
+        Small ones are checked when they are opened.
 
         All of the file is read, 0.35 s for 500 MB in memory (2 cores, Intel with AMX), but as long
         as the disk takes for 100 GB. So training does not wait for it: another thread looks while
@@ -312,8 +320,9 @@ def sample_digest(file, size):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Streams: one long text, in windows
+
 
 class Stream(Split):
     """One split of a token stream, in windows of block_size ids and their successors.
@@ -415,18 +424,25 @@ def next_token_batch(windows):
     return {'idx': windows[:, :-1], 'targets': windows[:, 1:]}
 
 
-# ---------------------------------------------------------------------------------------------
+def count_targets(batch):
+    """How many targets a batch has."""
+    return int((batch['targets'] != NO_TARGET).sum())
+
+
+# --------------------------------------------------------------------------------------------------
 # Rows in buckets of similar length
 
-def bucket_by_length(lengths, budget):
-    """Group pairs of similar length into batches that compute at most budget columns each.
 
-    lengths: (N, d) ints, the columns that each pair takes in each of d tensors. Returns a list of
-    index arrays. Only a pair that is longer than the budget by itself exceeds it.
+def bucket_by_length(lengths, budget):
+    """Group rows of similar length into batches that compute at most budget columns each.
+
+    lengths: (N, d) ints, the columns that each row (a pair, a conversation) takes in each of d
+    tensors. Returns a list of index arrays. Only a row that is longer than the budget by itself
+    exceeds it.
 
     A batch is as wide as its longest row, and the rest is padding, which costs as much to compute
     as text. Chat lines differ so much in length that random batches would be mostly padding; in
-    buckets of similar length little is left. So we start from all pairs and, like a k-d tree, split
+    buckets of similar length little is left. So we start from all rows and, like a k-d tree, split
     what is too large along the dimension that wastes most, until each part fits the budget.
 
     >>> buckets = bucket_by_length(np.array([[9], [2], [8], [3]]), budget=18)
@@ -551,8 +567,9 @@ def padding_fraction(columns, buckets):
     return 1 - int(columns.sum()) / computed
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pairs: a source and a target
+
 
 class Pairs(Buckets):
     """One split of sources and targets, in buckets of similar length.
@@ -602,10 +619,10 @@ class Pairs(Buckets):
     def share_row(self, full_sources, full_targets, block_size):
         """Set source_lengths and target_lengths so that both fit one row of block_size.
 
-        The target comes first, but the source is sure of half the row, if it is that long.
+        The target has priority, but the source keeps half of the row if it needs it.
         """
-        sure_for_source = np.minimum(full_sources, block_size // 2)
-        self.target_lengths = np.minimum(full_targets, block_size - sure_for_source)
+        reserved_for_source = np.minimum(full_sources, block_size // 2)
+        self.target_lengths = np.minimum(full_targets, block_size - reserved_for_source)
         self.source_lengths = np.minimum(full_sources, block_size - self.target_lengths)
 
     def columns(self):
@@ -674,22 +691,23 @@ class Pairs(Buckets):
         target = torch.from_numpy(target)
         idx[0] = self.decoder_start_id
         idx[1:length] = target[:-1]
-        given = len(self.reply_prefix)
-        targets[given:length] = target[given:]
+        prefix_length = len(self.reply_prefix)
+        targets[prefix_length:length] = target[prefix_length:]
 
     def count_bytes(self, byte_lengths):
         """Bytes of UTF-8 behind all targets. byte_lengths: (vocab_size,), see Tokenizer."""
         tokens = self.tokens()
-        given = len(self.reply_prefix)
+        prefix_length = len(self.reply_prefix)
         total = 0
         for i in range(len(self.target_lengths)):
             _, target = self.pair(tokens, i)
-            total += int(byte_lengths[target[given:]].sum())
+            total += int(byte_lengths[target[prefix_length:]].sum())
         return total
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chats: whole conversations
+
 
 class Chats(Buckets):
     """One split of conversations, for a GPT: a row each, with the loss on the replies alone.
@@ -710,17 +728,21 @@ class Chats(Buckets):
         self.offsets = self.read_offsets(meta['chats'].get(split, 0) + 1)
         self.mask = self.read_mask()
 
-        # A row is its first ids, heads of them, then those from start to end
-        self.heads = np.zeros(len(self.offsets) - 1, dtype=np.int64)
+        # A row is the first intro_lengths[i] ids of its conversation, then those from starts[i] to
+        # ends[i]
+        self.intro_lengths = np.zeros(len(self.offsets) - 1, dtype=np.int64)
         self.starts = self.offsets[:-1].copy()
         self.ends = self.offsets[1:].copy()
         too_long = np.flatnonzero(np.diff(self.offsets) > block_size + 1)
         for i in too_long:
-            self.heads[i], self.starts[i], self.ends[i] = self.shorten(i, block_size + 1)
+            intro_length, start, end = self.shorten(i, block_size + 1)
+            self.intro_lengths[i] = intro_length
+            self.starts[i] = start
+            self.ends[i] = end
         self.truncated = len(too_long)
 
         # A row reads all of its ids but the last
-        self.lengths = self.heads + self.ends - self.starts - 1
+        self.lengths = self.intro_lengths + self.ends - self.starts - 1
         self.num_targets = sum(int(self.learned(i).sum()) for i in range(len(self.lengths)))
         if self.lengths.min() < 1 or self.num_targets == 0:
             raise UserError(f'{self.path} has conversations without a reply to learn: '
@@ -742,37 +764,37 @@ class Chats(Buckets):
         return mask
 
     def shorten(self, i, limit):
-        """(head, start, end) of conversation i, which is longer than limit ids.
+        """(intro_length, start, end) of conversation i, which is longer than limit ids.
 
-        It keeps its first `head` ids, which come before anybody speaks (nothing, if they take more
-        than half of the room), and as many whole turns as fit, the newest ones. If not even the
-        last turn fits, its question loses its oldest ids, and its reply its end.
+        It keeps its intro, the ids that come before anybody speaks (unless they take more than half
+        of the room), and as many whole turns as fit, the newest ones. If not even the last turn
+        fits, its question loses its oldest ids, and its reply its end.
         """
         begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
         turns = begin + np.flatnonzero(self.mask[begin:end] & TURN)
         if len(turns) == 0:  # nobody speaks: it is not as prepare/chat.py writes it
             return 0, begin, begin + limit
-        head = int(turns[0]) - begin
-        if head > limit // 2:
-            head = 0
-        room = limit - head
+        intro_length = int(turns[0]) - begin
+        if intro_length > limit // 2:
+            intro_length = 0
+        room = limit - intro_length
         fitting = turns[end - turns <= room]
         if len(fitting):
-            return head, int(fitting[0]), end
+            return intro_length, int(fitting[0]), end
 
         last = int(turns[-1])
         learned = np.flatnonzero(self.mask[last:end] & LEARN)
         reply = last + int(learned[0]) if len(learned) else end
-        sure_for_question = min(reply - last, room // 2)
-        kept_reply = min(end - reply, room - sure_for_question)
+        reserved_for_question = min(reply - last, room // 2)
+        kept_reply = min(end - reply, room - reserved_for_question)
         kept_question = min(reply - last, room - kept_reply)
-        return head, reply - kept_question, reply + kept_reply
+        return intro_length, reply - kept_question, reply + kept_reply
 
     def row(self, values, i):
         """What a conversation keeps of an array with an entry per id of the file."""
         begin = self.offsets[i]
-        head = values[begin:begin + self.heads[i]]
-        return np.concatenate((head, values[self.starts[i]:self.ends[i]]))
+        intro = values[begin:begin + self.intro_lengths[i]]
+        return np.concatenate((intro, values[self.starts[i]:self.ends[i]]))
 
     def learned(self, i):
         """Which ids of a row are learned: bool. Nothing predicts the first id."""
@@ -801,8 +823,8 @@ class Chats(Buckets):
         ids = self.check(self.row(tokens, i)).astype(np.int64)
         learned = self.learned(i)
         start = int(learned.argmax())
-        length = int(np.append(~learned[start:], True).argmax())
-        return ids[:start], ids[start:start + length]
+        end = start + run_length(learned[start:])
+        return ids[:start], ids[start:end]
 
     def whole_reply(self, tokens, i):
         """The first reply of a row, with the end that the row may lack: an int64 array."""
@@ -811,8 +833,7 @@ class Chats(Buckets):
         if start + len(reply) < len(self.row(tokens, i)):
             return reply
         rest = slice(self.ends[i], self.offsets[i + 1])
-        goes_on = (self.mask[rest] & LEARN) > 0
-        length = int(np.append(~goes_on, True).argmax())
+        length = run_length((self.mask[rest] & LEARN) > 0)
         return np.concatenate((reply, self.check(tokens[rest][:length]).astype(np.int64)))
 
     def question(self, tokens, i):
@@ -828,3 +849,12 @@ class Chats(Buckets):
         for i in range(len(self.lengths)):
             total += int(byte_lengths[self.row(tokens, i)[self.learned(i)]].sum())
         return total
+
+
+def run_length(flags):
+    """How many True values a bool array begins with.
+
+    >>> run_length(np.array([True, True, False, True]))
+    2
+    """
+    return int(np.append(flags, False).argmin())

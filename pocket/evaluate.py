@@ -6,10 +6,11 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 
-from pocket.data import Pairs
+from pocket.data import Pairs, count_targets
 from pocket.device import autocast
 from pocket.distributed import all_reduce_sum, master_process, rank, shutdown, world_size
 from pocket.errors import UserError
@@ -17,6 +18,7 @@ from pocket.generate import (
     SamplingParams,
     beam_search,
     generate_stream,
+    max_source_tokens,
     prepare_reply_prompts,
 )
 from pocket.template import banned_ids, decode_reply, reply_start_ids
@@ -56,7 +58,7 @@ def evaluate(model, data, device, dtype, stopped=lambda: False):
                 with autocast(device, dtype):
                     _, sums = model(**to_device(batch, device), reduction='sum_and_correct')
                 batch_loss, batch_correct = sums.tolist()
-                batch_count = (batch['targets'] != -1).sum().item()
+                batch_count = count_targets(batch)
             batch_loss, batch_correct, batch_count, more, stop = all_reduce_sum(
                 batch_loss, batch_correct, batch_count, batch is not None, bool(stopped()))
             loss += batch_loss
@@ -177,38 +179,33 @@ def generate_replies(model, tok, template, data, count, max_new_tokens=None, num
     from tqdm import tqdm
     model.eval()
     tokens = data.tokens()
-    decoder_start = None
+    decoder_start = []
     if isinstance(data, Pairs):
         decoder_start = reply_start_ids(tok, template)
     banned = banned_ids(tok, model.config.vocab_size, keep=tok.eos_ids)
     options = {'eos_id': tok.eos_ids, 'decoder_start': decoder_start, 'banned': banned}
 
-    # The prompts, and the references, which are whole although training cuts them to fit a block
+    # Exchanges from all over the split
     num_rows = len(data.source_lengths) if isinstance(data, Pairs) else len(data.lengths)
     count = min(count, num_rows)
     members = sorted({i * num_rows // count for i in range(count)})
     reserved = model.config.block_size // 2 if max_new_tokens is None else max_new_tokens
-    prompts = {}
-    sources = {}
-    references = {}
+    exchanges = {}
     for member in members:
-        prompt, source, reference = read_exchange(model, data, tokens, member, decoder_start,
-                                                  reserved)
-        prompts[member] = prompt
-        sources[member] = source
-        references[member] = reference
+        exchanges[member] = read_exchange(model, data, tokens, member, decoder_start, reserved)
 
-    longest = max((len(reference) for reference in references.values()), default=0)
+    # Stop at twice the longest reference: a model that repeats itself would fill the context
+    longest = max((len(exchange.reference) for exchange in exchanges.values()), default=0)
     limits = {}
-    for member in members:
+    for member, exchange in exchanges.items():
         limits[member] = max_new_tokens
-        if max_new_tokens is None:   # what nobody says is not worth waiting for
-            room = reply_room(model, prompts[member], decoder_start)
+        if max_new_tokens is None:
+            room = reply_room(model, exchange.prompt, decoder_start)
             limits[member] = min(room, max(128, 2 * longest))
 
     # Prompts of similar length are answered together
     replies = {}
-    order = sorted(members, key=lambda member: (len(sources[member]), member))
+    order = sorted(members, key=lambda member: (len(exchanges[member].source), member))
     bar = tqdm(desc='generating replies', total=len(order), unit='reply', leave=False, disable=None,
                delay=2)
     with bar:
@@ -217,7 +214,7 @@ def generate_replies(model, tok, template, data, count, max_new_tokens=None, num
                 return None
             batch = order[first:first + batch_size]
             limit = max(limits[member] for member in batch)
-            rows = [prompts[member] for member in batch]
+            rows = [exchanges[member].prompt for member in batch]
             if num_beams > 1:
                 found = beam_search(model, rows, limit, num_beams,
                                     length_penalty=length_penalty, **options)
@@ -229,8 +226,8 @@ def generate_replies(model, tok, template, data, count, max_new_tokens=None, num
             for member, ids in zip(batch, generated):
                 ids = ids[:limits[member]]
                 replies[member] = Reply(
-                    source=source_text(tok, data, sources[member]),
-                    reference=reply_text(tok, template, data, references[member]),
+                    source=source_text(tok, data, exchanges[member].source),
+                    reference=reply_text(tok, template, data, exchanges[member].reference),
                     text=reply_text(tok, template, data, ids),
                     is_cut=not ids or ids[-1] not in tok.eos_ids)
             bar.update(len(batch))
@@ -246,8 +243,15 @@ def reply_room(model, prompt, decoder_start):
     return max(1, model.config.block_size + 1 - len(read))
 
 
+class Exchange(NamedTuple):
+    """What a pair or conversation says, and the reply to it: lists of ids."""
+    prompt: list     # what the model reads
+    source: list     # what is replied to
+    reference: list  # the reply, whole, although training cuts it to fit a block
+
+
 def read_exchange(model, data, tokens, member, decoder_start, reserved):
-    """(prompt, source, reference) of a pair or conversation, lists of ids.
+    """The Exchange of a pair or conversation.
 
     reserved: how many tokens of the context are kept for the reply, half of it at most.
     """
@@ -255,22 +259,21 @@ def read_exchange(model, data, tokens, member, decoder_start, reserved):
         source = data.pair(tokens, member)[0].tolist()
         prompt = prepare_reply_prompts(model, [source], decoder_start, reserved)[0]
         reference = data.whole_target(tokens, member).tolist()
-        return prompt, source, reference
+        return Exchange(prompt, source, reference)
 
-    block_size = model.config.block_size
-    room = block_size - min(reserved, block_size // 2)
+    room = max_source_tokens(model, decoder_start, reserved)
     prompt, _ = data.first_exchange(tokens, member)
     source = data.question(tokens, member).tolist()
     reference = data.whole_reply(tokens, member).tolist()
-    return prompt[-room:].tolist(), source, reference
+    return Exchange(prompt[-room:].tolist(), source, reference)
 
 
 def source_text(tok, data, ids):
-    """What was said, as text. For a conversation, its first turn, on one line."""
-    text = readable(tok, ids)
+    """What was said, as text. For a conversation, up to the first special token, on one line."""
     if isinstance(data, Pairs):
-        return text
-    return ' '.join(text.split(' | ')[0].split())
+        return readable(tok, ids)
+    texts = texts_between_specials(tok, ids)
+    return ' '.join(texts[0].split()) if texts else ''
 
 
 def reply_text(tok, template, data, ids):
@@ -293,6 +296,11 @@ def readable(tok, ids):
 
     ids: list of int, such as those of 'Hi.<sep>Hello.', which reads 'Hi. | Hello.'
     """
+    return ' | '.join(texts_between_specials(tok, ids))
+
+
+def texts_between_specials(tok, ids):
+    """The texts that the special tokens in a list of ids separate, without empty ones."""
     special_ids = set(tok.special_tokens.values())
     parts = [[]]
     for token in ids:
@@ -301,7 +309,7 @@ def readable(tok, ids):
         else:
             parts[-1].append(token)
     texts = [tok.decode(part) for part in parts]
-    return ' | '.join(text for text in texts if text)
+    return [text for text in texts if text]
 
 
 def score_replies(replies, bleu_tokenize='auto'):

@@ -161,62 +161,68 @@ def head_shape(qkv, n_head, n_kv_head, is_normed, cos, sin):
 # Attention
 
 
-def can_attend(q, mask, dropout):
-    """Whether attention() has what is wanted: no dropout, and no mask but one of padding."""
-    if dropout is not None and dropout.training and dropout.p > 0:
-        return False
+def can_attend(q, mask):
+    """Whether attention() has what is wanted: no mask, or one of padding."""
     return can_fuse(q) and (mask is None or mask.shape[1:3] == (1, 1))
 
 
-def attention(q, k, v, mask, is_causal):
+def attention(q, k, v, mask, is_causal, dropout=None):
     """softmax(q kᵀ / √D) v. q: (B, H, T, D); k, v: (B, H, S, D).
 
     mask: (B, 1, 1, S) bool, True = may be attended to, or None. is_causal: T == S, and no query
-    sees later keys.
+    sees later keys. dropout: a Dropout for the weights, or None.
     """
-    return AttentionFunction.apply(q, k, v, mask, is_causal)
+    if dropout is not None and (dropout.p == 0 or not dropout.training):
+        dropout = None
+    return AttentionFunction.apply(q, k, v, mask, is_causal, dropout)
 
 
 class AttentionFunction(Function):
     """A few heads at a time, so that their scores stay in the cache from product to product."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, is_causal):
+    def forward(ctx, q, k, v, mask, is_causal, dropout):
         B, H, T, D = q.shape
         S = k.size(2)
         q, k, v = q.reshape(-1, T, D), k.reshape(-1, S, D), v.reshape(-1, S, D)
-        y = torch.empty_like(q)
         if mask is not None:
             mask = mask.reshape(B, S).contiguous()
-        all_weights = []
+        y = torch.empty_like(q)
+        saved = []
         for chunk, queries, keys in parts_of_scores(q, k, is_causal):
             weights = q[chunk, queries] @ k[chunk, keys].transpose(1, 2)  # (heads, queries, keys)
             call('softmax', score_shape(weights, q, chunk, queries, is_causal, H, mask), weights)
-            torch.bmm(weights, v[chunk, keys], out=y[chunk, queries])
-            all_weights.append(weights)
+            keep = None if dropout is None else dropout.draw(weights)
+            torch.bmm(dropped(weights, keep), v[chunk, keys], out=y[chunk, queries])
+            saved += weights, keep
         ctx.is_causal = is_causal
-        ctx.save_for_backward(q, k, v, *all_weights)
+        ctx.save_for_backward(q, k, v, *saved)
         return y.view(B, H, T, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v, *all_weights = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         B, H, T, D = dy.shape
+        S = k.size(1)
         dy = dy.reshape(-1, T, D)
         dq = torch.empty_like(q)
         dk = torch.zeros_like(k)
         dv = torch.zeros_like(v)
         parts = parts_of_scores(q, k, ctx.is_causal)
-        for (chunk, queries, keys), weights in zip(parts, all_weights):
-            dv[chunk, keys].baddbmm_(weights.transpose(1, 2), dy[chunk, queries])
-            dscores = dy[chunk, queries] @ v[chunk, keys].transpose(1, 2)
+        for (chunk, queries, keys), weights, keep in zip(parts, saved[::2], saved[1::2]):
+            dv[chunk, keys].baddbmm_(dropped(weights, keep).transpose(1, 2), dy[chunk, queries])
+            dscores = dropped(dy[chunk, queries] @ v[chunk, keys].transpose(1, 2), keep)
             shape = score_shape(weights, q, chunk, queries, ctx.is_causal)
             call('softmax_gradient', shape, weights, dscores)
             torch.bmm(dscores, k[chunk, keys], out=dq[chunk, queries])
             dk[chunk, keys].baddbmm_(dscores.transpose(1, 2), q[chunk, queries])
-        S = k.size(1)
-        return dq.view(B, H, T, D), dk.view(B, H, S, D), dv.view(B, H, S, D), None, None
+        return dq.view(B, H, T, D), dk.view(B, H, S, D), dv.view(B, H, S, D), None, None, None
+
+
+def dropped(weights, keep):
+    """Weights after dropout. keep: what Dropout.draw() returned, or None."""
+    return weights if keep is None else weights * keep
 
 
 def parts_of_scores(q, k, is_causal):

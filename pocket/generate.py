@@ -45,7 +45,8 @@ def generate_plain(model, idx, max_new_tokens, temperature=1.0, generator=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# from logits to one token
+# From logits to one token
+
 
 @dataclass
 class SamplingParams:
@@ -165,7 +166,8 @@ def draw(probs, generator=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# the key-value cache
+# The key-value cache
+
 
 class KVCache:
     """Keys and values of all layers, for B rows and up to `size` columns, `length` of them filled.
@@ -199,16 +201,16 @@ class KVCache:
         self.v[layer, :, :, start:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def select(self, rows, memory=True):
+    def select(self, rows, same_prompts=False):
         """Continue with these rows, (N,) int64: a row may be left out, or appear several times.
 
-        memory=False keeps padding, encoded source, and cross-attention as they are. That is enough,
-        and faster, if each row is replaced by one with the same prompt.
+        same_prompts=True keeps padding, encoded source and cross-attention as they are: enough, and
+        faster, if each row is replaced by one with the same prompt.
         """
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
         self.last = {module: half[rows] for module, half in self.last.items()}
-        if not memory:
+        if same_prompts:
             return
 
         if self.pad is not None:
@@ -235,7 +237,8 @@ def new_cache(model, B, size, pad=None, memory=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# prompts
+# Prompts
+
 
 def pad_left(rows, device):
     """Sequences of token ids in one tensor, flush right, because the right is where they grow.
@@ -338,7 +341,8 @@ def to_ids_tensor(ids, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# generation, one token at a time
+# Generation, one token at a time
+
 
 @torch.inference_mode()
 def generate_stream(model, prompts, max_new_tokens, params=None, eos_id=None, decoder_start=None,
@@ -378,6 +382,7 @@ def generate_stream(model, prompts, max_new_tokens, params=None, eos_id=None, de
     if seed is not None:
         generator = torch.Generator(device).manual_seed(seed)
 
+    endings = ending_ids(eos_id)
     cache = None
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
@@ -408,8 +413,8 @@ def generate_stream(model, prompts, max_new_tokens, params=None, eos_id=None, de
         yield torch.where(done, -1, token)
 
         # Stop once all rows have ended. Looking makes Python wait for a GPU: there, do it rarely.
-        if ending_ids(eos_id):
-            for ending in ending_ids(eos_id):
+        if endings:
+            for ending in endings:
                 done |= token == ending
             time_to_look = device.type == 'cpu' or step % 16 == 15
             if time_to_look and done.all():
@@ -467,29 +472,31 @@ def generate(model, idx, max_new_tokens, eos_id=None, decoder_start=None, banned
         new = torch.zeros(len(idx), 0, dtype=torch.long)
 
     if torch.is_tensor(idx) and not model.is_encoder_decoder:
-        if ending_ids(eos_id):
-            new = torch.where(new < 0, ending_ids(eos_id)[0], new)
+        endings = ending_ids(eos_id)
+        if endings:
+            new = torch.where(new < 0, endings[0], new)
         return torch.cat((idx, new.to(idx.device)), dim=1)
 
     texts = []
     for prompt, row in zip(idx, new.tolist()):
         text = []
         if not model.is_encoder_decoder:
-            text += prompt
+            text += torch.as_tensor(prompt).tolist()  # a tensor, too, as a list of ints
         text += [token for token in row if token >= 0]
         texts.append(text)
     return texts
 
 
 # --------------------------------------------------------------------------------------------------
-# beam search
+# Beam search
+
 
 @dataclass
 class Beam:
     """A continuation of a prompt that beam search keeps."""
     ids: list           # the new tokens
     log_prob: float     # the sum of their log-probabilities
-    row: int            # its row of the batch; of a beam just extended: the one it grew from
+    row: int            # its row in the batch; until place_beams(), that of the beam it grew from
     done: bool = False  # it ends here, with eos_id or because max_new_tokens is reached
 
     def score(self, length_penalty):
@@ -519,18 +526,25 @@ def beam_search(model, prompts, max_new_tokens, num_beams, eos_id=None, decoder_
     Raises ValueError if a prompt exceeds block_size, or an argument is out of its range.
     """
     check_beam_options(max_new_tokens, num_beams, n_best)
-    if not model.is_encoder_decoder:
+    prompts = check_prompts(prompts, model.config.vocab_size)
+    if model.is_encoder_decoder:
+        groups = [range(len(prompts))]  # all targets begin alike
+    else:
         # A long prompt would leave a short one beside it less room: both fill the same columns
         groups = group_by_room(prompts, max_new_tokens, model.config.block_size)
-        if len(groups) > 1:
-            results = [None] * len(prompts)
-            for members in groups:
-                found = beam_search(model, [prompts[i] for i in members], max_new_tokens, num_beams,
-                                    eos_id, decoder_start, length_penalty, n_best, banned,
-                                    use_cache)
-                for i, result in zip(members, found):
-                    results[i] = result
-            return results
+
+    results = [None] * len(prompts)
+    for members in groups:
+        found = search_together(model, [prompts[i] for i in members], max_new_tokens, num_beams,
+                                eos_id, decoder_start, length_penalty, n_best, banned, use_cache)
+        for i, result in zip(members, found):
+            results[i] = result
+    return results
+
+
+def search_together(model, prompts, max_new_tokens, num_beams, eos_id, decoder_start,
+                    length_penalty, n_best, banned, use_cache):
+    """beam_search() for prompts that can be continued by the same number of tokens."""
     prompts, memory = prepare_inputs(model, prompts, decoder_start)
     device = next(model.parameters()).device
     banned = to_ids_tensor(banned, device)
@@ -590,7 +604,7 @@ def beam_search(model, prompts, max_new_tokens, num_beams, eos_id=None, decoder_
         tokens = torch.tensor(tokens, device=device)
         row_log_prob = torch.tensor(log_probs, device=device)
         idx = torch.cat((idx[parent_rows], tokens[:, None]), dim=1)  # (B * num_beams, T + length)
-        cache.select(parent_rows, memory=length == 1)
+        cache.select(parent_rows, same_prompts=length > 1)
         if not use_cache:  # read everything again, into an empty one
             cache = new_cache(model, B * num_beams, cache_size, cache.pad, cache.memory)
 
@@ -665,8 +679,9 @@ def place_beams(live, num_beams, rows_per_prompt):
     """Assign the live beams of all prompts to the rows of the next batch, num_beams per prompt.
 
     Returns three lists, with an entry for each of these rows: the present row that it continues,
-    its newest token, and its log-probability. A prompt with fewer live beams has spare rows, which
-    keep the batch rectangular; nobody reads what the model predicts for them.
+    its newest token, and its log-probability. Each beam's row is overwritten with its new one.
+    A prompt with fewer live beams has spare rows, which keep the batch rectangular; nobody reads
+    what the model predicts for them.
     """
     parent_rows = []
     tokens = []

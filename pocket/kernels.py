@@ -29,7 +29,7 @@ class Dropout(nn.Module):
 
     PyTorch draws a Bernoulli number per element; we draw random bytes, eight in each 64-bit number.
     So on a CPU p is rounded to a multiple of 1/256 (0.2 becomes 51/256). What is kept is scaled by
-    that p, so the expectation is right.
+    1 / (1 - p) with the rounded p, so the expectation is right.
     """
 
     def __init__(self, p):
@@ -39,9 +39,15 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        dropped_values = round(self.p * 256)  # how many of the 256 values of a byte mean "drop"
-        if x.device.type != 'cpu' or not 0 < dropped_values < 256:
+        if x.device.type != 'cpu':
             return F.dropout(x, self.p)
+        return x * self.draw(x)
+
+    def draw(self, x):
+        """What to multiply x by: 0 for what is dropped, 1 / (1 - p) for the rest."""
+        dropped_values = round(self.p * 256)  # how many of the 256 values of a byte mean "drop"
+        if not 0 < dropped_values < 256:
+            return F.dropout(torch.ones_like(x), self.p)
 
         # One random byte per element, drawn eight at a time as 64-bit integers
         num_words = math.ceil(x.numel() / 8)
@@ -56,7 +62,7 @@ class Dropout(nn.Module):
         keep.sub_(largest_dropped)
         keep.clamp_(0, 1)
         keep.mul_(256 / (256 - dropped_values))  # 1 / (1 - p)
-        return x * keep
+        return keep
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,11 +115,11 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     if group > 1:
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
-    if is_fused_faster(q, S):
+    if is_pytorchs_faster(q, S):
         p = dropout.p if dropout is not None and dropout.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
-    if fused.can_attend(q, mask, dropout):
-        return fused.attention(q, k, v, mask, is_causal)
+    if fused.can_attend(q, mask):
+        return fused.attention(q, k, v, mask, is_causal, dropout)
     if not is_causal:
         return attend_block(q, k, v, mask, dropout=dropout)
 
@@ -132,7 +138,7 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     return torch.cat(blocks, dim=2)
 
 
-def is_fused_faster(q, S):
+def is_pytorchs_faster(q, S):
     """Whether PyTorch's fused kernel is the fastest one for queries (B, H, T, D) and S keys."""
     T = q.size(2)
     if q.device.type != 'cpu' or T * S > MAX_SCORES:

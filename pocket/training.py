@@ -1,6 +1,6 @@
 """
-Helpers that keep train.py readable: options, the folder and log of a run, signals, and advice for
-runs that go wrong.
+Helpers that keep train.py readable: options, the dataset, the folder and log of a run, signals,
+set-up of the model, and advice for runs that go wrong.
 """
 import csv
 import json
@@ -45,7 +45,7 @@ def run_folder(out_dir, dataset, arguments, must_exist):
     return short_path(out_dir)
 
 
-def run_checkpoint(out_dir, resume, eval_only):
+def run_checkpoint(out_dir, eval_only):
     """The path of the checkpoint to resume from or to evaluate. Raises UserError if there is
     none."""
     path = out_dir / 'last.pt'
@@ -147,6 +147,10 @@ def model_arguments(config, tok, state):
     return arguments
 
 
+# --------------------------------------------------------------------------------------------------
+# The dataset
+
+
 def dataset_template(meta):
     """The chat template of a dataset of pairs or conversations; None for a stream of text."""
     if meta['kind'] == 'stream':
@@ -160,6 +164,23 @@ def prepare_data(dataset, data_dir):
     data_dir = short_path(data_dir or ROOT / 'data')
     with distributed.master_first():
         return ensure_prepared(dataset, data_dir, make=distributed.master_process)
+
+
+def load_dataset_tokenizer(meta, folder):
+    """The tokenizer in a dataset's meta.json. Raises UserError."""
+    try:
+        tok = tokenizer_from_dict(meta['tokenizer'])
+        if tok.vocab_size != meta['vocab_size']:
+            raise ValueError(f'vocab_size is {meta["vocab_size"]}, but the tokenizer has '
+                             f'{tok.vocab_size}')
+        template = dataset_template(meta)
+        if template is not None:
+            check_template(template, tok)
+        return tok
+    except UserError:  # an encoding that has to be downloaded
+        raise
+    except ValueError as e:
+        raise UserError(f'{folder / "meta.json"}: {e}; prepare the dataset again') from None
 
 
 def check_dataset_fits(meta, tok, folder, config, explicit, state):
@@ -348,6 +369,7 @@ class StopSignals:
         self.problem = None
 
     def install(self):
+        """Take over the signals. Returns self."""
         for name in self.names:
             signal.signal(getattr(signal, name), self.handle)
         self.names += [LOST_OUTPUT, LOST_DATA]
@@ -378,11 +400,11 @@ class StopSignals:
         directly.
         """
         now = time.monotonic()
-        if self.received_at is not None and now > self.received_at + 1:
-            raise KeyboardInterrupt
-        if self.received is None:
-            self.received = signal.Signals(number).name
+        if self.received_at is None:
             self.received_at = now
+        elif now > self.received_at + 1:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number).name
 
     def exit_status(self):
         """128 plus the number of the signal, the convention of shells; else 1."""
@@ -416,8 +438,11 @@ def verify_in_background(splits, signals):
 
 
 def synchronize(signals, seconds, loss=0.0):
-    """One all-reduce: (loss summed over processes, seconds of the master process), and stop
-    signals."""
+    """Sum a loss over processes and spread stop signals, in one all-reduce.
+
+    Returns (summed loss, the master process's seconds), and sets signals.agreed once any process
+    has received a signal.
+    """
     # Sum over processes. Only the master process contributes its seconds
     if not distributed.master_process:
         seconds = 0.0
@@ -531,23 +556,6 @@ def checked(config):
         raise UserError(str(e)) from None
 
 
-def load_dataset_tokenizer(meta, folder):
-    """The tokenizer in a dataset's meta.json. Raises UserError."""
-    try:
-        tok = tokenizer_from_dict(meta['tokenizer'])
-        if tok.vocab_size != meta['vocab_size']:
-            raise ValueError(f'vocab_size is {meta["vocab_size"]}, but the tokenizer has '
-                             f'{tok.vocab_size}')
-        template = dataset_template(meta)
-        if template is not None:
-            check_template(template, tok)
-        return tok
-    except UserError:  # an encoding that has to be downloaded
-        raise
-    except ValueError as e:
-        raise UserError(f'{folder / "meta.json"}: {e}; prepare the dataset again') from None
-
-
 def encode_sample_start(tok, text):
     """The ids that samples begin with. Raises UserError if the tokenizer does not know them."""
     try:
@@ -642,7 +650,7 @@ def describe_goal(state, config, out_dir, epochs):
     text = f'step {state.step} of {goal}; checkpoints go to {out_dir}'
     if patience_is_over(config, state):
         text += f'; {describe_patience(state, config)}'
-    elif config['max_minutes'] is None and 0 < state.step and state.step >= config['max_iters']:
+    elif config['max_minutes'] is None and state.step >= config['max_iters']:
         text += f'; that is all of it: --max_iters={2 * state.step} would continue'
     advice = advise_before(epochs, config)
     if advice:
@@ -723,8 +731,8 @@ def suit_length_to_text(config, explicit, meta, train_data):
 
 def advise_before(epochs, config):
     """Advice before a run starts, or None. epochs: passes over the training data."""
-    is_left_alone = config['max_minutes'] is None and config['patience'] == 0
-    if epochs > 20 and is_left_alone and config['dropout'] < 0.1:
+    nothing_ends_it_early = config['max_minutes'] is None and config['patience'] == 0
+    if epochs > 20 and nothing_ends_it_early and config['dropout'] < 0.1:
         return (f'the dataset is small, and each token will be seen {epochs:.0f} times: more text, '
                 f'fewer steps or --dropout=0.2 limit memorization')
     return None
@@ -749,13 +757,10 @@ def advise_on_memorizing(losses, config):
 
     losses: [(train loss, val loss)] of all evaluations so far, this one included.
     """
-    # Give this advice only once, when memorizing begins
-    first = None
-    for n in range(2, len(losses) + 1):
-        if has_begun_to_memorize(losses[:n]):
-            first = n
-            break
-    if first != len(losses):
+    # Give this advice only once, at the first evaluation that shows it
+    counts = range(2, len(losses) + 1)
+    showing = [count for count in counts if has_begun_to_memorize(losses[:count])]
+    if showing != [len(losses)]:
         return None
 
     dropout = max(0.2, config['dropout'] + 0.1)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, Project, make_pairs, make_toy
+from wrapped import lose_data_in_bleu
 
 from pocket import checkpoint
 
@@ -107,6 +108,13 @@ def test_bleu_during_training_chooses_the_best(chatty):
     whole = chatty.checkpoint('s2s')
     for key, value in chatty.checkpoint('bleu')['model'].items():
         assert torch.equal(value, whole['model'][key]), key
+
+
+def test_data_lost_while_bleu_is_computed_costs_no_step(chatty):
+    options = [*SEQ2SEQ, '--out_dir=out/lost', '--eval_bleu=5']
+    _, err = chatty.run(lose_data_in_bleu(chatty), *options, status=1)
+    assert 'val.bin was written to while it was in use; saved at step 4; resume with' in err
+    assert chatty.checkpoint('lost')['step'] == 4
 
 
 def test_eval_protocol_smoothed_batch_mean(chatty):

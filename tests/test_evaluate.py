@@ -100,6 +100,16 @@ def test_samples_in_training_keep_their_length(monkeypatch, pairs):
     assert max(limits) == 20 and len(replies[2].text) == 20
 
 
+def test_a_bar_in_what_is_said_does_not_end_it():
+    tok = make_tokenizer('byte', special_tokens=('pad', 'bos', 'eos'))
+    turn = [tok.eos_id, *tok.encode('this |  that\nor | nothing'), tok.eos_id]
+    ids = [*turn, *tok.encode('Fine.'), tok.eos_id]
+    chats = SimpleNamespace()  # no Pairs
+    assert evaluate.source_text(tok, chats, ids) == 'this | that or | nothing'
+    assert evaluate.source_text(tok, chats, [tok.eos_id]) == ''
+    assert evaluate.readable(tok, ids) == 'this |  that\nor | nothing | Fine.'
+
+
 # --- BLEU -----------------------------------------------------------------------------------------
 
 def test_tokenized_text_is_compared_word_by_word(caplog):

@@ -131,7 +131,7 @@ def test_attention(B, H, T, S, who, dtype, monkeypatch):
     if who == 'padded':
         mask = torch.rand(B, 1, 1, S) > 0.4
         mask[..., -1] = True  # no row may be empty
-    assert fused.can_attend(q, mask, None)
+    assert fused.can_attend(q, mask)
     check(lambda q, k, v: fused.attention(q, k, v, mask, who == 'causal'),
           lambda q, k, v: plain_attention(q, k, v, mask, who == 'causal'), [q, k, v], dtype)
 
@@ -196,6 +196,6 @@ def test_what_c_can_not_do_is_left_to_pytorch(monkeypatch):
     assert not fused.can_fuse(x.double())
     assert not fused.can_fuse(x.to('meta'))
     assert not fused.can_fuse(torch.empty(1, native.LARGEST_ARRAY + 1))
-    assert not fused.can_attend(x[None], torch.ones(1, 1, 2, 3, dtype=torch.bool), None)
+    assert not fused.can_attend(x[None], torch.ones(1, 1, 2, 3, dtype=torch.bool))
     monkeypatch.setattr(fused, 'load_library', lambda: None)
     assert not fused.can_fuse(x)

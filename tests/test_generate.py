@@ -63,6 +63,20 @@ def test_without_a_seed_the_global_generator_is_used():
     assert torch.equal(model.generate(idx, 8), want)
 
 
+@pytest.mark.parametrize('prompts', [
+    [torch.tensor([1, 2, 3]), torch.tensor([4])],
+    [list(torch.tensor([1, 2, 3])), (4,)],
+])
+def test_prompts_may_be_tensors(prompts):
+    """What comes back are lists of ints all the same."""
+    model = small_gpt()
+    texts = generate(model, prompts, 4, temperature=0)
+    assert texts == generate(model, [[1, 2, 3], [4]], 4, temperature=0)
+    assert all(type(token) is int for text in texts for token in text)
+    beams = beam_search(model, prompts, 4, num_beams=2)
+    assert beams == beam_search(model, [[1, 2, 3], [4]], 4, num_beams=2)
+
+
 def test_a_full_block_loses_a_quarter_at_a_time():
     lengths = [window_length(length, block_size=16) for length in (1, 16, 17, 20, 21)]
     assert lengths == [1, 16, 13, 16, 13]
@@ -200,6 +214,12 @@ def test_beam_search_gives_each_prompt_its_own_room(use_cache):
     for prompt, beams in zip(prompts, together):
         [alone] = beam_search(model, [prompt], 10, num_beams=2, use_cache=use_cache)
         assert alone[0][0] == beams[0][0]
+
+
+@pytest.mark.parametrize('prompts', [[], [[]], [[1], []]])
+def test_beam_search_needs_prompts(prompts):
+    with pytest.raises(ValueError, match='at least one token'):
+        beam_search(small_gpt(), prompts, 4, num_beams=2)
 
 
 def test_extreme_logits_stay_finite():

@@ -146,7 +146,7 @@ def test_block_equals_its_formula(norm_position, cross, token_shift):
         return block.attn(shift_tokens(x) if token_shift else x, is_causal=True)
 
     def cross_attention(x):
-        return block.cross(x, mask=source_mask, memory=source)
+        return block.cross(x, mask=source_mask, encoded=source)
 
     def mlp(x):
         return block.mlp(shift_tokens(x) if token_shift else x)

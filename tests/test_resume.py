@@ -22,7 +22,7 @@ from pocket import checkpoint, training
 from pocket.checkpoint import TrainState
 from pocket.configurator import read_options
 from pocket.data import load_meta
-from pocket.errors import UserError
+from pocket.errors import OutputError, UserError
 from pocket.optim import make_optimizers, split_parameters
 from pocket.tokenizer import tokenizer_from_dict
 
@@ -167,6 +167,23 @@ def test_second_signal_within_a_second_is_ignored(clock):
 def test_second_signal_after_a_second_stops_at_once(clock):
     signals = training.StopSignals()
     signals.handle(signal.SIGINT, None)
+    clock[0] += 1.1
+    with pytest.raises(KeyboardInterrupt):
+        signals.handle(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize('lose', [
+    lambda signals: signals.handle_lost_output(OutputError(OSError('full'))),
+    lambda signals: signals.handle_lost_data(UserError('changed')),
+    lambda signals: signals.handle_damaged_data(UserError('damaged')),
+])
+def test_ctrl_c_can_force_an_end_after_something_else_asked_for_a_stop(clock, lose):
+    signals = training.StopSignals()
+    lose(signals)
+    reason = signals.received
+    assert reason in (training.LOST_OUTPUT, training.LOST_DATA)
+    signals.handle(signal.SIGINT, None)
+    assert signals.received == reason
     clock[0] += 1.1
     with pytest.raises(KeyboardInterrupt):
         signals.handle(signal.SIGINT, None)

@@ -56,7 +56,7 @@ def test_prompt_from_a_file_is_read_as_training_texts_are(trained, tmp_path):
 
 def test_stop_string_that_never_comes_is_said(trained):
     out, err = trained.run('sample.py', *GREEDY, '--start=ba', '--stop=Q', '--stop=\\n')
-    assert "no sample came to --stop='Q'" in err and "$'\\n'" in err
+    assert "no sample reached --stop='Q'" in err and "$'\\n'" in err
     letter = out[len('ba'):].strip()[0]
     _, err = trained.run('sample.py', *GREEDY, '--start=ba', f'--stop={letter}')
     assert err == ''

@@ -167,7 +167,7 @@ def test_a_source_longer_than_its_block_size_is_refused():
     model = small_seq2seq(src_block_size=24)
     idx = torch.zeros(1, 3, dtype=torch.long)
     model(idx, src=torch.zeros(1, 24, dtype=torch.long))
-    with pytest.raises(ValueError, match="25 tokens exceed the model's block_size 24"):
+    with pytest.raises(ValueError, match="25 tokens exceed the model's src_block_size 24"):
         model(idx, src=torch.zeros(1, 25, dtype=torch.long))
 
 

@@ -89,6 +89,17 @@ from pocket import errors
 errors.SECONDS_TO_WAIT_FOR_THE_FIRST = 0.3
 '''
 
+# Somebody writes into the data while replies are generated from it
+LOSE_DATA_IN_BLEU = '''
+from pocket import evaluate
+from pocket.errors import UserError
+
+def bleu_of(*args):
+    raise UserError('val.bin was written to while it was in use')
+
+evaluate.bleu_of = bleu_of
+'''
+
 # The loss is fine, but the gradient is not
 EXPLODE = '''
 import torch
@@ -129,6 +140,11 @@ def report_soon(project):
     mistake.
     """
     return write_wrapper(project, 'report_soon.py', REPORT_SOON)
+
+
+def lose_data_in_bleu(project):
+    """train.py, which can't read val when an evaluation computes BLEU."""
+    return write_wrapper(project, 'lose_data_in_bleu.py', LOSE_DATA_IN_BLEU)
 
 
 def explode(project):
