@@ -24,7 +24,6 @@ from pocket.native import (
 )
 
 PARTS = 64  # of the rows: gradients of a norm's weights are sums over each of them
-CHUNK_SCORES = 2**19  # attention scores per thread at once: in bfloat16 they fit a core's cache
 QUERY_BLOCK = 256  # queries at once in causal attention: later keys are never multiplied
 
 
@@ -178,7 +177,7 @@ def attention(q, k, v, mask, is_causal, dropout=None):
 
 
 class AttentionFunction(Function):
-    """A few heads at a time, so that their scores stay in the cache from product to product."""
+    """Causal attention takes a block of queries at a time, with the keys up to its end."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, is_causal, dropout):
@@ -189,11 +188,11 @@ class AttentionFunction(Function):
             mask = mask.reshape(B, S).contiguous()
         y = torch.empty_like(q)
         saved = []
-        for chunk, queries, keys in parts_of_scores(q, k, is_causal):
-            weights = q[chunk, queries] @ k[chunk, keys].transpose(1, 2)  # (heads, queries, keys)
-            call('softmax', score_shape(weights, q, chunk, queries, is_causal, H, mask), weights)
+        for queries, keys in query_blocks(T, S, is_causal):
+            weights = q[:, queries] @ k[:, keys].mT  # (B * H, queries, keys)
+            call('softmax', score_shape(weights, D, queries, is_causal, H, mask), weights)
             keep = None if dropout is None else dropout.draw(weights)
-            torch.bmm(dropped(weights, keep), v[chunk, keys], out=y[chunk, queries])
+            torch.bmm(dropped(weights, keep), v[:, keys], out=y[:, queries])
             saved += weights, keep
         ctx.is_causal = is_causal
         ctx.save_for_backward(q, k, v, *saved)
@@ -207,17 +206,33 @@ class AttentionFunction(Function):
         S = k.size(1)
         dy = dy.reshape(-1, T, D)
         dq = torch.empty_like(q)
-        dk = torch.zeros_like(k)
-        dv = torch.zeros_like(v)
-        parts = parts_of_scores(q, k, ctx.is_causal)
-        for (chunk, queries, keys), weights, keep in zip(parts, saved[::2], saved[1::2]):
-            dv[chunk, keys].baddbmm_(dropped(weights, keep).transpose(1, 2), dy[chunk, queries])
-            dscores = dropped(dy[chunk, queries] @ v[chunk, keys].transpose(1, 2), keep)
-            shape = score_shape(weights, q, chunk, queries, ctx.is_causal)
+        dk = torch.empty_like(k)
+        dv = torch.empty_like(v)
+
+        # From the last block, which sees all keys, to the first. beta=0: no sum yet to add to
+        blocks = query_blocks(T, S, ctx.is_causal)
+        for i in reversed(range(len(blocks))):
+            queries, keys = blocks[i]
+            weights, keep = saved[2 * i], saved[2 * i + 1]
+            beta = 0 if i == len(blocks) - 1 else 1
+            dv[:, keys].baddbmm_(dropped(weights, keep).mT, dy[:, queries], beta=beta)
+            dscores = dropped(dy[:, queries] @ v[:, keys].mT, keep)
+            shape = score_shape(weights, D, queries, ctx.is_causal)
             call('softmax_gradient', shape, weights, dscores)
-            torch.bmm(dscores, k[chunk, keys], out=dq[chunk, queries])
-            dk[chunk, keys].baddbmm_(dscores.transpose(1, 2), q[chunk, queries])
+            torch.bmm(dscores, k[:, keys], out=dq[:, queries])
+            dk[:, keys].baddbmm_(dscores.mT, q[:, queries], beta=beta)
         return dq.view(B, H, T, D), dk.view(B, H, S, D), dv.view(B, H, S, D), None, None, None
+
+
+def query_blocks(T, S, is_causal):
+    """Slices (queries, keys) that cover all T queries and the S keys that they may see."""
+    if not is_causal:
+        return [(slice(0, T), slice(0, S))]
+    blocks = []
+    for first in range(0, T, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, T)
+        blocks.append((slice(first, last), slice(0, last)))
+    return blocks
 
 
 def dropped(weights, keep):
@@ -225,25 +240,11 @@ def dropped(weights, keep):
     return weights if keep is None else weights * keep
 
 
-def parts_of_scores(q, k, is_causal):
-    """Slices (heads, queries, keys) of q and k, each (heads, length, D)."""
-    T, S = q.size(1), k.size(1)
-    block = min(QUERY_BLOCK, T) if is_causal else T
-    heads = max(1, torch.get_num_threads() * CHUNK_SCORES // (block * S))
-    for first_head in range(0, len(q), heads):
-        for first in range(0, T, block):
-            last = min(first + block, T)
-            yield slice(first_head, first_head + heads), slice(first, last), slice(
-                0, last if is_causal else S)
-
-
-def score_shape(scores, q, chunk, queries, is_causal, n_head=1, mask=None):
-    """The C struct for the scores (heads, queries, keys) of one part."""
-    matrices, T, S = scores.shape
+def score_shape(scores, D, queries, is_causal, n_head=1, mask=None):
+    """The C struct for scores (B * H, queries, keys)."""
     first = queries.start if is_causal else -1
-    scale = 1 / math.sqrt(q.size(-1))
-    return ScoreShape(matrices, T, S, first, is_bfloat16(scores), scale, pointer(mask),
-                      chunk.start, n_head)
+    return ScoreShape(*scores.shape, first, is_bfloat16(scores), 1 / math.sqrt(D), pointer(mask),
+                      n_head)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class HeadShape(ctypes.Structure):
 class ScoreShape(ctypes.Structure):
     """Attention scores (matrices, T, S)."""
     _fields_ = [('matrices', LONG), ('T', INT), ('S', INT), ('first', INT), ('is_bfloat16', INT),
-                ('scale', FLOAT), ('mask', POINTER), ('first_matrix', LONG), ('H', INT)]
+                ('scale', FLOAT), ('mask', POINTER), ('H', INT)]
 
 
 ACTIVATIONS = {'squared_relu': 0, 'gelu': 1}  # an enum in native_training.c

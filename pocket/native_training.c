@@ -194,9 +194,8 @@ typedef struct {
     int first;          /* the position of the first query if it sees no later keys, otherwise -1 */
     int is_bfloat16;
     float scale;        /* of the scores */
-    const uint8_t *mask; /* (batch, S): 1 for keys that may be seen; or NULL */
-    long first_matrix;   /* of the batch times heads that the mask is for */
-    int H;               /* heads */
+    const uint8_t *mask; /* (B, S): 1 for keys that may be seen; or NULL */
+    int H;              /* heads, if there is a mask */
 } ScoreShape;
 
 enum {LOWEST = -1000000000}; /* instead of a score that does not count */
@@ -230,8 +229,7 @@ void softmax(const ScoreShape *shape, void *scores) {
         int keys = keys_of(shape, row % T), end = whole_vectors(keys);
         read_numbers(h, scores, row * S, keys, shape->is_bfloat16);
         if (shape->mask) {
-            long text = (shape->first_matrix + row / T) / shape->H;
-            const uint8_t *mask = shape->mask + text * S;
+            const uint8_t *mask = shape->mask + row / T / shape->H * S;
             for (int i = 0; i < keys; i++) h[i] = mask[i] ? h[i] : LOWEST;
         }
         for (int i = keys; i < end; i++) h[i] = LOWEST;
