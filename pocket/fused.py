@@ -28,12 +28,18 @@ QUERY_BLOCK = 256  # queries at once in causal attention: later keys are never m
 
 
 def can_fuse(x):
-    """Whether the functions below can take a tensor: on a CPU, with a C compiler."""
+    """Whether the functions below can take a tensor."""
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
         return False
     if x.dtype not in (torch.bfloat16, torch.float32) or x.size(-1) > LARGEST_ARRAY:
         return False
-    return load_library() is not None
+    return is_available()
+
+
+def is_available():
+    """Whether there is a C compiler, and what it compiles uses as many cores as PyTorch does."""
+    library = load_library()
+    return library is not None and (library.uses_all_cores or torch.get_num_threads() == 1)
 
 
 def call(name, *arguments):
@@ -160,9 +166,11 @@ def head_shape(qkv, n_head, n_kv_head, is_normed, cos, sin):
 # Attention
 
 
-def can_attend(q, mask):
+def can_attend(q, k, mask):
     """Whether attention() has what is wanted: no mask, or one of padding."""
-    return can_fuse(q) and (mask is None or mask.shape[1:3] == (1, 1))
+    if k.size(2) > LARGEST_ARRAY or not can_fuse(q):
+        return False
+    return mask is None or mask.shape[1:3] == (1, 1)
 
 
 def attention(q, k, v, mask, is_causal, dropout=None):

@@ -118,7 +118,7 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     if is_pytorchs_faster(q, S):
         p = dropout.p if dropout is not None and dropout.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
-    if fused.can_attend(q, mask):
+    if fused.can_attend(q, k, mask):
         return fused.attention(q, k, v, mask, is_causal, dropout)
     if not is_causal:
         return attend_block(q, k, v, mask, dropout=dropout)

@@ -33,9 +33,9 @@ POINTER = ctypes.c_void_p
 INT = ctypes.c_int
 LONG = ctypes.c_long
 FLOAT = ctypes.c_float
-# The longest array that native.c may put on a thread's stack: as float32 it takes 1 MB, and no
-# function needs more than that at once. Stacks have 8 MB on Linux. An untrusted file decides how
-# wide a model is
+# The longest array that a C function may put on a thread's stack: as float32 it takes 1 MB, and no
+# function has more than two. Stacks have 8 MB on Linux. The limit is checked because an untrusted
+# file decides how wide a model is
 LARGEST_ARRAY = 2**18
 
 
@@ -108,7 +108,10 @@ ARGUMENTS = {  # of the functions in C; structs are given as pointers, too
 
 @lru_cache(maxsize=1)
 def load_library():
-    """The functions of both files as a ctypes library, or None if they can't be compiled here."""
+    """The functions of both files as a ctypes library, or None if they can't be compiled here.
+
+    Its attribute uses_all_cores: whether they share their work among threads.
+    """
     command = os.environ.get('CC', '').split() or ['cc']  # CC may have arguments: ccache gcc
     program = shutil.which(command[0])
     if program is None:
@@ -119,7 +122,9 @@ def load_library():
     # one in PyTorch's Linux packages: then C runs on one core
     for flags in (FLAGS + ('-fopenmp',), FLAGS):
         try:
-            return open_library(compiled(compiler, flags))
+            library = open_library(compiled(compiler, flags))
+            library.uses_all_cores = '-fopenmp' in flags
+            return library
         except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError):
             continue
     return None

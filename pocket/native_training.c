@@ -13,6 +13,7 @@ converted to float32, and written when all is done with it. A gradient's name is
 tensor with a d: dy is that of y. Tensors are contiguous: bfloat16 if is_bfloat16, otherwise
 float32.
 */
+
 /* Vectors of 512 bits where there are any; compilers prefer 256, which suits code with few of them */
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("prefer-vector-width=512")

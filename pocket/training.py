@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pocket import checkpoint, distributed, memory, plot
+from pocket import checkpoint, distributed, fused, memory, plot
 from pocket.checkpoint import CHANGEABLE_IN_MODEL, MODELS, check_config, resume_config
 from pocket.configurator import check_ranges, read_options
 from pocket.data import Buckets, Chats, Pairs, Stream, ensure_prepared
@@ -23,7 +23,6 @@ from pocket.datasets import find_run
 from pocket.errors import OUT_OF_MEMORY, Output, UserError
 from pocket.evaluate import check_bleu_options
 from pocket.files import ROOT, atomic_write, back_up, find_path, lock, short_path
-from pocket.native import load_library
 from pocket.template import check_template, reply_start_ids, template_from_dict
 from pocket.tokenizer import UnknownCharacters, tokenizer_from_dict
 
@@ -581,10 +580,10 @@ def compile_or_stay_eager(model, mode, device, try_step):
     """
     if mode is False:
         return model, 'eager'
-    if device.type == 'cpu' and load_library() is None:
-        return model, 'eager (a C compiler, such as gcc, would make it faster)'
-    if device.type == 'cpu':
+    if device.type == 'cpu' and fused.is_available():
         return model, 'eager (operations between the matrix products run in C)'
+    if device.type == 'cpu':
+        return model, 'eager (a C compiler with OpenMP, such as gcc, would make it faster)'
     if mode == 'auto' and device.type != 'cuda':
         return model, 'eager (--compile tries torch.compile)'
     print('compiling the model …', flush=True)

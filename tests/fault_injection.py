@@ -350,13 +350,13 @@ SEEN_OPTIONS = (
 )
 
 
-def resume(lab, rng, more=()):
+def resume(lab, rng):
     """A run that is stopped at random steps by SIGINT, SIGTERM or SIGKILL and resumed is the run
     that was not.
     """
     undisturbed = lab.fresh('uninterrupted')
     while True:
-        options = [*random_options(rng), *more]
+        options = random_options(rng)
         process = lab.project.start('train.py', *options, f'--out_dir={undisturbed}')
         _, err = process.communicate(timeout=500)
         refused = process.returncode == 2 and len(err.splitlines()) == 1
@@ -655,9 +655,8 @@ EXPERIMENTS = {
         prepared_anew, memory_train, memory_chat,
     )
 }
-EXPERIMENTS['resume_compiled'] = partial(resume, more=['--compile'])
 # Each takes minutes: run once, and only if named
-ONCE = ('resume_compiled', 'memory_train', 'memory_chat')
+ONCE = ('memory_train', 'memory_chat')
 
 
 def parse_arguments():

@@ -129,7 +129,7 @@ def test_attention(B, H, T, S, who, dtype):
     if who == 'padded':
         mask = torch.rand(B, 1, 1, S) > 0.4
         mask[..., -1] = True  # no row may be empty
-    assert fused.can_attend(q, mask)
+    assert fused.can_attend(q, k, mask)
     check(lambda q, k, v: fused.attention(q, k, v, mask, who == 'causal'),
           lambda q, k, v: plain_attention(q, k, v, mask, who == 'causal'), [q, k, v], dtype)
 
@@ -194,6 +194,16 @@ def test_what_c_can_not_do_is_left_to_pytorch(monkeypatch):
     assert not fused.can_fuse(x.double())
     assert not fused.can_fuse(x.to('meta'))
     assert not fused.can_fuse(torch.empty(1, native.LARGEST_ARRAY + 1))
-    assert not fused.can_attend(x[None], torch.ones(1, 1, 2, 3, dtype=torch.bool))
+    assert not fused.can_attend(x[None], x[None], torch.ones(1, 1, 2, 3, dtype=torch.bool))
+    too_long = torch.empty(1, 1, native.LARGEST_ARRAY + 1, 4)
+    assert not fused.can_attend(x[None], too_long, None)
     monkeypatch.setattr(fused, 'load_library', lambda: None)
     assert not fused.can_fuse(x)
+
+
+@pytest.mark.parametrize('threads, expected', [(1, True), (2, False)])
+def test_c_on_one_core_does_not_replace_pytorch_on_several(threads, expected, monkeypatch):
+    """As clang without its OpenMP library, or a Mac's compiler, makes it."""
+    monkeypatch.setattr(fused, 'load_library', lambda: SimpleNamespace(uses_all_cores=False))
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    assert fused.can_fuse(torch.randn(2, 3)) is expected

@@ -422,7 +422,7 @@ def test_nothing_is_compiled_on_a_cpu(project):
 
 def test_a_c_compiler_is_recommended_where_there_is_none(project):
     out, _ = project.train('--max_iters=1', fresh=True, env={'CC': 'none'})
-    assert 'eager (a C compiler, such as gcc, would make it faster)' in out
+    assert 'eager (a C compiler with OpenMP, such as gcc, would make it faster)' in out
 
 
 @pytest.fixture
