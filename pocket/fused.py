@@ -1,10 +1,10 @@
 """
-What a Transformer does between its matrix products, on a CPU, with gradients: each a function in C
-(pocket/native_training.c) instead of up to ten operations of PyTorch.
+The operations between a Transformer's matrix products, on a CPU, with gradients: one C function
+each (pocket/native_training.c) in place of up to ten PyTorch operations.
 
-model.py and pocket/kernels.py use these where can_fuse() says so, and plain PyTorch elsewhere.
-Inputs may be bfloat16 or float32; within a function all is float32. tests/test_fused.py checks
-every function and its gradient against plain PyTorch in float64.
+model.py and pocket/kernels.py use them if can_fuse() allows it, and plain PyTorch otherwise.
+Tensors are bfloat16 or float32; C computes in float32. tests/test_fused.py checks every function
+and its gradient against plain PyTorch in float64.
 """
 import ctypes
 import math
@@ -17,37 +17,38 @@ from pocket.native import (
     ACTIVATIONS,
     LARGEST_ARRAY,
     HeadShape,
-    NormLayer,
+    Norm,
     ScoreShape,
     load_library,
     pointer,
 )
 
-PARTS = 64  # of the rows: gradients of a norm's weights are sums over each of them
-QUERY_BLOCK = 256  # queries at once in causal attention: later keys are never multiplied
+PARTS = 64  # groups of rows: gradients of a norm's weights are summed within each, then over all
+QUERY_BLOCK = 256  # queries per block of causal attention; keys after the block are skipped
 
 
 def can_fuse(x):
-    """Whether the functions below can take a tensor."""
+    """Whether the functions below support this tensor."""
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
         return False
-    if x.dtype not in (torch.bfloat16, torch.float32) or x.size(-1) > LARGEST_ARRAY:
+    if x.dtype not in (torch.bfloat16, torch.float32):
         return False
-    return is_available()
+    return 0 < x.dim() and x.size(-1) <= LARGEST_ARRAY and is_available()
 
 
 def is_available():
-    """Whether there is a C compiler, and what it compiles uses as many cores as PyTorch does."""
+    """Whether the C library could be compiled, and uses as many cores as PyTorch."""
     library = load_library()
     return library is not None and (library.uses_all_cores or torch.get_num_threads() == 1)
 
 
 def call(name, *arguments):
-    """A function of native_training.c. Tensors and structs are given by their addresses."""
+    """Call a function of native_training.c. Tensors and structs are passed by address."""
     converted = []
     for argument in arguments:
         if torch.is_tensor(argument):
-            assert argument.is_contiguous()
+            if not argument.is_contiguous() or not argument.is_cpu:
+                raise ValueError(f'{name}: a tensor is not contiguous, or not on the CPU')
             argument = argument.data_ptr()
         elif isinstance(argument, ctypes.Structure):
             argument = ctypes.addressof(argument)
@@ -65,6 +66,10 @@ def is_bfloat16(x):
 
 def norm(x, weight, bias, eps, is_layer_norm):
     """LayerNorm, or RMSNorm, of x (..., C). weight, bias: (C,) or None."""
+    for parameter in (weight, bias):
+        if parameter is not None and (parameter.shape != x.shape[-1:] or not parameter.is_cpu):
+            raise ValueError(f'a norm of width {len(parameter)} on {parameter.device} does not fit '
+                             f'{tuple(x.shape)} on the CPU')
     return NormFunction.apply(x, weight, bias, eps, is_layer_norm)
 
 
@@ -76,8 +81,8 @@ class NormFunction(Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.options = eps, is_layer_norm
         y = torch.empty_like(x)
-        layer, kept = norm_layer(x, weight, bias, eps, is_layer_norm)
-        call('norm', layer, x, y, x.numel() // x.size(-1))
+        layer, buffers = norm_layer(x, weight, bias, eps, is_layer_norm)
+        call('norm', layer, x, y, x.numel() // x.size(-1), is_bfloat16(x))
         return y
 
     @staticmethod
@@ -85,9 +90,10 @@ class NormFunction(Function):
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
         dx = torch.empty_like(x)
-        sums = torch.empty(PARTS, 2, x.size(-1))
-        layer, kept = norm_layer(x, weight, bias, *ctx.options)
-        call('norm_gradient', layer, x, dy.contiguous(), dx, sums, x.numel() // x.size(-1), PARTS)
+        sums = x.new_empty(PARTS, 2, x.size(-1), dtype=torch.float32)
+        layer, buffers = norm_layer(x, weight, bias, *ctx.options)
+        call('norm_gradient', layer, x, dy.contiguous(), dx, sums, x.numel() // x.size(-1), PARTS,
+             is_bfloat16(x))
         dweight, dbias = sums.sum(0)
         dweight = None if weight is None else dweight.to(weight.dtype)
         dbias = None if bias is None else dbias.to(bias.dtype)
@@ -95,11 +101,10 @@ class NormFunction(Function):
 
 
 def norm_layer(x, weight, bias, eps, is_layer_norm):
-    """The C struct, and the tensors that it points to, which have to be kept."""
-    kept = [None if parameter is None else parameter.float().contiguous()
-            for parameter in (weight, bias)]
-    layer = NormLayer(x.size(-1), is_layer_norm, is_bfloat16(x), eps, *map(pointer, kept))
-    return layer, kept
+    """The C struct, and the tensors that it points to: keep both until the call returns."""
+    buffers = [None if parameter is None else parameter.float().contiguous()
+               for parameter in (weight, bias)]
+    return Norm(x.size(-1), is_layer_norm, eps, *map(pointer, buffers)), buffers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def norm_layer(x, weight, bias, eps, is_layer_norm):
 
 
 def can_split_heads(qkv, attn, rope):
-    """Whether split_heads() has what an Attention does: not QK-norm with weights, nor padding."""
+    """Whether split_heads() covers this case: no QK-norm with weights, no padded rows."""
     if attn.q_norm is not None or not can_fuse(qkv):
         return False
     return rope is None or rope[0].dim() == 3
@@ -131,12 +136,12 @@ class HeadsFunction(Function):
         qkv = qkv.contiguous()
         B, T, width = qkv.shape
         D = width // (n_head + 2 * n_kv_head)
-        ctx.options = n_head, n_kv_head, is_normed
-        ctx.save_for_backward(qkv, cos, sin)
+        ctx.options = qkv.shape, n_head, n_kv_head, is_normed
+        ctx.save_for_backward(qkv if is_normed else None, cos, sin)
         q = qkv.new_empty(B, n_head, T, D)
         k = qkv.new_empty(B, n_kv_head, T, D)
         v = qkv.new_empty(B, n_kv_head, T, D)
-        shape, kept = head_shape(qkv, n_head, n_kv_head, is_normed, cos, sin)
+        shape, buffers = head_shape(qkv.dtype, *ctx.options, cos, sin)
         call('split_heads', shape, qkv, q, k, v)
         return q, k, v
 
@@ -144,22 +149,22 @@ class HeadsFunction(Function):
     @once_differentiable
     def backward(ctx, dq, dk, dv):
         qkv, cos, sin = ctx.saved_tensors
-        dqkv = torch.empty_like(qkv)
-        shape, kept = head_shape(qkv, *ctx.options, cos, sin)
+        dqkv = dq.new_empty(ctx.options[0])
+        shape, buffers = head_shape(dq.dtype, *ctx.options, cos, sin)
         call('split_heads_gradient', shape, qkv, dq.contiguous(), dk.contiguous(), dv.contiguous(),
              dqkv)
         return dqkv, None, None, None, None, None
 
 
-def head_shape(qkv, n_head, n_kv_head, is_normed, cos, sin):
-    """The C struct, and the tensors that it points to, which have to be kept."""
-    B, T, width = qkv.shape
+def head_shape(dtype, qkv_shape, n_head, n_kv_head, is_normed, cos, sin):
+    """The C struct, and the tensors that it points to: keep both until the call returns."""
+    B, T, width = qkv_shape
     D = width // (n_head + 2 * n_kv_head)
-    kept = [None if table is None else table.float().reshape(T, D // 2).contiguous()
-            for table in (cos, sin)]
-    shape = HeadShape(B, T, n_head, n_kv_head, D, is_normed, is_bfloat16(qkv),
-                      *map(pointer, kept))
-    return shape, kept
+    buffers = [None if table is None else table.float().reshape(T, D // 2).contiguous()
+               for table in (cos, sin)]
+    shape = HeadShape(B, T, n_head, n_kv_head, D, is_normed, dtype == torch.bfloat16,
+                      *map(pointer, buffers))
+    return shape, buffers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,10 +172,11 @@ def head_shape(qkv, n_head, n_kv_head, is_normed, cos, sin):
 
 
 def can_attend(q, k, mask):
-    """Whether attention() has what is wanted: no mask, or one of padding."""
-    if k.size(2) > LARGEST_ARRAY or not can_fuse(q):
+    """Whether attention() covers this case: no mask, or a padding mask (B, 1, 1, S)."""
+    if not 0 < k.size(2) <= LARGEST_ARRAY or not can_fuse(q):
         return False
-    return mask is None or mask.shape[1:3] == (1, 1)
+    is_padding_mask = mask is None or mask.shape == (q.size(0), 1, 1, k.size(2))
+    return is_padding_mask and (mask is None or mask.dtype == torch.bool)
 
 
 def attention(q, k, v, mask, is_causal, dropout=None):
@@ -179,19 +185,23 @@ def attention(q, k, v, mask, is_causal, dropout=None):
     mask: (B, 1, 1, S) bool, True = may be attended to, or None. is_causal: T == S, and no query
     sees later keys. dropout: a Dropout for the weights, or None.
     """
+    assert not is_causal or (q.size(2) == k.size(2) and mask is None)
     if dropout is not None and (dropout.p == 0 or not dropout.training):
         dropout = None
-    return AttentionFunction.apply(q, k, v, mask, is_causal, dropout)
+    if torch.is_autocast_enabled('cpu'):  # some products below would be cast, others not
+        dtype = torch.get_autocast_dtype('cpu')
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return AttentionFunction.apply(q, k, v, mask, is_causal, dropout, torch.is_grad_enabled())
 
 
 class AttentionFunction(Function):
     """Causal attention takes a block of queries at a time, with the keys up to its end."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, is_causal, dropout):
+    def forward(ctx, q, k, v, mask, is_causal, dropout, needs_gradient):
         B, H, T, D = q.shape
         S = k.size(2)
-        q, k, v = q.reshape(-1, T, D), k.reshape(-1, S, D), v.reshape(-1, S, D)
+        q, k, v = q.reshape(B * H, T, D), k.reshape(B * H, S, D), v.reshape(B * H, S, D)
         if mask is not None:
             mask = mask.reshape(B, S).contiguous()
         y = torch.empty_like(q)
@@ -200,8 +210,9 @@ class AttentionFunction(Function):
             weights = q[:, queries] @ k[:, keys].mT  # (B * H, queries, keys)
             call('softmax', score_shape(weights, D, queries, is_causal, H, mask), weights)
             keep = None if dropout is None else dropout.draw(weights)
-            torch.bmm(dropped(weights, keep), v[:, keys], out=y[:, queries])
-            saved += weights, keep
+            torch.bmm(after_dropout(weights, keep), v[:, keys], out=y[:, queries])
+            if needs_gradient:
+                saved += weights, keep
         ctx.is_causal = is_causal
         ctx.save_for_backward(q, k, v, *saved)
         return y.view(B, H, T, D)
@@ -212,24 +223,26 @@ class AttentionFunction(Function):
         q, k, v, *saved = ctx.saved_tensors
         B, H, T, D = dy.shape
         S = k.size(1)
-        dy = dy.reshape(-1, T, D)
+        dy = dy.reshape(B * H, T, D)
         dq = torch.empty_like(q)
         dk = torch.empty_like(k)
         dv = torch.empty_like(v)
 
-        # From the last block, which sees all keys, to the first. beta=0: no sum yet to add to
+        # The last block sees all keys, so it comes first, and sets dk and dv (beta=0). The others
+        # add to them
         blocks = query_blocks(T, S, ctx.is_causal)
         for i in reversed(range(len(blocks))):
             queries, keys = blocks[i]
             weights, keep = saved[2 * i], saved[2 * i + 1]
             beta = 0 if i == len(blocks) - 1 else 1
-            dv[:, keys].baddbmm_(dropped(weights, keep).mT, dy[:, queries], beta=beta)
-            dscores = dropped(dy[:, queries] @ v[:, keys].mT, keep)
+            dv[:, keys].baddbmm_(after_dropout(weights, keep).mT, dy[:, queries], beta=beta)
+            dscores = after_dropout(dy[:, queries] @ v[:, keys].mT, keep)
             shape = score_shape(weights, D, queries, ctx.is_causal)
             call('softmax_gradient', shape, weights, dscores)
             torch.bmm(dscores, k[:, keys], out=dq[:, queries])
             dk[:, keys].baddbmm_(dscores.mT, q[:, queries], beta=beta)
-        return dq.view(B, H, T, D), dk.view(B, H, S, D), dv.view(B, H, S, D), None, None, None
+        dq, dk, dv = dq.view(B, H, T, D), dk.view(B, H, S, D), dv.view(B, H, S, D)
+        return dq, dk, dv, None, None, None, None
 
 
 def query_blocks(T, S, is_causal):
@@ -243,8 +256,8 @@ def query_blocks(T, S, is_causal):
     return blocks
 
 
-def dropped(weights, keep):
-    """Weights after dropout. keep: what Dropout.draw() returned, or None."""
+def after_dropout(weights, keep):
+    """keep: what Dropout.draw() returned, or None without dropout."""
     return weights if keep is None else weights * keep
 
 
@@ -297,15 +310,15 @@ class ShiftFunction(Function):
 
     @staticmethod
     def forward(ctx, x):
-        return moved(x, by=1)
+        return shift(x, by=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return moved(dy, by=-1)
+        return shift(dy, by=-1)
 
 
-def moved(x, by):
+def shift(x, by):
     """The first half of each token's channels from the token before (by=1), or after it (-1)."""
     x = x.contiguous()
     y = torch.empty_like(x)

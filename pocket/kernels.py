@@ -106,17 +106,18 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
     """
     T, S = q.size(2), k.size(2)
     group = q.size(1) // k.size(1)
+    p = dropout.p if dropout is not None and dropout.training else 0.0
     if group > 1 and T == 1:
         # Grouped-query attention, decoding: a group of queries attends to the same keys. So it
         # takes the place of the T queries, and each key is read once
         B, H, _, D = q.shape
-        y = F.scaled_dot_product_attention(q.view(B, H // group, group, D), k, v, mask)
+        q = q.view(B, H // group, group, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
         return y.reshape(B, H, 1, D)
     if group > 1:
         k = k.repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
     if is_pytorchs_faster(q, S):
-        p = dropout.p if dropout is not None and dropout.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=is_causal)
     if fused.can_attend(q, k, mask):
         return fused.attention(q, k, v, mask, is_causal, dropout)
@@ -129,10 +130,9 @@ def attention(q, k, v, mask=None, is_causal=False, dropout=None):
         k = k.contiguous()  # once, instead of in each product
         v = v.contiguous()
     blocks = []
-    for start in range(0, T, fused.QUERY_BLOCK):
-        end = min(start + fused.QUERY_BLOCK, T)
-        queries = q[:, :, start:end]
-        blocks.append(attend_block(queries, k[:, :, :end], v[:, :, :end], None, start, dropout))
+    for queries, keys in fused.query_blocks(T, S, is_causal=True):
+        q_block, k_block, v_block = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        blocks.append(attend_block(q_block, k_block, v_block, None, queries.start, dropout))
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat(blocks, dim=2)

@@ -74,17 +74,14 @@ void multiply_bfloat16(const Bfloat16Weights *weights, const uint16_t *x, uint16
         }
         float sum = bfloat16_dot(channel, x, in);
         if (weights->bias) sum += weights->bias[i];
-        if (gelu) { /* sum (1 + tanh(u)) / 2 = sum / (1 + e^(-2u)) */
-            float u = 0.79788456f * (sum + 0.044715f * sum * sum * sum); /* sqrt(2 / pi) */
-            sum /= 1 + exponential(-2 * u);
-        }
+        if (gelu) sum *= gelu_share(sum);
         y[i] = to_bfloat16(sum);
     }
 }
 
 
 /* weight (count) times one row of x */
-static float dot(const int8_t *weight, const int16_t *x, int count) {
+static float int8_dot(const int8_t *weight, const int16_t *x, int count) {
     float total = 0;
     for (int start = 0; start < count; start += CHUNK) {
         int end = smaller(start + CHUNK, count);
@@ -258,7 +255,7 @@ void multiply_int8(const Int8Weights *weights, const float *x, float *y, int row
         for (; row + 4 <= rows; row += 4) {
             four_dots(channel, x_int + (long)row * in, in, in, sums + row);
         }
-        for (; row < rows; row++) sums[row] = dot(channel, x_int + (long)row * in, in);
+        for (; row < rows; row++) sums[row] = int8_dot(channel, x_int + (long)row * in, in);
         for (row = 0; row < rows; row++) {
             float bias = weights->bias ? weights->bias[i] : 0;
             y[(long)row * out + i] = sums[row] * x_scale[row] * weights->scale[i] + bias;
@@ -274,12 +271,6 @@ typedef struct {
     const int64_t *pad;      /* (B), how many of these are padding, or NULL */
     const float *cos, *sin;  /* (B, D / 2), or NULL without rotary positions */
 } StepContext;
-
-typedef struct {
-    int width, is_layer_norm; /* otherwise it is an RMSNorm */
-    float eps;
-    const float *weight, *bias; /* (width), bias: NULL for none */
-} Norm;
 
 typedef struct {
     int H, G, D;                    /* query heads, key-value heads, width of each */
@@ -323,19 +314,11 @@ void swiglu(const StepContext *step, const void *in, void *out, int width) {
 }
 
 /* What model.py's normalize() does with QK-norm's weights, for one head */
-static void normalize(float *head, const float *weight, float eps, int D) {
+static void normalize_head(float *head, const float *weight, float eps, int D) {
     float squares = 0;
     for (int i = 0; i < D; i++) squares += head[i] * head[i];
     float scale = 1 / sqrtf(squares / D + eps);
     for (int i = 0; i < D; i++) head[i] *= scale * weight[i];
-}
-
-static void rotate(float *head, const float *cos, const float *sin, int D) {
-    for (int i = 0; i < D / 2; i++) {
-        float a = head[i], b = head[i + D / 2];
-        head[i] = a * cos[i] - b * sin[i];
-        head[i + D / 2] = a * sin[i] + b * cos[i];
-    }
 }
 
 /* Attention of one head: out (D), from a query (D) and columns `first` to `last` of keys and values
@@ -386,14 +369,14 @@ void attend(const StepContext *step, const Heads *heads, const void *qkv, void *
 
         read_numbers(k, qkv, (qkv_row + H + g) * D, D, is_bfloat16);
         read_numbers(v, qkv, (qkv_row + H + G + g) * D, D, is_bfloat16);
-        if (heads->k_norm) normalize(k, heads->k_norm, heads->eps, D);
-        if (cos) rotate(k, cos, sin, D);
+        if (heads->k_norm) normalize_head(k, heads->k_norm, heads->eps, D);
+        if (cos) rotate(k, cos, sin, D, 1);
 
         for (int h = g * queries; h < (g + 1) * queries; h++) {
             float q[D], y[D];
             read_numbers(q, qkv, (qkv_row + h) * D, D, is_bfloat16);
-            if (heads->q_norm) normalize(q, heads->q_norm, heads->eps, D);
-            if (cos) rotate(q, cos, sin, D);
+            if (heads->q_norm) normalize_head(q, heads->q_norm, heads->eps, D);
+            if (cos) rotate(q, cos, sin, D, 1);
             attend_one(q, k - (long)length * D, v - (long)length * D, y, first, length, D);
             write_numbers(out, ((long)row * H + h) * D, y, D, is_bfloat16);
         }

@@ -1,4 +1,4 @@
-/* What native.c and native_training.c share: numbers in bfloat16, and an exponential */
+/* What native.c and native_training.c share */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -15,6 +15,7 @@ static inline float from_bfloat16(uint16_t half) {
 }
 
 static inline uint16_t to_bfloat16(float number) {
+    if (number != number) return 0x7fc0; /* NaN, which rounding could turn into another number */
     union { float number; uint32_t bits; } full = {number};
     uint32_t is_odd = (full.bits >> 16) & 1; /* round to nearest, ties to even */
     return (full.bits + 0x7fff + is_odd) >> 16;
@@ -59,3 +60,24 @@ static inline float exponential(float x) {
     union { int32_t bits; float number; } power = {((int32_t)n + 127) << 23};
     return e * power.number;
 }
+
+/* The GELU of x, in the tanh form, is x times this: (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)) with
+   u = sqrt(2 / pi) (x + 0.044715 x^3) */
+static inline float gelu_share(float x) {
+    return 1 / (1 + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+}
+
+/* Rotary positions: turn the pairs (i, i + D / 2) of a head; direction -1: back */
+static inline void rotate(float *head, const float *cos, const float *sin, int D, int direction) {
+    for (int i = 0; i < D / 2; i++) {
+        float a = head[i], b = head[i + D / 2], s = direction * sin[i];
+        head[i] = a * cos[i] - b * s;
+        head[i + D / 2] = a * s + b * cos[i];
+    }
+}
+
+typedef struct {
+    int width, is_layer_norm; /* not is_layer_norm: an RMSNorm */
+    float eps;
+    const float *weight, *bias; /* (width), or NULL for none */
+} Norm;

@@ -1,6 +1,6 @@
 """
-C functions for what PyTorch has no quick operation for, compiled at first use: pocket/native.c for
-generating, pocket/native_training.c for training.
+C functions for operations that PyTorch lacks or runs slowly, compiled at first use: native.c for
+generation, native_training.c for training.
 
 The machine's C compiler takes about two seconds for them, and the result is cached. Without a
 compiler, load_library() returns None and callers fall back to PyTorch: slower, but with the same
@@ -31,7 +31,7 @@ FLAGS = (
 )
 POINTER = ctypes.c_void_p
 INT = ctypes.c_int
-LONG = ctypes.c_long
+INT64 = ctypes.c_int64
 FLOAT = ctypes.c_float
 # The longest array that a C function may put on a thread's stack: as float32 it takes 1 MB, and no
 # function has more than two. Stacks have 8 MB on Linux. The limit is checked because an untrusted
@@ -40,7 +40,7 @@ LARGEST_ARRAY = 2**18
 
 
 class Bfloat16Weights(ctypes.Structure):
-    """A linear layer in bfloat16. This and the classes below are structs in native.c."""
+    """A linear layer in bfloat16. This and the classes below mirror structs in the C files."""
     _fields_ = [('inputs', INT), ('outputs', INT), ('weight', POINTER), ('bias', POINTER)]
 
 
@@ -68,12 +68,6 @@ class Heads(ctypes.Structure):
                 ('k_norm', POINTER)]
 
 
-class NormLayer(ctypes.Structure):
-    """A LayerNorm or RMSNorm in training."""
-    _fields_ = [('width', INT), ('is_layer_norm', INT), ('is_bfloat16', INT), ('eps', FLOAT),
-                ('weight', POINTER), ('bias', POINTER)]
-
-
 class HeadShape(ctypes.Structure):
     """H query heads and G key-value heads of T tokens in each of B texts."""
     _fields_ = [('B', INT), ('T', INT), ('H', INT), ('G', INT), ('D', INT), ('is_normed', INT),
@@ -82,7 +76,7 @@ class HeadShape(ctypes.Structure):
 
 class ScoreShape(ctypes.Structure):
     """Attention scores (matrices, T, S)."""
-    _fields_ = [('matrices', LONG), ('T', INT), ('S', INT), ('first', INT), ('is_bfloat16', INT),
+    _fields_ = [('matrices', INT64), ('T', INT), ('S', INT), ('first', INT), ('is_bfloat16', INT),
                 ('scale', FLOAT), ('mask', POINTER), ('H', INT)]
 
 
@@ -94,15 +88,15 @@ ARGUMENTS = {  # of the functions in C; structs are given as pointers, too
     'add_and_norm': [POINTER] * 5,
     'swiglu': [POINTER] * 3 + [INT],
     'attend': [POINTER] * 6,
-    'norm': [POINTER] * 3 + [LONG],
-    'norm_gradient': [POINTER] * 5 + [LONG, INT],
+    'norm': [POINTER] * 3 + [INT64, INT],
+    'norm_gradient': [POINTER] * 5 + [INT64, INT, INT],
     'split_heads': [POINTER] * 5,
     'split_heads_gradient': [POINTER] * 6,
     'softmax': [POINTER] * 2,
     'softmax_gradient': [POINTER] * 3,
-    'activate': [INT] + [POINTER] * 2 + [LONG, INT],
-    'activate_gradient': [INT] + [POINTER] * 3 + [LONG, INT],
-    'shift_tokens': [POINTER] * 2 + [LONG] + [INT] * 4,
+    'activate': [INT] + [POINTER] * 2 + [INT64, INT],
+    'activate_gradient': [INT] + [POINTER] * 3 + [INT64, INT],
+    'shift_tokens': [POINTER] * 2 + [INT64] + [INT] * 4,
 }
 
 
@@ -110,7 +104,7 @@ ARGUMENTS = {  # of the functions in C; structs are given as pointers, too
 def load_library():
     """The functions of both files as a ctypes library, or None if they can't be compiled here.
 
-    Its attribute uses_all_cores: whether they share their work among threads.
+    Its attribute uses_all_cores tells whether it was built with OpenMP.
     """
     command = os.environ.get('CC', '').split() or ['cc']  # CC may have arguments: ccache gcc
     program = shutil.which(command[0])

@@ -4,18 +4,17 @@ pocket/native.py compiles this file, and pocket/fused.py calls it.
 
     norm, norm_gradient                  LayerNorm, RMSNorm
     split_heads, split_heads_gradient    QK-norm, rotary positions, heads before tokens
-    softmax, softmax_gradient            of attention scores, causal if wanted
+    softmax, softmax_gradient            of attention scores, optionally causal
     activate, activate_gradient          squared ReLU, GELU in the tanh form
     shift_tokens                         and, in the opposite direction, its gradient
 
-PyTorch computes each of these in one to ten passes over memory. Here a row at a time is read,
-converted to float32, and written when all is done with it. A gradient's name is that of its
-tensor with a d: dy is that of y. Tensors are contiguous: bfloat16 if is_bfloat16, otherwise
-float32.
+PyTorch computes each of these in one to ten passes over memory. Here each row is read once,
+converted to float32, processed, and written once. A leading d means gradient: dy is that of y.
+Tensors are contiguous: bfloat16 if is_bfloat16, otherwise float32.
 */
 
-/* Vectors of 512 bits where there are any; compilers prefer 256, which suits code with few of them */
-#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+/* Use vectors of 512 bits if the processor has them: GCC prefers 256 */
+#if defined(__AVX512F__) && !defined(__clang__) && __GNUC__ >= 8
 #pragma GCC target("prefer-vector-width=512")
 #endif
 
@@ -23,12 +22,6 @@ float32.
 
 /* ---------------------------------------------------------------------------------------------- */
 /* Norms */
-
-typedef struct {
-    int width, is_layer_norm, is_bfloat16; /* not is_layer_norm: an RMSNorm */
-    float eps;
-    const float *weight, *bias; /* (width), or NULL for none */
-} NormLayer;
 
 /* The sum of a * b. 64 sums at once, because each addition has to wait for the one before it */
 static inline float dot(const float *a, const float *b, int count) {
@@ -65,8 +58,8 @@ static inline float normalize(float *x, int width, int is_layer_norm, float eps)
     return scale;
 }
 
-/* dy becomes the gradient of what normalize() was given. y, scale: what it returned. A norm removes
-   the mean and the length of x, so no gradient passes along these two directions */
+/* Turns dy, the gradient of normalize()'s output y, into that of its input. scale: what it returned.
+   A norm removes mean and length, so no gradient passes along these two directions */
 static inline void normalize_gradient(float *dy, const float *y, float scale, int width,
                                       int is_layer_norm) {
     float mean = is_layer_norm ? sum_of(dy, width) / width : 0;
@@ -75,33 +68,33 @@ static inline void normalize_gradient(float *dy, const float *y, float scale, in
 }
 
 /* y = norm of x, both (rows, width) */
-void norm(const NormLayer *layer, const void *x, void *y, long rows) {
+void norm(const Norm *layer, const void *x, void *y, int64_t rows, int is_bfloat16) {
     int width = layer->width;
     #pragma omp parallel for
-    for (long row = 0; row < rows; row++) {
+    for (int64_t row = 0; row < rows; row++) {
         float h[width];
-        read_numbers(h, x, row * width, width, layer->is_bfloat16);
+        read_numbers(h, x, row * width, width, is_bfloat16);
         normalize(h, width, layer->is_layer_norm, layer->eps);
         if (layer->weight) for (int i = 0; i < width; i++) h[i] *= layer->weight[i];
         if (layer->bias) for (int i = 0; i < width; i++) h[i] += layer->bias[i];
-        write_numbers(y, row * width, h, width, layer->is_bfloat16);
+        write_numbers(y, row * width, h, width, is_bfloat16);
     }
 }
 
 /* dx (rows, width), and the gradients of weight and bias as sums over each of `parts` parts of the
    rows: (parts, 2, width). Parts, not threads: the same result with any number of threads */
-void norm_gradient(const NormLayer *layer, const void *x, const void *dy, void *dx, float *sums,
-                   long rows, int parts) {
+void norm_gradient(const Norm *layer, const void *x, const void *dy, void *dx, float *sums,
+                   int64_t rows, int parts, int is_bfloat16) {
     int width = layer->width;
     #pragma omp parallel for
     for (int part = 0; part < parts; part++) {
-        float *dweight = sums + 2L * part * width;
+        float *dweight = sums + (int64_t)2 * part * width;
         float *dbias = dweight + width;
         float h[width], d[width];
         memset(dweight, 0, 2 * width * sizeof(float));
-        for (long row = rows * part / parts; row < rows * (part + 1) / parts; row++) {
-            read_numbers(h, x, row * width, width, layer->is_bfloat16);
-            read_numbers(d, dy, row * width, width, layer->is_bfloat16);
+        for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++) {
+            read_numbers(h, x, row * width, width, is_bfloat16);
+            read_numbers(d, dy, row * width, width, is_bfloat16);
             float scale = normalize(h, width, layer->is_layer_norm, layer->eps);
             for (int i = 0; i < width; i++) {
                 dweight[i] += d[i] * h[i];
@@ -109,7 +102,7 @@ void norm_gradient(const NormLayer *layer, const void *x, const void *dy, void *
             }
             if (layer->weight) for (int i = 0; i < width; i++) d[i] *= layer->weight[i];
             normalize_gradient(d, h, scale, width, layer->is_layer_norm);
-            write_numbers(dx, row * width, d, width, layer->is_bfloat16);
+            write_numbers(dx, row * width, d, width, is_bfloat16);
         }
     }
 }
@@ -123,22 +116,13 @@ typedef struct {
     const float *cos, *sin;  /* (T, D / 2), or NULL without rotary positions */
 } HeadShape;
 
-/* Turn the pairs (i, i + D / 2); direction -1: back */
-static void turn(float *head, const float *cos, const float *sin, int D, int direction) {
-    for (int i = 0; i < D / 2; i++) {
-        float a = head[i], b = head[i + D / 2], s = direction * sin[i];
-        head[i] = a * cos[i] - b * s;
-        head[i + D / 2] = a * s + b * cos[i];
-    }
-}
-
-/* Where head n of token (b, t) of a text is in q, k or v, and in which of them */
-static long place_of(const HeadShape *shape, int b, int t, int n, int *which) {
+/* Where head n of token (b, t) is, and in which of q, k and v: 0, 1 or 2 */
+static int64_t offset_of(const HeadShape *shape, int b, int t, int n, int *which) {
     int H = shape->H, G = shape->G;
     *which = n < H ? 0 : n < H + G ? 1 : 2;
     int heads = *which == 0 ? H : G;
     int head = *which == 0 ? n : *which == 1 ? n - H : n - H - G;
-    return (((long)b * heads + head) * shape->T + t) * shape->D;
+    return (((int64_t)b * heads + head) * shape->T + t) * shape->D;
 }
 
 /* qkv (B, T, (H + 2 G) D) to q (B, H, T, D) and k, v (B, G, T, D) */
@@ -146,17 +130,17 @@ void split_heads(const HeadShape *shape, const void *qkv, void *q, void *k, void
     int D = shape->D, T = shape->T, heads = shape->H + 2 * shape->G;
     void *targets[3] = {q, k, v};
     #pragma omp parallel for
-    for (long token = 0; token < (long)shape->B * T; token++) {
+    for (int64_t token = 0; token < (int64_t)shape->B * T; token++) {
         float h[D];
         int b = token / T, t = token % T, which;
         for (int n = 0; n < heads; n++) {
             read_numbers(h, qkv, (token * heads + n) * D, D, shape->is_bfloat16);
-            long place = place_of(shape, b, t, n, &which);
+            int64_t offset = offset_of(shape, b, t, n, &which);
             if (which < 2 && shape->is_normed) normalize(h, D, 1, 1e-5f);
             if (which < 2 && shape->cos) {
-                turn(h, shape->cos + (long)t * D / 2, shape->sin + (long)t * D / 2, D, 1);
+                rotate(h, shape->cos + (int64_t)t * (D / 2), shape->sin + (int64_t)t * (D / 2), D, 1);
             }
-            write_numbers(targets[which], place, h, D, shape->is_bfloat16);
+            write_numbers(targets[which], offset, h, D, shape->is_bfloat16);
         }
     }
 }
@@ -167,14 +151,14 @@ void split_heads_gradient(const HeadShape *shape, const void *qkv, const void *d
     int D = shape->D, T = shape->T, heads = shape->H + 2 * shape->G;
     const void *sources[3] = {dq, dk, dv};
     #pragma omp parallel for
-    for (long token = 0; token < (long)shape->B * T; token++) {
+    for (int64_t token = 0; token < (int64_t)shape->B * T; token++) {
         float d[D], h[D];
         int b = token / T, t = token % T, which;
         for (int n = 0; n < heads; n++) {
-            long place = place_of(shape, b, t, n, &which);
-            read_numbers(d, sources[which], place, D, shape->is_bfloat16);
+            int64_t offset = offset_of(shape, b, t, n, &which);
+            read_numbers(d, sources[which], offset, D, shape->is_bfloat16);
             if (which < 2 && shape->cos) {
-                turn(d, shape->cos + (long)t * D / 2, shape->sin + (long)t * D / 2, D, -1);
+                rotate(d, shape->cos + (int64_t)t * (D / 2), shape->sin + (int64_t)t * (D / 2), D, -1);
             }
             if (which < 2 && shape->is_normed) {
                 read_numbers(h, qkv, (token * heads + n) * D, D, shape->is_bfloat16);
@@ -190,7 +174,7 @@ void split_heads_gradient(const HeadShape *shape, const void *qkv, const void *d
 /* Softmax of attention scores */
 
 typedef struct {
-    long matrices;      /* batch times heads */
+    int64_t matrices;      /* batch times heads */
     int T, S;           /* queries, keys */
     int first;          /* the position of the first query if it sees no later keys, otherwise -1 */
     int is_bfloat16;
@@ -199,15 +183,15 @@ typedef struct {
     int H;              /* heads, if there is a mask */
 } ScoreShape;
 
-enum {LOWEST = -1000000000}; /* instead of a score that does not count */
+#define LOWEST (-INFINITY) /* the score of a key that is not seen */
 
 /* How many keys a query sees */
-static int keys_of(const ScoreShape *shape, int t) {
+static int visible_keys(const ScoreShape *shape, int t) {
     return shape->first < 0 ? shape->S : smaller(shape->first + t + 1, shape->S);
 }
 
-/* Loops over a multiple of 16 numbers consist of whole vectors, which are fastest */
-static int whole_vectors(int count) { return (count + 15) / 16 * 16; }
+/* Loops over a multiple of 16 numbers are all vector instructions, which is fastest */
+static int round_up_to_16(int count) { return (count + 15) / 16 * 16; }
 
 /* The largest of `count` numbers, a multiple of 16: of 16 at once, as compilers do not reorder
    comparisons that may involve NaN */
@@ -225,9 +209,9 @@ static float largest_of(const float *x, int count) {
 void softmax(const ScoreShape *shape, void *scores) {
     int T = shape->T, S = shape->S;
     #pragma omp parallel for
-    for (long row = 0; row < shape->matrices * T; row++) {
-        float h[whole_vectors(S)];
-        int keys = keys_of(shape, row % T), end = whole_vectors(keys);
+    for (int64_t row = 0; row < shape->matrices * T; row++) {
+        float h[round_up_to_16(S)];
+        int keys = visible_keys(shape, row % T), end = round_up_to_16(keys);
         read_numbers(h, scores, row * S, keys, shape->is_bfloat16);
         if (shape->mask) {
             const uint8_t *mask = shape->mask + row / T / shape->H * S;
@@ -236,10 +220,11 @@ void softmax(const ScoreShape *shape, void *scores) {
         for (int i = keys; i < end; i++) h[i] = LOWEST;
         float largest = largest_of(h, end), sum = 0;
         for (int i = 0; i < end; i++) {
-            h[i] = exponential((h[i] - largest) * shape->scale);
+            float x = (h[i] - largest) * shape->scale;
+            h[i] = x < -70 ? 0 : exponential(x); /* denormal numbers would be slow */
             sum += h[i];
         }
-        memset(h + keys, 0, (whole_vectors(S) - keys) * sizeof(float));
+        memset(h + end, 0, (round_up_to_16(S) - end) * sizeof(float));
         float share = 1 / sum;
         for (int i = 0; i < end; i++) h[i] *= share;
         write_numbers(scores, row * S, h, S, shape->is_bfloat16);
@@ -250,9 +235,9 @@ void softmax(const ScoreShape *shape, void *scores) {
 void softmax_gradient(const ScoreShape *shape, const void *weights, void *dweights) {
     int T = shape->T, S = shape->S;
     #pragma omp parallel for
-    for (long row = 0; row < shape->matrices * T; row++) {
-        float w[whole_vectors(S)], d[whole_vectors(S)], mean = 0;
-        int end = smaller(whole_vectors(keys_of(shape, row % T)), S); /* weights beyond are 0 */
+    for (int64_t row = 0; row < shape->matrices * T; row++) {
+        float w[round_up_to_16(S)], d[round_up_to_16(S)], mean = 0;
+        int end = smaller(round_up_to_16(visible_keys(shape, row % T)), S); /* weights beyond are 0 */
         read_numbers(w, weights, row * S, end, shape->is_bfloat16);
         read_numbers(d, dweights, row * S, end, shape->is_bfloat16);
         for (int i = 0; i < end; i++) mean += w[i] * d[i];
@@ -269,21 +254,16 @@ enum {BLOCK = 1024}; /* numbers processed at once */
 
 enum {SQUARED_RELU, GELU};
 
-/* The GELU of x, in the tanh form, is x times this: (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)) with
-   u = sqrt(2 / pi) (x + 0.044715 x^3) */
-static inline float gelu_share(float x) {
-    return 1 / (1 + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
-}
-
+/* The derivative of GELU */
 static inline float gelu_slope(float x) {
     float share = gelu_share(x);
     return share + x * share * (1 - share) * 1.59576912f * (1 + 0.134145f * x * x);
 }
 
 /* y = the nonlinearity of x */
-void activate(int kind, const void *x, void *y, long count, int is_bfloat16) {
+void activate(int kind, const void *x, void *y, int64_t count, int is_bfloat16) {
     #pragma omp parallel for
-    for (long first = 0; first < count; first += BLOCK) {
+    for (int64_t first = 0; first < count; first += BLOCK) {
         float h[BLOCK];
         int n = count - first < BLOCK ? count - first : BLOCK;
         read_numbers(h, x, first, n, is_bfloat16);
@@ -296,10 +276,10 @@ void activate(int kind, const void *x, void *y, long count, int is_bfloat16) {
     }
 }
 
-void activate_gradient(int kind, const void *x, const void *dy, void *dx, long count,
+void activate_gradient(int kind, const void *x, const void *dy, void *dx, int64_t count,
                        int is_bfloat16) {
     #pragma omp parallel for
-    for (long first = 0; first < count; first += BLOCK) {
+    for (int64_t first = 0; first < count; first += BLOCK) {
         float h[BLOCK], d[BLOCK];
         int n = count - first < BLOCK ? count - first : BLOCK;
         read_numbers(h, x, first, n, is_bfloat16);
@@ -316,12 +296,12 @@ void activate_gradient(int kind, const void *x, const void *dy, void *dx, long c
 /* ---------------------------------------------------------------------------------------------- */
 /* Token shift */
 
-/* y (B, T, C): the first half of each token's channels from the token before, or, with `by` -1,
-   from the one after; bytes: of a number. What comes from outside the text is 0 */
-void shift_tokens(const char *x, char *y, long B, int T, int C, int by, int bytes) {
-    long half = (C + 1L) / 2 * bytes, whole = (long)C * bytes;
+/* y (B, T, C). by 1: the first half of each token's channels comes from the token before; by -1:
+   from the one after. Beyond either end it is 0. bytes: the size of a number */
+void shift_tokens(const char *x, char *y, int64_t B, int T, int C, int by, int bytes) {
+    int64_t half = (int64_t)((C + 1) / 2) * bytes, whole = (int64_t)C * bytes;
     #pragma omp parallel for
-    for (long token = 0; token < B * T; token++) {
+    for (int64_t token = 0; token < B * T; token++) {
         int from = token % T - by;
         char *to = y + token * whole;
         if (from < 0 || from >= T) memset(to, 0, half);

@@ -573,8 +573,8 @@ def rank_ids_by_frequency(model, train_data):
 def compile_or_stay_eager(model, mode, device, try_step):
     """(model, description): compiled by torch.compile if mode asks for it and it works here.
 
-    mode: True, False or 'auto', which means on CUDA. On a CPU nothing is compiled, as it would
-    gain nothing: pocket/fused.py has in C what a compiler would fuse. try_step(model): a forward
+    mode: True, False, or 'auto' for CUDA only. A CPU always stays eager, even with True:
+    pocket/fused.py has already fused there what a compiler would. try_step(model): a forward
     and backward pass, at which compilation happens; if it fails there, training can still run
     eager.
     """

@@ -3,17 +3,17 @@ pocket/fused.py: every function in C, and its gradient, against plain PyTorch in
 
 Run it alone: pytest -n 0 tests/test_fused.py
 """
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, normalize, plain_attention, rotate
+from model import GPT, GPTConfig, LayerNorm, normalize, plain_attention, rotate
 from pocket import fused, native
+from pocket.kernels import Dropout
 
-pytestmark = pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
+pytestmark = pytest.mark.skipif(not fused.is_available(), reason='no C compiler with OpenMP')
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of a whole tensor, relative
 DTYPES = pytest.mark.parametrize('dtype', list(TOLERANCE))
@@ -168,6 +168,100 @@ def test_token_shift(width, dtype):
     check(fused.shift_tokens, reference, [torch.randn(3, 5, width)], dtype)
 
 
+def test_norm_of_bfloat16_has_gradients_in_the_precision_of_its_weights():
+    """As in training: activations are bfloat16, weights float32."""
+    torch.manual_seed(0)
+    x = torch.randn(700, 30).bfloat16().requires_grad_()
+    weight = torch.randn(30, requires_grad=True)
+    bias = torch.randn(30, requires_grad=True)
+    dy = torch.randn(700, 30).bfloat16()
+    y = fused.norm(x, weight, bias, 1e-5, is_layer_norm=True)
+    gradients = torch.autograd.grad(y, [x, weight, bias], dy)
+    exact = [x.detach().double(), weight.detach().double(), bias.detach().double()]
+    exact = [tensor.requires_grad_() for tensor in exact]
+    want = torch.autograd.grad(F.layer_norm(exact[0], (30,), *exact[1:]), exact, dy.double())
+    assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+    for ours, theirs, tolerance in zip(gradients, want, (8e-3, 1e-5, 1e-5)):
+        assert (ours.double() - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_dropout_of_attention_weights_in_several_blocks():
+    """With the same random numbers as in the plain formula, applied to each block."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 300, 8, requires_grad=True) for _ in range(3)]
+    dropout = Dropout(0.25)
+
+    torch.manual_seed(1)
+    y = fused.attention(*inputs, None, True, dropout)
+    gradients = torch.autograd.grad(y.square().sum(), inputs)
+
+    torch.manual_seed(1)
+    q, k, v = inputs
+    blocks = []
+    for queries, keys in fused.query_blocks(300, 300, is_causal=True):
+        scores = q[:, :, queries] @ k[:, :, keys].mT / 8**0.5
+        hidden = torch.ones(scores.shape[2:], dtype=torch.bool).triu(queries.start + 1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        blocks.append(dropout(weights.flatten(0, 1)).view(weights.shape) @ v[:, :, keys])
+    want = torch.cat(blocks, dim=2)
+    torch.testing.assert_close(y, want)
+    want_gradients = torch.autograd.grad(want.square().sum(), inputs)
+    torch.testing.assert_close(gradients, want_gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_keys_that_are_not_seen_have_no_weight_at_all():
+    """Not even a denormal one, with which products would take many times as long."""
+    mask = torch.tensor([True, False, True, False]).view(1, 1, 1, 4)
+    q = torch.randn(1, 1, 2, 4)
+    v = torch.tensor([0.0, torch.inf, 0.0, torch.inf]).view(1, 1, 4, 1).expand(1, 1, 4, 4)
+    finite = torch.where(v.isinf(), torch.finfo(torch.float32).max, v)
+    assert (fused.attention(q, torch.randn(1, 1, 4, 4), finite, mask, False) == 0).all()
+
+
+@DTYPES
+def test_what_is_not_a_number_stays_so(dtype):
+    """Otherwise training would not notice that it has diverged."""
+    x = torch.randn(3, 5, 8).to(dtype)
+    x[1, 2, 3] = torch.nan
+    weight = torch.ones(8)
+    assert fused.norm(x, weight, None, 1e-5, True)[1, 2].isnan().all()
+    huge = torch.full((1, 8), 1e30, dtype=dtype)
+    assert fused.norm(huge, weight, None, 1e-5, False).isnan().all()
+    for kind in native.ACTIVATIONS:
+        assert fused.activate(x, kind)[1, 2, 3].isnan()
+    q = x.view(1, 3, 5, 8)
+    assert fused.attention(q, q, torch.ones_like(q), None, True)[0, 1, 2:].isnan().all()
+    nothing_seen = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
+    assert fused.attention(q, q, q, nothing_seen, False).isnan().all()
+
+
+def test_attention_of_float32_under_autocast():
+    q = torch.randn(1, 2, 3, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = fused.attention(q, q, q, None, True)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), plain_attention(q, q, q, is_causal=True), atol=0.05, rtol=0)
+
+
+def test_inputs_of_any_layout_and_frozen_weights():
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, 5).transpose(0, 2).requires_grad_()  # (5, 6, 8), not contiguous
+    weight = torch.randn(8)  # without a gradient
+    y = fused.norm(x, weight, None, 1e-5, True)
+    y.sum().backward()  # whose gradient is one number, expanded
+    want = x.detach().clone().requires_grad_()
+    F.layer_norm(want, (8,), weight).sum().backward()
+    torch.testing.assert_close(x.grad, want.grad, atol=1e-5, rtol=1e-5)
+    assert fused.norm(torch.ones(0, 3, 8), weight, None, 1e-5, True).shape == (0, 3, 8)
+    q = torch.randn(0, 2, 3, 8)
+    assert fused.attention(q, q, q, None, True).shape == q.shape
+
+
+def test_a_norm_of_another_width_is_an_error_not_a_crash():
+    with pytest.raises(ValueError, match='width 4'):
+        LayerNorm(4)(torch.ones(2, 8))
+
+
 MODERN = dict(pos='rotary', act='relu2', qk_norm=True, token_shift=True)
 
 
@@ -195,6 +289,8 @@ def test_what_c_can_not_do_is_left_to_pytorch(monkeypatch):
     assert not fused.can_fuse(x.to('meta'))
     assert not fused.can_fuse(torch.empty(1, native.LARGEST_ARRAY + 1))
     assert not fused.can_attend(x[None], x[None], torch.ones(1, 1, 2, 3, dtype=torch.bool))
+    one_mask_for_all = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    assert not fused.can_attend(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), one_mask_for_all)
     too_long = torch.empty(1, 1, native.LARGEST_ARRAY + 1, 4)
     assert not fused.can_attend(x[None], too_long, None)
     monkeypatch.setattr(fused, 'load_library', lambda: None)

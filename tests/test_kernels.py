@@ -132,6 +132,13 @@ def random_attention(shape_name, who, dtype=torch.float32):
     return [q, k, v], options
 
 
+@pytest.fixture(params=['C', 'PyTorch'])
+def language(request, monkeypatch):
+    """Attention in C, where there is a compiler, and without it."""
+    if request.param == 'PyTorch':
+        monkeypatch.setattr(fused, 'can_fuse', lambda x: False)
+
+
 def output_and_gradients(function, inputs, constants=(), **options):
     """The output of a function of tensors and, of the sum of its squares, each one's gradient."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
@@ -150,11 +157,13 @@ def test_plain_attention_equals_pytorchs(shape_name, who):
 
 
 @pytest.mark.parametrize('shape_name, who', CASES)
-@pytest.mark.parametrize('fused', [False, True])
-def test_attention_equals_plain_attention(shape_name, who, fused, monkeypatch):
-    """Forward and gradients, by products and by PyTorch's kernel."""
+@pytest.mark.parametrize('by', ['C', 'products', "PyTorch's kernel"])
+def test_attention_equals_plain_attention(shape_name, who, by, monkeypatch):
+    """Forward and gradients."""
     inputs, options = random_attention(shape_name, who)
-    if fused:
+    if by == 'products':
+        monkeypatch.setattr(fused, 'can_fuse', lambda x: False)
+    if by == "PyTorch's kernel":
         monkeypatch.setattr(kernels, 'MAX_SCORES', 0)
     got = output_and_gradients(kernels.attention, inputs, **options)
     want = output_and_gradients(plain_attention, inputs, **options)
@@ -162,6 +171,7 @@ def test_attention_equals_plain_attention(shape_name, who, fused, monkeypatch):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures('language')
 @pytest.mark.parametrize('shape_name, who', CASES)
 def test_attention_in_bfloat16_is_close_to_float32(shape_name, who):
     inputs, options = random_attention(shape_name, who, torch.bfloat16)
@@ -174,6 +184,7 @@ def test_attention_in_bfloat16_is_close_to_float32(shape_name, who):
         assert error < 0.025 * theirs.abs().max(), (error, theirs.abs().max())
 
 
+@pytest.mark.usefixtures('language')
 def test_attention_weights_of_blocks_see_no_later_key():
     """A key and a value at the end of the text change the last token's output only."""
     (q, k, v), _ = random_attention('three blocks, the last one short', 'causal')
@@ -185,18 +196,22 @@ def test_attention_weights_of_blocks_see_no_later_key():
     assert not torch.allclose(before[:, :, -1], after[:, :, -1])
 
 
-def test_generation_before_training_does_not_break_gradients():
+def test_generation_before_training_does_not_break_gradients(monkeypatch):
     """The causal bias is cached: one made in inference mode must do for autograd, too."""
+    monkeypatch.setattr(fused, 'can_fuse', lambda x: False)
+    monkeypatch.setattr(kernels, 'is_pytorchs_faster', lambda q, S: False)
     inputs, options = random_attention('a short text', 'causal')
     kernels.causal_bias.cache_clear()
     with torch.inference_mode():
         kernels.attention(*inputs, **options)
+    assert kernels.causal_bias.cache_info().currsize == 1
     assert not kernels.causal_bias(7, torch.float32, torch.device('cpu')).is_inference()
     got = output_and_gradients(kernels.attention, inputs, **options)
     want = output_and_gradients(plain_attention, inputs, **options)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures('language')
 @pytest.mark.parametrize('who', ['all', 'mask', 'causal'])
 def test_attention_drops_the_weights_that_plain_attention_drops(who):
     """From the same seed, as long as all queries fit into one block."""
@@ -211,6 +226,15 @@ def test_attention_drops_the_weights_that_plain_attention_drops(who):
     assert not torch.allclose(got[0], without)
 
 
+def test_a_single_query_of_a_group_has_dropout():
+    q = torch.randn(50, 4, 1, 8)
+    k = torch.randn(50, 2, 6, 8)
+    dropout = Dropout(0.5).train()
+    first, second = (kernels.attention(q, k, k, dropout=dropout) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.usefixtures('language')
 @pytest.mark.parametrize('max_scores', [0, kernels.MAX_SCORES])
 def test_attention_with_dropout_keeps_the_expectation(max_scores, monkeypatch):
     """In blocks and in PyTorch's kernel. In eval mode nothing is dropped."""
