@@ -23,7 +23,7 @@ from pocket.native import (
     pointer,
 )
 
-PARTS = 64  # groups of rows: gradients of a norm's weights are summed within each, then over all
+PARTS = 16  # groups of rows: gradients of a norm's weights are summed within each, then over all
 QUERY_BLOCK = 256  # queries per block of causal attention; keys after the block are skipped
 
 
