@@ -1,6 +1,7 @@
 # Tiny Shakespeare with a BPE of 4,096 tokens, 6 layers, 256 wide, as in many tutorials: 6.8 M
-# parameters. Not yet run to the end. With 3 layers, 160 wide, and 2 heads (2.23 M) the same 400
-# steps reached val 4.2962, 2.135 bits per byte (shakespeare_char_cpu: 2.164).
+# parameters, 3.5 minutes on one CPU core with AMX, peak memory 0.8 GB, val 4.2635 nats per token,
+# 2.119 bits per byte (shakespeare_char_cpu: 2.163). With 3 layers, 160 wide, and 2 heads (2.23 M)
+# the same 400 steps reached 4.2962, 2.135 bits per byte.
 dataset = 'shakespeare_bpe'
 block_size = 64
 n_layer = 6

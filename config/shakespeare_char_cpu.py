@@ -1,5 +1,5 @@
-# Character-level Tiny Shakespeare in 70 to 90 seconds on two CPU cores: 0.94 M parameters,
-# val 1.4980.
+# Character-level Tiny Shakespeare in 41 seconds on two CPU cores with AMX, 70 to 90 on slower ones:
+# 0.94 M parameters, val 1.4991.
 dataset = 'shakespeare_char'
 block_size = 128
 n_layer = 3
