@@ -174,13 +174,13 @@ void split_heads_gradient(const HeadShape *shape, const void *qkv, const void *d
 /* Softmax of attention scores */
 
 typedef struct {
-    int64_t matrices;      /* batch times heads */
-    int T, S;           /* queries, keys */
-    int first;          /* the position of the first query if it sees no later keys, otherwise -1 */
+    int64_t matrices;    /* batch times heads */
+    int T, S;            /* queries, keys */
+    int first;           /* the position of the first query, if it sees no later keys; else -1 */
     int is_bfloat16;
-    float scale;        /* of the scores */
+    float scale;         /* of the scores */
     const uint8_t *mask; /* (B, S): 1 for keys that may be seen; or NULL */
-    int H;              /* heads, if there is a mask */
+    int H;               /* heads, if there is a mask */
 } ScoreShape;
 
 #define LOWEST (-INFINITY) /* the score of a key that is not seen */
