@@ -175,8 +175,9 @@ def can_attend(q, k, mask):
     """Whether attention() covers this case: no mask, or a padding mask (B, 1, 1, S)."""
     if not 0 < k.size(2) <= LARGEST_ARRAY or not can_fuse(q):
         return False
-    is_padding_mask = mask is None or mask.shape == (q.size(0), 1, 1, k.size(2))
-    return is_padding_mask and (mask is None or mask.dtype == torch.bool)
+    if mask is None:
+        return True
+    return mask.dtype == torch.bool and mask.shape == (q.size(0), 1, 1, k.size(2))
 
 
 def attention(q, k, v, mask, is_causal, dropout=None):
@@ -205,22 +206,24 @@ class AttentionFunction(Function):
         if mask is not None:
             mask = mask.reshape(B, S).contiguous()
         y = torch.empty_like(q)
-        saved = []
+        all_weights = []
+        all_keeps = []  # what dropout multiplies them by
         for queries, keys in query_blocks(T, S, is_causal):
             weights = q[:, queries] @ k[:, keys].mT  # (B * H, queries, keys)
             call('softmax', score_shape(weights, D, queries, is_causal, H, mask), weights)
             keep = None if dropout is None else dropout.draw(weights)
             torch.bmm(after_dropout(weights, keep), v[:, keys], out=y[:, queries])
             if needs_gradient:
-                saved += weights, keep
+                all_weights.append(weights)
+                all_keeps.append(keep)
         ctx.is_causal = is_causal
-        ctx.save_for_backward(q, k, v, *saved)
+        ctx.save_for_backward(q, k, v, *all_weights, *all_keeps)
         return y.view(B, H, T, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, *weights_and_keeps = ctx.saved_tensors
         B, H, T, D = dy.shape
         S = k.size(1)
         dy = dy.reshape(B * H, T, D)
@@ -233,7 +236,8 @@ class AttentionFunction(Function):
         blocks = query_blocks(T, S, ctx.is_causal)
         for i in reversed(range(len(blocks))):
             queries, keys = blocks[i]
-            weights, keep = saved[2 * i], saved[2 * i + 1]
+            weights = weights_and_keeps[i]
+            keep = weights_and_keeps[len(blocks) + i]
             beta = 0 if i == len(blocks) - 1 else 1
             dv[:, keys].baddbmm_(after_dropout(weights, keep).mT, dy[:, queries], beta=beta)
             dscores = after_dropout(dy[:, queries] @ v[:, keys].mT, keep)
@@ -257,7 +261,7 @@ def query_blocks(T, S, is_causal):
 
 
 def after_dropout(weights, keep):
-    """keep: what Dropout.draw() returned, or None without dropout."""
+    """Weights, or their gradient, after dropout. keep: what Dropout.draw() returned, or None."""
     return weights if keep is None else weights * keep
 
 

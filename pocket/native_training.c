@@ -23,7 +23,7 @@ Tensors are contiguous: bfloat16 if is_bfloat16, otherwise float32.
 /* ---------------------------------------------------------------------------------------------- */
 /* Norms */
 
-/* The sum of a * b. 64 sums at once, because each addition has to wait for the one before it */
+/* The sum of a * b: 64 sums at first, because each addition has to wait for the one before it */
 static inline float dot(const float *a, const float *b, int count) {
     float sums[64] = {0}, sum = 0;
     int i = 0;
@@ -35,6 +35,7 @@ static inline float dot(const float *a, const float *b, int count) {
     return sum;
 }
 
+/* The sum of x, in the same way */
 static inline float sum_of(const float *x, int count) {
     float sums[64] = {0}, sum = 0;
     int i = 0;
@@ -53,13 +54,13 @@ static inline float normalize(float *x, int width, int is_layer_norm, float eps)
         for (int i = 0; i < width; i++) x[i] -= mean;
     }
     float scale = 1 / sqrtf(dot(x, x, width) / width + eps);
-    if (scale == 0) scale = NAN; /* the squares overflow: training has diverged, and has to notice */
+    if (scale == 0) scale = NAN; /* the squares overflow: train.py must see that it diverges */
     for (int i = 0; i < width; i++) x[i] *= scale;
     return scale;
 }
 
-/* Turns dy, the gradient of normalize()'s output y, into that of its input. scale: what it returned.
-   A norm removes mean and length, so no gradient passes along these two directions */
+/* Turns dy, the gradient of normalize()'s output y, into that of its input. scale: what it
+   returned. A norm removes mean and length, so no gradient passes along these two directions */
 static inline void normalize_gradient(float *dy, const float *y, float scale, int width,
                                       int is_layer_norm) {
     float mean = is_layer_norm ? sum_of(dy, width) / width : 0;
@@ -75,8 +76,12 @@ void norm(const Norm *layer, const void *x, void *y, int64_t rows, int is_bfloat
         float h[width];
         read_numbers(h, x, row * width, width, is_bfloat16);
         normalize(h, width, layer->is_layer_norm, layer->eps);
-        if (layer->weight) for (int i = 0; i < width; i++) h[i] *= layer->weight[i];
-        if (layer->bias) for (int i = 0; i < width; i++) h[i] += layer->bias[i];
+        if (layer->weight) {
+            for (int i = 0; i < width; i++) h[i] *= layer->weight[i];
+        }
+        if (layer->bias) {
+            for (int i = 0; i < width; i++) h[i] += layer->bias[i];
+        }
         write_numbers(y, row * width, h, width, is_bfloat16);
     }
 }
@@ -100,7 +105,9 @@ void norm_gradient(const Norm *layer, const void *x, const void *dy, void *dx, f
                 dweight[i] += d[i] * h[i];
                 dbias[i] += d[i];
             }
-            if (layer->weight) for (int i = 0; i < width; i++) d[i] *= layer->weight[i];
+            if (layer->weight) {
+                for (int i = 0; i < width; i++) d[i] *= layer->weight[i];
+            }
             normalize_gradient(d, h, scale, width, layer->is_layer_norm);
             write_numbers(dx, row * width, d, width, is_bfloat16);
         }
@@ -110,19 +117,30 @@ void norm_gradient(const Norm *layer, const void *x, const void *dy, void *dx, f
 /* ---------------------------------------------------------------------------------------------- */
 /* Queries, keys and values */
 
+#define EPS 1e-5f /* of QK-norm: the default of F.layer_norm, which model.py's normalize() calls */
+
 typedef struct {
     int B, T, H, G, D;       /* G: heads of keys, and of values */
     int is_normed, is_bfloat16;
     const float *cos, *sin;  /* (T, D / 2), or NULL without rotary positions */
 } HeadShape;
 
-/* Where head n of token (b, t) is, and in which of q, k and v: 0, 1 or 2 */
+enum {QUERY, KEY, VALUE};
+
+/* Where head n of token (b, t) is in q, k or v, and in which of them */
 static int64_t offset_of(const HeadShape *shape, int b, int t, int n, int *which) {
-    int H = shape->H, G = shape->G;
-    *which = n < H ? 0 : n < H + G ? 1 : 2;
-    int heads = *which == 0 ? H : G;
-    int head = *which == 0 ? n : *which == 1 ? n - H : n - H - G;
-    return (((int64_t)b * heads + head) * shape->T + t) * shape->D;
+    int heads = shape->H;
+    *which = QUERY;
+    if (n >= shape->H) {
+        n -= shape->H;
+        heads = shape->G;
+        *which = KEY;
+    }
+    if (*which == KEY && n >= shape->G) {
+        n -= shape->G;
+        *which = VALUE;
+    }
+    return (((int64_t)b * heads + n) * shape->T + t) * shape->D;
 }
 
 /* qkv (B, T, (H + 2 G) D) to q (B, H, T, D) and k, v (B, G, T, D) */
@@ -136,9 +154,10 @@ void split_heads(const HeadShape *shape, const void *qkv, void *q, void *k, void
         for (int n = 0; n < heads; n++) {
             read_numbers(h, qkv, (token * heads + n) * D, D, shape->is_bfloat16);
             int64_t offset = offset_of(shape, b, t, n, &which);
-            if (which < 2 && shape->is_normed) normalize(h, D, 1, 1e-5f);
-            if (which < 2 && shape->cos) {
-                rotate(h, shape->cos + (int64_t)t * (D / 2), shape->sin + (int64_t)t * (D / 2), D, 1);
+            if (which != VALUE && shape->is_normed) normalize(h, D, 1, EPS);
+            if (which != VALUE && shape->cos) {
+                int64_t angle = (int64_t)t * (D / 2);
+                rotate(h, shape->cos + angle, shape->sin + angle, D, 1);
             }
             write_numbers(targets[which], offset, h, D, shape->is_bfloat16);
         }
@@ -157,12 +176,13 @@ void split_heads_gradient(const HeadShape *shape, const void *qkv, const void *d
         for (int n = 0; n < heads; n++) {
             int64_t offset = offset_of(shape, b, t, n, &which);
             read_numbers(d, sources[which], offset, D, shape->is_bfloat16);
-            if (which < 2 && shape->cos) {
-                rotate(d, shape->cos + (int64_t)t * (D / 2), shape->sin + (int64_t)t * (D / 2), D, -1);
+            if (which != VALUE && shape->cos) {
+                int64_t angle = (int64_t)t * (D / 2);
+                rotate(d, shape->cos + angle, shape->sin + angle, D, -1);
             }
-            if (which < 2 && shape->is_normed) {
+            if (which != VALUE && shape->is_normed) {
                 read_numbers(h, qkv, (token * heads + n) * D, D, shape->is_bfloat16);
-                float scale = normalize(h, D, 1, 1e-5f);
+                float scale = normalize(h, D, 1, EPS);
                 normalize_gradient(d, h, scale, D, 1);
             }
             write_numbers(dqkv, (token * heads + n) * D, d, D, shape->is_bfloat16);
@@ -237,7 +257,8 @@ void softmax_gradient(const ScoreShape *shape, const void *weights, void *dweigh
     #pragma omp parallel for
     for (int64_t row = 0; row < shape->matrices * T; row++) {
         float w[round_up_to_16(S)], d[round_up_to_16(S)], mean = 0;
-        int end = smaller(round_up_to_16(visible_keys(shape, row % T)), S); /* weights beyond are 0 */
+        int keys = visible_keys(shape, row % T);
+        int end = smaller(round_up_to_16(keys), S); /* all weights beyond are 0 */
         read_numbers(w, weights, row * S, end, shape->is_bfloat16);
         read_numbers(d, dweights, row * S, end, shape->is_bfloat16);
         for (int i = 0; i < end; i++) mean += w[i] * d[i];
@@ -276,6 +297,7 @@ void activate(int kind, const void *x, void *y, int64_t count, int is_bfloat16) 
     }
 }
 
+/* dx from x and dy */
 void activate_gradient(int kind, const void *x, const void *dy, void *dx, int64_t count,
                        int is_bfloat16) {
     #pragma omp parallel for
