@@ -278,6 +278,7 @@ def test_bundled_character_is_small_and_described():
     assert f'{val_loss:.4f}' in (BUNDLED / 'README.md').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['character_prompts.json', 'character_prompts_2.json'])
 def test_held_out_prompts_are_not_in_the_data(name):
     """The prompts that judge the character: three in each of 20 topics, none a question of his."""

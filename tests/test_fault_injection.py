@@ -39,7 +39,7 @@ def lab(tmp_path_factory):
 # Trials
 
 A_FEW = {  # {name: number of trials}
-    'kill_train': 1, 'kill_download': 2, 'kill_export': 1, 'disk': 1, 'resume': 1, 'two_runs': 1,
+    'kill_train': 1, 'kill_download': 1, 'kill_export': 1, 'disk': 1, 'resume': 1, 'two_runs': 1,
     'two_downloads': 1, 'flip_bits': 1, 'lost_output': 1, 'prepared_anew': 1,
 }
 

@@ -422,6 +422,7 @@ def make_byte_level():
     return library
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [make_byte_level, make_llama2_like, make_metaspace, make_bert_like])
 def test_ids_and_texts_of_1000_lines_equal_those_of_transformers(make):
     library = make()

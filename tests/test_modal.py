@@ -161,7 +161,10 @@ def cloud(tmp_path):
     return Cloud(tmp_path / 'project')
 
 
-@pytest.mark.parametrize('preemption', [signal.SIGINT, getattr(signal, 'SIGKILL', 9)])
+@pytest.mark.parametrize('preemption', [
+    signal.SIGINT,
+    pytest.param(getattr(signal, 'SIGKILL', 9), marks=pytest.mark.slow),
+])
 def test_preempted_run_resumes_by_itself(cloud, preemption):
     preempted = []
 
@@ -245,6 +248,7 @@ def test_crash_is_retried_but_bad_input_is_not(cloud):
     assert os.listdir(cloud.volume / 'out') == ['shakespeare_char']  # nothing was renamed
 
 
+@pytest.mark.slow
 def test_download_is_complete_or_changes_nothing(cloud):
     run = make_run(cloud.volume / 'out' / 'toy')
     out = cloud.root / 'out'
@@ -390,6 +394,7 @@ def test_containers_get_no_more_than_that(modal_train, name, is_copied):
     assert modal_train.not_copied(Path(name)) != is_copied
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The train function is executing locally')
 def test_interrupted_run_resumes_to_the_same_weights(in_container, project, monkeypatch):
     import torch
@@ -421,6 +426,7 @@ def test_interrupted_run_resumes_to_the_same_weights(in_container, project, monk
         assert torch.equal(half['model'][name], weight), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The train function is executing locally')
 def test_what_is_resumed_and_what_starts_over(in_container, tmp_path, monkeypatch, capsys):
     def train(*args, **options):

@@ -176,6 +176,7 @@ def test_same_logits_and_text_with_every_switch(tmp_path, name):
     assert prompt + text == mine
 
 
+@pytest.mark.slow
 def test_bundled_model_in_float32_and_in_int8(tmp_path, bard):
     model, tok = bard
     ids = tok.encode(TEXT)
@@ -449,6 +450,7 @@ class Tab:
         self.page.context.close()
 
 
+@pytest.mark.slow
 def test_document_in_a_browser(tmp_path, chromium, bard):
     model, tok = bard
     target = tmp_path / 'bard.html'

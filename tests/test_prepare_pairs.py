@@ -434,6 +434,7 @@ def test_dialog_zips_that_are_dangerous_or_damaged(project, corpora, spoil, mess
     assert message in error
 
 
+@pytest.mark.slow
 def test_dialog_repairs_take_no_minute(project, corpora):
     """A quotation mark before many spaces, none after them."""
     write_zips(corpora / 'daily', train=[['"' + ' ' * 5000 + 'a' for _ in range(9)]])
@@ -463,6 +464,7 @@ def test_dialog_bad_input_ends_in_one_sentence(project, corpora, args, message):
     assert message in project.fails('prepare/dialog.py', *args, cwd=corpora)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the real dialogs are not beside this checkout')
 def test_dialog_real_files(project, tmp_path):
     """ProsocialDialog's files, and DailyDialog's small ones: validation as train, test as val."""

@@ -211,6 +211,7 @@ def test_verdict_without_network(project, tmp_path):
 
 # --- stdlib.py ------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_stdlib_is_the_same_every_time(project):
     folder = project.root / 'data' / 'stdlib'
 

@@ -585,6 +585,7 @@ def make_tokenizer_folder(folder, file=None, content=None):
     return folder
 
 
+@pytest.mark.slow
 def test_gpt2s_tokenizer_is_recognized(tmp_path, gpt2_tokenizer_cached):
     tok = pretrained.load_tokenizer(make_tokenizer_folder(tmp_path / 'bare'))
     assert tok.encode('Hello world') == [15496, 995]

@@ -73,6 +73,7 @@ def test_resume_is_exact_with_another_recipe(project):
     check_resume_is_exact(project, project.root / 'whole', 3, ANOTHER_RECIPE)
 
 
+@pytest.mark.slow
 def test_run_older_than_an_option_continues_without_it(project):
     """Its checkpoint does not know token_shift, which was not there, so it was off."""
     project.train('--token_shift=False', '--out_dir=whole')

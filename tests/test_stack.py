@@ -129,13 +129,21 @@ def test_without_a_working_compiler_the_blocks_remain(compiler, monkeypatch, tmp
     assert not list(tmp_path.rglob('*.so'))
 
 
-@needs_compiler
-def test_what_is_compiled_is_cached(monkeypatch, tmp_path):
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """Compile into an empty folder, with few optimizations, which is quicker."""
     monkeypatch.delenv('CC', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    flags = tuple('-O1' if flag == '-O3' else flag for flag in native.FLAGS)
+    monkeypatch.setattr(native, 'FLAGS', flags)
+    return tmp_path / 'pocketgpt'
+
+
+@needs_compiler
+def test_what_is_compiled_is_cached(empty_cache):
     compiler = shutil.which('cc')
     path = native.compiled((compiler,), native.FLAGS)
-    [only] = (tmp_path / 'pocketgpt').iterdir()
+    [only] = empty_cache.iterdir()
     assert path == only
     assert native.compiled((compiler,), native.FLAGS) == path
 
@@ -146,10 +154,8 @@ def test_what_is_compiled_is_cached(monkeypatch, tmp_path):
 
 
 @needs_compiler
-def test_a_compiler_without_openmp(monkeypatch, tmp_path):
+def test_a_compiler_without_openmp(empty_cache, monkeypatch):
     """Leads to C on a single core."""
-    monkeypatch.delenv('CC', raising=False)
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     run = native.run
 
     def run_without_openmp(*command):
