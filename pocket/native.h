@@ -43,11 +43,12 @@ static inline void write_numbers(void *to, long first, const float *from, int co
     for (int i = 0; i < count; i++) halves[i] = to_bfloat16(from[i]);
 }
 
-/* e^x as 2^n e^r with |r| < 0.35, to a few millionths. Unlike a call of expf(), it vectorizes.
-   Coefficients: Cephes, by S. Moshier */
+/* e^x as 2^n e^r with |r| < 0.35, to a few millionths; x is limited to 70 either way, because small
+   multiples of what lies beyond would be denormal numbers, which are slow. Unlike a call of expf(),
+   it vectorizes. Coefficients: Cephes, by S. Moshier */
 static inline float exponential(float x) {
-    x = larger(-87, x);
-    x = x > 88 ? 88 : x;
+    x = larger(-70, x);
+    x = x > 70 ? 70 : x;
     float n = floorf(x * 1.44269504f + 0.5f);
     float r = x - n * 0.693147181f; /* ln 2 */
     float e = 1.9875691500e-4f;
