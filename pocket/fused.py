@@ -8,6 +8,7 @@ and its gradient against plain PyTorch in float64.
 """
 import ctypes
 import math
+from typing import NamedTuple
 
 import torch
 from torch.autograd import Function
@@ -207,7 +208,7 @@ class AttentionFunction(Function):
             mask = mask.reshape(B, S).contiguous()
         y = torch.empty_like(q)
         all_weights = []
-        all_keeps = []  # what dropout multiplies them by
+        all_bytes = []  # random ones, which decide what dropout keeps
         for queries, keys in query_blocks(T, S, is_causal):
             weights = q[:, queries] @ k[:, keys].mT  # (B * H, queries, keys)
             call('softmax', score_shape(weights, D, queries, is_causal, H, mask), weights)
@@ -215,15 +216,16 @@ class AttentionFunction(Function):
             torch.bmm(after_dropout(weights, keep), v[:, keys], out=y[:, queries])
             if needs_gradient:
                 all_weights.append(weights)
-                all_keeps.append(keep)
+                all_bytes.append(None if keep is None else keep.bytes)
         ctx.is_causal = is_causal
-        ctx.save_for_backward(q, k, v, *all_weights, *all_keeps)
+        ctx.dropout_options = None if keep is None else (keep.threshold, keep.scale)
+        ctx.save_for_backward(q, k, v, *all_weights, *all_bytes)
         return y.view(B, H, T, D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v, *weights_and_keeps = ctx.saved_tensors
+        q, k, v, *weights_and_bytes = ctx.saved_tensors
         B, H, T, D = dy.shape
         S = k.size(1)
         dy = dy.reshape(B * H, T, D)
@@ -236,8 +238,10 @@ class AttentionFunction(Function):
         blocks = query_blocks(T, S, ctx.is_causal)
         for i in reversed(range(len(blocks))):
             queries, keys = blocks[i]
-            weights = weights_and_keeps[i]
-            keep = weights_and_keeps[len(blocks) + i]
+            weights = weights_and_bytes[i]
+            keep = None
+            if ctx.dropout_options is not None:
+                keep = Keep(weights_and_bytes[len(blocks) + i], *ctx.dropout_options)
             beta = 0 if i == len(blocks) - 1 else 1
             dv[:, keys].baddbmm_(after_dropout(weights, keep).mT, dy[:, queries], beta=beta)
             dscores = after_dropout(dy[:, queries] @ v[:, keys].mT, keep)
@@ -262,7 +266,7 @@ def query_blocks(T, S, is_causal):
 
 def after_dropout(weights, keep):
     """Weights, or their gradient, after dropout. keep: what Dropout.draw() returned, or None."""
-    return weights if keep is None else weights * keep
+    return weights if keep is None else drop(weights, keep)
 
 
 def score_shape(scores, D, queries, is_causal, n_head=1, mask=None):
@@ -299,6 +303,44 @@ class ActivationFunction(Function):
         dx = torch.empty_like(x)
         call('activate_gradient', ctx.kind, x, dy.contiguous(), dx, x.numel(), is_bfloat16(x))
         return dx, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Dropout
+
+
+class Keep(NamedTuple):
+    """What dropout keeps: elements whose random byte is above the threshold, times scale."""
+    bytes: torch.Tensor  # int8, one per element
+    threshold: int
+    scale: float
+
+
+def dropout(x, keep):
+    """x, a tensor of keep's shape, after dropout."""
+    return DropoutFunction.apply(x, *keep)
+
+
+class DropoutFunction(Function):
+
+    @staticmethod
+    def forward(ctx, x, random_bytes, threshold, scale):
+        ctx.save_for_backward(random_bytes)
+        ctx.options = threshold, scale
+        return drop(x, Keep(random_bytes, *ctx.options))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return drop(dy, Keep(*ctx.saved_tensors, *ctx.options)), None, None, None
+
+
+def drop(x, keep):
+    """dropout() without a gradient of its own: what is true for x is true for its gradient, too."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    call('drop', x, keep.bytes, y, x.numel(), keep.threshold, keep.scale, is_bfloat16(x))
+    return y
 
 
 # --------------------------------------------------------------------------------------------------

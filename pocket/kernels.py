@@ -41,28 +41,30 @@ class Dropout(nn.Module):
             return x
         if x.device.type != 'cpu':
             return F.dropout(x, self.p)
-        return x * self.draw(x)
+        keep = self.draw(x)
+        if fused.can_fuse(x):
+            return fused.dropout(x, keep)
+        is_kept = torch.empty_like(x, requires_grad=False)  # 1 or 0 in x's dtype, which is fastest
+        torch.gt(keep.bytes, keep.threshold, out=is_kept)
+        return x * is_kept.mul_(keep.scale)
 
     def draw(self, x):
-        """What to multiply x by: 0 for what is dropped, 1 / (1 - p) for the rest."""
+        """Which elements of x to keep."""
         dropped_values = round(self.p * 256)  # how many of the 256 values of a byte mean "drop"
         if not 0 < dropped_values < 256:
-            return F.dropout(torch.ones_like(x), self.p)
+            is_kept = torch.empty(x.shape, dtype=torch.int8).bernoulli_(1 - self.p)
+            return fused.Keep(is_kept, threshold=0, scale=1 / (1 - self.p))
 
         # One random byte per element, drawn eight at a time as 64-bit integers
         num_words = math.ceil(x.numel() / 8)
         random_words = torch.empty(num_words, dtype=torch.int64)
         random_words.random_(-2**63, None)  # None: up to the largest int64, so all bits are random
         random_bytes = random_words.view(torch.int8)[:x.numel()].view(x.shape)  # -128 to 127
-
-        # The lowest dropped_values of the 256 values mean "drop". With the largest of these
-        # subtracted, what is dropped is 0 or less, and what is kept 1 or more. In place, for speed
-        largest_dropped = dropped_values - 129
-        keep = random_bytes.to(x.dtype)  # such small integers are exact in any float type
-        keep.sub_(largest_dropped)
-        keep.clamp_(0, 1)
-        keep.mul_(256 / (256 - dropped_values))  # 1 / (1 - p)
-        return keep
+        return fused.Keep(
+            random_bytes,
+            threshold=dropped_values - 129,  # the largest byte that is dropped
+            scale=256 / (256 - dropped_values),  # 1 / (1 - p)
+        )
 
 
 # --------------------------------------------------------------------------------------------------

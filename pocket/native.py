@@ -96,6 +96,7 @@ ARGUMENTS = {  # of the functions in C; structs are given as pointers, too
     'softmax_gradient': [POINTER] * 3,
     'activate': [INT] + [POINTER] * 2 + [INT64, INT],
     'activate_gradient': [INT] + [POINTER] * 3 + [INT64, INT],
+    'drop': [POINTER] * 3 + [INT64, INT, FLOAT, INT],
     'shift_tokens': [POINTER] * 2 + [INT64] + [INT] * 4,
 }
 

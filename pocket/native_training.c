@@ -6,6 +6,7 @@ pocket/native.py compiles this file, and pocket/fused.py calls it.
     split_heads, split_heads_gradient    QK-norm, rotary positions, heads before tokens
     softmax, softmax_gradient            of attention scores, optionally causal
     activate, activate_gradient          squared ReLU, GELU in the tanh form
+    drop                                 dropout, and its gradient
     shift_tokens                         and, in the opposite direction, its gradient
 
 PyTorch computes each of these in one to ten passes over memory. Here each row is read once,
@@ -312,6 +313,22 @@ void activate_gradient(int kind, const void *x, const void *dy, void *dx, int64_
             for (int i = 0; i < n; i++) d[i] *= gelu_slope(h[i]);
         }
         write_numbers(dx, first, d, n, is_bfloat16);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Dropout */
+
+/* y = x times scale where a random byte is above the threshold, else 0. For gradients, too */
+void drop(const void *x, const int8_t *bytes, void *y, int64_t count, int threshold, float scale,
+          int is_bfloat16) {
+    #pragma omp parallel for
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        float h[BLOCK];
+        int n = count - first < BLOCK ? count - first : BLOCK;
+        read_numbers(h, x, first, n, is_bfloat16);
+        for (int i = 0; i < n; i++) h[i] = bytes[first + i] > threshold ? h[i] * scale : 0;
+        write_numbers(y, first, h, n, is_bfloat16);
     }
 }
 

@@ -156,6 +156,16 @@ def test_nonlinearities(kind, formula, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize('p', [0.001, 0.3, 0.9])
+def test_dropout(p, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, 700)
+    keep = Dropout(p).draw(x)
+    kept = (keep.bytes > keep.threshold).double()
+    check(lambda x: fused.dropout(x, keep), lambda x: x * kept * keep.scale, [x], dtype)
+
+
+@DTYPES
 @pytest.mark.parametrize('width', [1, 2, 7, 64])
 def test_token_shift(width, dtype):
     torch.manual_seed(0)
