@@ -24,27 +24,15 @@ Tensors are contiguous: bfloat16 if is_bfloat16, otherwise float32.
 /* ---------------------------------------------------------------------------------------------- */
 /* Norms */
 
-/* The sum of a * b: 64 sums at first, because each addition has to wait for the one before it */
 static inline float dot(const float *a, const float *b, int count) {
-    float sums[64] = {0}, sum = 0;
-    int i = 0;
-    for (; i + 64 <= count; i += 64) {
-        for (int j = 0; j < 64; j++) sums[j] += a[i + j] * b[i + j];
-    }
-    for (int j = 0; j < 64; j++) sum += sums[j];
-    for (; i < count; i++) sum += a[i] * b[i];
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += a[i] * b[i];
     return sum;
 }
 
-/* The sum of x, in the same way */
 static inline float sum_of(const float *x, int count) {
-    float sums[64] = {0}, sum = 0;
-    int i = 0;
-    for (; i + 64 <= count; i += 64) {
-        for (int j = 0; j < 64; j++) sums[j] += x[i + j];
-    }
-    for (int j = 0; j < 64; j++) sum += sums[j];
-    for (; i < count; i++) sum += x[i];
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += x[i];
     return sum;
 }
 
