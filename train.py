@@ -380,8 +380,11 @@ while True:
     # Clip the gradient, and step
     for opt in optimizers:
         scaler.unscale_(opt)
-    max_norm = grad_clip or math.inf  # infinite: no clipping, only measure the norm
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    if grad_clip and grad_norm > grad_clip:  # rarely: else leave them alone, which is quicker
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
+    grad_norm = grad_norm.item()
     step_loss, seconds = training.synchronize(signals, elapsed(), step_loss.item())
     step_loss /= world_size
     training.check_finite('loss', step_loss, lr, train_state, log)

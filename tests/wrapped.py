@@ -104,7 +104,7 @@ evaluate.bleu_of = bleu_of
 EXPLODE = '''
 import torch
 
-torch.nn.utils.clip_grad_norm_ = lambda parameters, max_norm: torch.tensor(float('inf'))
+torch.nn.utils.get_total_norm = lambda gradients: torch.tensor(float('inf'))
 '''
 
 
