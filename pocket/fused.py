@@ -336,7 +336,7 @@ class DropoutFunction(Function):
 
 
 def drop(x, keep):
-    """dropout() without a gradient of its own: what is true for x is true for its gradient, too."""
+    """What dropout() makes of x or, in a backward pass, of a gradient."""
     x = x.contiguous()
     y = torch.empty_like(x)
     call('drop', x, keep.bytes, y, x.numel(), keep.threshold, keep.scale, is_bfloat16(x))
