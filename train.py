@@ -382,7 +382,7 @@ while True:
         scaler.unscale_(opt)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm(gradients)
-    if grad_clip and grad_norm > grad_clip:  # rarely: else leave them alone, which is quicker
+    if grad_clip and grad_norm > grad_clip:  # else there is no need to touch them
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
     grad_norm = grad_norm.item()
     step_loss, seconds = training.synchronize(signals, elapsed(), step_loss.item())
